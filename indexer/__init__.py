@@ -1,0 +1,1 @@
+"""Tar in, converted layer and image out: what `lazyfs convert` does."""

@@ -1,0 +1,127 @@
+"""Where things lie and how much they may take: defaults, then the config file, then environment, then flags.
+
+The file is TOML: /etc/lazyfs/config.toml for root, ~/.config/lazyfs/config.toml for others, or $LAZYFS_CONFIG.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import tomllib
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+from lazyfs.errors import UsageError
+from lazyfs.units import GiB, MiB, parse_size
+
+_SIZES = frozenset({"store_size", "memory_size"})
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """Everything that can be set, with its default. Sizes are bytes, times seconds."""
+
+    root: Path  # the store; survives restarts
+    run: Path  # sockets, the session's mount, containers in flight; does not survive a reboot
+    store_size: int = 20 * GiB  # bound of the chunk store on disk
+    memory_size: int = 16 * MiB  # bound of decoded chunks held in memory
+    read_timeout: float = 300.0  # a read fails with EIO after this; 0: never
+    connect_timeout: float = 5.0
+    answer_timeout: float = 30.0  # from a request to its first byte, and between two reads of a body
+    prefetch: bool = True  # fetch up to the landmark after a mount
+    background: bool = True  # fill and verify whole layers after a mount
+    lazy_from: tuple[str, ...] = ("*",)  # repositories (shell patterns) whose layers are used before the whole check
+    allow_unverified: bool = False  # be lazy with layers that have a TOC and no digest for it
+    host_connections: int = 8  # concurrent requests to one registry host
+    daemon_linger: float = 2.0  # a daemon started by a command stops this long after its last mount
+
+    @property
+    def socket(self) -> Path:
+        return self.run / "lazyfsd.sock"
+
+    @property
+    def session(self) -> Path:
+        """Where the daemon's one FUSE session is mounted."""
+        return self.run / "mnt"
+
+    @property
+    def containers(self) -> Path:
+        return self.run / "containers"
+
+
+def _default_root(euid: int) -> Path:
+    if euid == 0:
+        return Path("/var/lib/lazyfs")
+    base = os.environ.get("XDG_DATA_HOME") or os.path.expanduser("~/.local/share")
+    return Path(base) / "lazyfs"
+
+
+def _default_run(euid: int, root: Path) -> Path:
+    base = Path("/run/lazyfs")
+    if euid != 0:
+        runtime = os.environ.get("XDG_RUNTIME_DIR")
+        base = Path(runtime) / "lazyfs" if runtime and os.path.isdir(runtime) else Path(f"/tmp/lazyfs-{euid}")
+    if root == _default_root(euid):
+        return base
+    # Another store has another daemon. Short, because a Unix socket's path has at most 107 bytes.
+    return base / hashlib.sha256(os.fsencode(root)).hexdigest()[:12]
+
+
+def _read_file(path: Path) -> dict[str, Any]:
+    try:
+        with path.open("rb") as handle:
+            return tomllib.load(handle)
+    except FileNotFoundError:
+        return {}
+    except (OSError, tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UsageError(f"config file {path} can't be read: {error}") from None
+
+
+def _coerce(name: str, value: Any, where: str) -> Any:
+    kind = {f.name: f.type for f in fields(Settings)}[name]
+    good: Any
+    try:
+        if name in _SIZES:
+            good = parse_size(str(value))
+        elif kind == "Path":
+            good = Path(str(value)).expanduser().absolute()
+        elif kind == "bool":
+            good = value if isinstance(value, bool) else {"1": True, "true": True, "0": False, "false": False}[str(value)]
+        elif kind == "int":
+            good = int(value)
+        elif kind == "float":
+            good = float(value)
+        else:
+            good = tuple(str(v) for v in (value if isinstance(value, list) else str(value).split(",")))
+    except (ValueError, KeyError, TypeError):
+        raise UsageError(f"{where}: {name} can't be {value!r}") from None
+    if isinstance(good, (int, float)) and good < 0:
+        raise UsageError(f"{where}: {name} can't be negative")
+    return good
+
+
+def load(overrides: dict[str, Any] | None = None) -> Settings:
+    """Return the settings in force. `overrides` (from flags) win over $LAZYFS_<NAME>, that over the file.
+
+    Blocking (reads one file). Raise UsageError for an unknown name or a value that makes no sense.
+    """
+    euid = os.geteuid()
+    home = Path("/etc/lazyfs") if euid == 0 else Path(os.path.expanduser("~/.config/lazyfs"))
+    config_path = Path(os.environ.get("LAZYFS_CONFIG") or home / "config.toml")
+    names = {f.name for f in fields(Settings)}
+    values: dict[str, Any] = {}
+    for name, value in _read_file(config_path).items():
+        if name not in names:
+            raise UsageError(f"config file {config_path}: unknown setting {name!r}")
+        values[name] = _coerce(name, value, str(config_path))
+    for name in names:
+        from_env = os.environ.get(f"LAZYFS_{name.upper()}")
+        if from_env:
+            values[name] = _coerce(name, from_env, f"LAZYFS_{name.upper()}")
+    for name, value in (overrides or {}).items():
+        if value is not None:
+            values[name] = _coerce(name, value, f"--{name.replace('_', '-')}")
+    root = values.pop("root", None) or _default_root(euid)
+    run = values.pop("run", None) or _default_run(euid, root)
+    return replace(Settings(root, run), **values)

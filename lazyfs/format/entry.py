@@ -1,0 +1,88 @@
+"""One name in a layer, and the chunks of its content: the values that every format is read into and written from."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import IntEnum
+
+from lazyfs.errors import FormatError
+
+MAX_PATH = 4096  # bytes; PATH_MAX
+MAX_NAME = 255  # bytes; NAME_MAX
+MAX_FILE = 1 << 44  # bytes; ext4's largest file. More is "absurd" and would overflow the data space
+MAX_XATTRS = 1 << 17  # bytes of all xattrs of one entry
+WHITEOUT_PREFIX = b".wh."
+OPAQUE_MARKER = b".wh..wh..opq"
+LANDMARK = b".prefetch.landmark"
+NO_LANDMARK = b".no.prefetch.landmark"
+LANDMARK_CONTENT = b"\x0f"
+TOC_NAME = b"stargz.index.json"
+HIDDEN_AT_ROOT = frozenset({LANDMARK, NO_LANDMARK, TOC_NAME})
+
+
+class Kind(IntEnum):
+    """What an entry is. The numbers are stored in layer tables: append only."""
+
+    DIR = 1
+    REG = 2
+    SYMLINK = 3
+    CHAR = 4
+    BLOCK = 5
+    FIFO = 6
+    HARDLINK = 7
+    WHITEOUT = 8
+
+
+@dataclass(slots=True)
+class Entry:
+    """One entry of a tar or TOC. Paths are bytes, cleaned: no leading or trailing slash, no "." or ".."; b"" is the root.
+
+    Whiteouts are still ordinary files named `.wh.*` here; the layer table interprets them.
+    """
+
+    path: bytes
+    kind: Kind
+    mode: int  # permission bits, setuid, setgid, sticky: 07777
+    uid: int
+    gid: int
+    mtime_ns: int  # nanoseconds since the epoch, may be negative
+    size: int = 0  # REG: bytes of content; else 0
+    link: bytes = b""  # SYMLINK: the target verbatim; HARDLINK: cleaned path of the target in the same layer
+    rdev: tuple[int, int] = (0, 0)  # CHAR, BLOCK: major, minor
+    xattrs: tuple[tuple[bytes, bytes], ...] = ()  # sorted by name
+    uname: str = ""
+    gname: str = ""
+
+
+@dataclass(slots=True)
+class Chunk:
+    """A verified range of one file's content. `blob_offset` is where its frame starts; -1: a hole, all zeros, no frame."""
+
+    offset: int  # in the file
+    size: int  # bytes, uncompressed
+    blob_offset: int  # in the blob
+    inner_offset: int  # bytes from the start of the decompressed frame
+    digest: bytes  # sha256 of the uncompressed bytes, 32 bytes
+
+
+def clean_path(raw: bytes, error: type[FormatError]) -> bytes:
+    """Return an archive's name without leading "/" and "./", trailing "/", "//" and "." components.
+
+    Raise `error` for a name that leads out of the root, is too long or holds a NUL: these are attacks, not typos.
+    """
+    shown = raw[:200].decode("utf-8", "backslashreplace")
+    if b"\0" in raw:
+        raise error(f"the name {shown!r} holds a NUL byte")
+    if b"//" not in raw and b"./" not in raw and not raw.startswith(b"/") and not raw.endswith((b"/", b"/.", b"..")):
+        if raw == b".":
+            return b""
+        parts = raw.split(b"/") if len(raw) > MAX_NAME else ()
+        path = raw
+    else:
+        parts = [part for part in raw.split(b"/") if part not in (b"", b".")]
+        if b".." in parts:
+            raise error(f"the name {shown!r} leads out of the root")
+        path = b"/".join(parts)
+    if len(path) >= MAX_PATH or any(len(part) > MAX_NAME for part in parts):
+        raise error(f"the name {shown!r}… is longer than a file system takes")
+    return path
