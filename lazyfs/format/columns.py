@@ -1,0 +1,129 @@
+"""Files of typed columns: written once by the child process, mapped by everybody else, never parsed.
+
+    magic 8 | version u32 | number of columns u32 | sha256 of all behind the header (32) | total size u64 | pad to 64
+    per column: name 24 | typecode 1 | pad 7 | offset u64 | size u64                                  (48 bytes each)
+    the columns' bytes, each on an 8-byte boundary, in the machine's order (little endian only)
+
+Mapped columns cost no anonymous memory and no Python object a row; a restart parses nothing. The digest is checked when
+the file is opened, because a cache file is not to be trusted more than the disk it lies on.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import mmap
+import os
+import struct
+import sys
+from array import array
+from collections.abc import Mapping
+from pathlib import Path
+
+from lazyfs.errors import StoreBroken, StoreFull, TableInvalid
+
+_HEAD = struct.Struct("<8sII32sQ8x")
+_COLUMN = struct.Struct("<24sc7xQQ")
+_SIZES = {"B": 1, "H": 2, "I": 4, "Q": 8, "q": 8}
+_MAX_COLUMNS = 64
+
+Column = array | bytes | bytearray  # type: ignore[type-arg]
+
+
+def write_columns(path: Path, magic: bytes, version: int, columns: Mapping[str, Column]) -> None:
+    """Write a column file at `path` through a temporary neighbour and rename(2): whole or not at all. Blocking.
+
+    No fsync: a torn file fails its digest and is built again. Raise StoreFull or StoreBroken.
+    """
+    if sys.byteorder != "little":
+        raise StoreBroken("layer tables need a little-endian machine")
+    directory: list[bytes] = []
+    parts: list[tuple[int, memoryview]] = []
+    offset = _HEAD.size + _COLUMN.size * len(columns)
+    for name, column in columns.items():
+        view = memoryview(column)
+        typecode = column.typecode if isinstance(column, array) else "B"
+        offset = (offset + 7) & ~7
+        directory.append(_COLUMN.pack(name.encode(), typecode.encode(), offset, view.nbytes))
+        parts.append((offset, view.cast("B") if view.nbytes else memoryview(b"")))
+        offset += view.nbytes
+    body = bytearray(offset - _HEAD.size)
+    body[: _COLUMN.size * len(columns)] = b"".join(directory)
+    for start, view in parts:
+        body[start - _HEAD.size : start - _HEAD.size + len(view)] = view
+    head = _HEAD.pack(magic, version, len(columns), hashlib.sha256(body).digest(), offset)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with open(temporary, "wb", opener=_private) as handle:
+            handle.write(head)
+            handle.write(body)
+        os.rename(temporary, path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        kind = StoreFull if error.errno in (28, 122) else StoreBroken
+        raise kind(f"{path} can't be written: {error.strerror}") from None
+
+
+def _private(path: str, flags: int) -> int:
+    return os.open(path, flags | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+
+
+class Columns:
+    """A mapped column file. `view(name, typecode)` gives a read-only memoryview of items; close() drops the mapping."""
+
+    def __init__(self, path: Path, magic: bytes, version: int) -> None:
+        """Open, map and check the whole file (about 1 ms a megabyte). Raise TableInvalid for anything unexpected."""
+        self.path = path
+        self._views: list[memoryview] = []
+        try:
+            fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+            try:
+                size = os.fstat(fd).st_size
+                if size < _HEAD.size:
+                    raise TableInvalid(f"{path} is too short")
+                self._map = mmap.mmap(fd, size, prot=mmap.PROT_READ, flags=mmap.MAP_SHARED)
+            finally:
+                os.close(fd)
+        except OSError as error:
+            raise TableInvalid(f"{path} can't be mapped: {error.strerror}") from None
+        try:
+            self._directory = self._check(magic, version, size)
+        except BaseException:
+            self._map.close()
+            raise
+
+    def _check(self, magic: bytes, version: int, size: int) -> dict[str, tuple[str, int, int]]:
+        found_magic, found_version, count, body_digest, total = _HEAD.unpack_from(self._map)
+        if found_magic != magic or found_version != version or total != size or count > _MAX_COLUMNS:
+            raise TableInvalid(f"{self.path} is of another kind or version, or cut short")
+        with memoryview(self._map) as whole, whole[_HEAD.size :] as body:
+            if hashlib.sha256(body).digest() != body_digest:
+                raise TableInvalid(f"{self.path} is damaged")
+        directory = {}
+        for number in range(count):
+            name, typecode, offset, length = _COLUMN.unpack_from(self._map, _HEAD.size + number * _COLUMN.size)
+            code = typecode.decode("ascii", "replace")
+            if code not in _SIZES or offset + length > size or length % _SIZES[code]:
+                raise TableInvalid(f"{self.path} has a broken column")
+            directory[name.rstrip(b"\0").decode("ascii", "replace")] = (code, offset, length)
+        return directory
+
+    def view(self, name: str, typecode: str) -> memoryview:
+        """Return one column. Raise TableInvalid when it is missing or of another type."""
+        code, offset, length = self._directory.get(name, ("", 0, 0))
+        if code != typecode:
+            raise TableInvalid(f"{self.path} has no column {name} of type {typecode}")
+        whole = memoryview(self._map)
+        part = whole[offset : offset + length]
+        view = part if typecode == "B" else part.cast(typecode)  # type: ignore[call-overload]
+        self._views += [view, part, whole] if view is not part else [part, whole]
+        return view
+
+    def close(self) -> None:
+        """Release the views and the mapping. Views taken before are unusable afterwards."""
+        for view in self._views:
+            view.release()
+        self._views.clear()
+        self._map.close()
+
+    def __repr__(self) -> str:
+        return f"<Columns {self.path} {len(self._directory)} columns>"
