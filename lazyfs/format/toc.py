@@ -1,0 +1,353 @@
+"""The TOC of a layer: JSON to and from (Entry, chunks), every rule of the format checked on the way in.
+
+Source: specs/estargz.md section 2. A TOC is an attacker's input even when its digest is right: the digest proves who
+wrote it, not that it makes sense.
+
+Two fields are our own, and other readers pass them by: JSON holds no bytes that aren't UTF-8, so `nameRaw` and
+`linkNameRaw` (base64) stand beside a `name` or `linkName` that had to be written with U+FFFD; `xattrsRaw` does the same
+for names of extended attributes (base64 of name to base64 of value).
+"""
+
+from __future__ import annotations
+
+import binascii
+from base64 import b64decode, b64encode
+from collections.abc import Iterator
+from typing import Annotated, Literal
+
+import msgspec
+
+from lazyfs.digest import EMPTY
+from lazyfs.digest import text as digest_text
+from lazyfs.errors import TocInvalid
+from lazyfs.format.entry import MAX_FILE, MAX_PATH, MAX_XATTRS, Chunk, Entry, Kind, clean_path
+from lazyfs.format.rfc3339 import TimeTable
+from lazyfs.units import MiB
+
+MAX_TOC = 150 * MiB  # bytes, compressed and decompressed alike; containers/storage draws the line there too
+MAX_ENTRIES = 4_000_000  # names and chunks together
+MAX_CHUNK = 64 * MiB  # bytes; a chunk is held in memory whole
+MAX_INNER = 64 * MiB  # bytes before a chunk in its frame; they are decompressed to get at it
+MAX_ID = 0xFFFFFFFE  # chown(2) takes -1 for "leave it"
+MAX_MAJOR, MAX_MINOR = 0xFFF, 0xFFFFF  # what a Linux dev_t holds
+
+_KINDS = {
+    "dir": Kind.DIR,
+    "reg": Kind.REG,
+    "symlink": Kind.SYMLINK,
+    "hardlink": Kind.HARDLINK,
+    "char": Kind.CHAR,
+    "block": Kind.BLOCK,
+    "fifo": Kind.FIFO,
+}
+_Type = Literal["dir", "reg", "symlink", "hardlink", "char", "block", "fifo", "chunk"]
+_TYPE_OF: dict[Kind, _Type] = {
+    Kind.DIR: "dir",
+    Kind.REG: "reg",
+    Kind.SYMLINK: "symlink",
+    Kind.HARDLINK: "hardlink",
+    Kind.CHAR: "char",
+    Kind.BLOCK: "block",
+    Kind.FIFO: "fifo",
+}
+_Int = Annotated[int, msgspec.Meta(ge=0, le=(1 << 63) - 1)]
+_DIGEST_SIZE = 71  # characters of "sha256:<hex>"
+
+
+class _Json(msgspec.Struct, omit_defaults=True, rename="camel", gc=False):
+    """One element of `entries`, in the order in which fields are written."""
+
+    name: str
+    type: _Type
+    name_raw: bytes | None = None
+    size: _Int = 0
+    modtime: str = ""
+    link_name: str = ""
+    link_name_raw: bytes | None = None
+    mode: _Int = 0
+    uid: _Int = 0
+    gid: _Int = 0
+    user_name: str = ""
+    group_name: str = ""
+    dev_major: _Int = 0
+    dev_minor: _Int = 0
+    xattrs: dict[str, bytes | None] | None = None
+    xattrs_raw: dict[str, bytes] | None = None
+    digest: str = ""
+    offset: _Int = 0
+    inner_offset: _Int = 0
+    chunk_offset: _Int = 0
+    chunk_size: _Int = 0
+    chunk_digest: str = ""
+    chunk_type: str = ""
+
+
+class _Toc(msgspec.Struct):
+    version: int
+    entries: list[_Json]
+
+
+def parse_toc(raw: bytes, payload_end: int) -> Iterator[tuple[Entry, list[Chunk]]]:
+    """Check a TOC and yield its entries in blob order, each with the chunks of its content (empty unless REG).
+
+    `payload_end` is the blob offset behind the last frame; no chunk may start there or later. Landmarks and whiteouts
+    are yielded like other files, the TOC's own tar entry is not in a TOC. Names may still occur twice: see
+    `Namespace`. Pure; about 4 µs an entry, and the decoded JSON is held until the last one. Raise TocInvalid, possibly
+    only after some entries.
+    """
+    if len(raw) > MAX_TOC:
+        raise TocInvalid(f"the TOC has {len(raw)} bytes, more than the {MAX_TOC} allowed")
+    # Each element costs at least one brace: bounds the memory of decoding before it starts.
+    if raw.count(b"{") > 2 * MAX_ENTRIES:
+        raise TocInvalid(f"the TOC has more than {MAX_ENTRIES} entries")
+    try:
+        toc = msgspec.json.decode(raw, type=_Toc)
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+        raise TocInvalid(f"the TOC can't be decoded: {str(error)[:200]}") from None
+    if toc.version != 1:
+        raise TocInvalid(f"the TOC is of version {toc.version}, not 1")
+    if len(toc.entries) > MAX_ENTRIES:
+        raise TocInvalid(f"the TOC has more than {MAX_ENTRIES} entries")
+    return _Reader(payload_end).read(toc.entries)
+
+
+class _Reader:
+    """The state of one pass over a TOC: the file that waits for chunks, and the place in the blob."""
+
+    def __init__(self, payload_end: int) -> None:
+        self._payload_end = payload_end
+        self._times = TimeTable()
+        self._users: dict[int, str] = {}  # a user's name may be told at its first entry only
+        self._groups: dict[int, str] = {}
+        self._frame = -1  # blob offset of the frame of the last chunk
+        self._inner_end = 0  # bytes of that frame's decompressed form that are taken
+
+    def read(self, items: list[_Json]) -> Iterator[tuple[Entry, list[Chunk]]]:
+        number, total = 0, len(items)
+        while number < total:
+            item = items[number]
+            try:
+                if item.type == "chunk":
+                    raise TocInvalid("is a chunk of no file")
+                entry = self._entry(item)
+                chunks: list[Chunk] = []
+                if entry.size:
+                    number = self._chunks(items, number, chunks)
+            except TocInvalid as error:
+                raise TocInvalid(f"entry {number} of the TOC, {item.name[:200]!r}: {error.message}") from None
+            yield entry, chunks
+            number += 1
+
+    def _entry(self, item: _Json) -> Entry:
+        path = clean_path(_octets(item.name, item.name_raw), TocInvalid)
+        if item.uid > MAX_ID or item.gid > MAX_ID:
+            raise TocInvalid(f"has the owner {item.uid}:{item.gid}, which no file can have")
+        uname = self._users.setdefault(item.uid, item.user_name) if item.user_name == "" else item.user_name
+        gname = self._groups.setdefault(item.gid, item.group_name) if item.group_name == "" else item.group_name
+        self._users[item.uid], self._groups[item.gid] = uname, gname
+        entry = Entry(
+            path,
+            _KINDS[item.type],
+            item.mode & 0o7777,
+            item.uid,
+            item.gid,
+            self._times.parse(item.modtime) if item.modtime else 0,
+            uname=uname,
+            gname=gname,
+        )
+        kind = entry.kind
+        if kind is Kind.REG:
+            if item.size > MAX_FILE:
+                raise TocInvalid(f"has the size {item.size}, more than any file")
+            entry.size = item.size
+            if not item.size and item.digest not in ("", EMPTY):
+                raise TocInvalid("is empty, and its digest is not that of nothing")
+        elif kind is Kind.SYMLINK:
+            entry.link = _octets(item.link_name, item.link_name_raw)
+            if not entry.link or len(entry.link) >= MAX_PATH or b"\0" in entry.link:
+                raise TocInvalid("is a symlink whose target is empty, too long or holds a NUL byte")
+        elif kind is Kind.HARDLINK:
+            entry.link = clean_path(_octets(item.link_name, item.link_name_raw), TocInvalid)
+            if not entry.link:
+                raise TocInvalid("is a hard link to nothing")
+        elif kind is Kind.CHAR or kind is Kind.BLOCK:
+            if item.dev_major > MAX_MAJOR or item.dev_minor > MAX_MINOR:
+                raise TocInvalid(f"is the device {item.dev_major}:{item.dev_minor}, which can't be")
+            entry.rdev = (item.dev_major, item.dev_minor)
+        if item.xattrs or item.xattrs_raw:
+            entry.xattrs = _xattrs(item)
+        return entry
+
+    def _chunks(self, items: list[_Json], number: int, out: list[Chunk]) -> int:
+        """Collect the chunks of the file at `number`; return the number of the last element that belongs to it."""
+        file = items[number]
+        size, done = file.size, 0
+        while True:
+            item = items[number]
+            if item.chunk_type:
+                raise TocInvalid(f"has a chunk of type {item.chunk_type[:20]!r}, which is not read yet")
+            chunk_size = item.chunk_size or size - done
+            if item.chunk_offset != done or not 0 < chunk_size <= size - done:
+                raise TocInvalid(f"its chunk of {chunk_size} at {item.chunk_offset} does not follow {done} of {size}")
+            if chunk_size > MAX_CHUNK:
+                raise TocInvalid(f"has a chunk of {chunk_size} bytes, more than the {MAX_CHUNK} allowed")
+            self._place(item, chunk_size)
+            told = item.chunk_digest
+            if not told and chunk_size == size:
+                told = file.digest
+            out.append(Chunk(done, chunk_size, item.offset, item.inner_offset, _digest(told)))
+            done += chunk_size
+            if done == size:
+                break
+            number += 1
+            if number == len(items) or items[number].type != "chunk":
+                raise TocInvalid(f"has chunks for {done} of its {size} bytes")
+            if items[number].name not in (file.name, ""):
+                raise TocInvalid(f"is followed by a chunk of {items[number].name[:200]!r}")
+        if file.digest and file.digest is not told:
+            _digest(file.digest)
+        return number
+
+    def _place(self, item: _Json, size: int) -> None:
+        """Check that a chunk lies behind the one before it: content of one stream can't overlap."""
+        if item.offset >= self._payload_end:
+            raise TocInvalid(f"its content at {item.offset} lies behind the last frame's end, {self._payload_end}")
+        if item.inner_offset > MAX_INNER:
+            raise TocInvalid(f"its content lies {item.inner_offset} bytes into a frame, more than {MAX_INNER}")
+        if item.offset < self._frame or (item.offset == self._frame and item.inner_offset < self._inner_end):
+            raise TocInvalid(f"its content at {item.offset}+{item.inner_offset} is not in blob order")
+        self._frame, self._inner_end = item.offset, item.inner_offset + size
+
+
+def _digest(text: str) -> bytes:
+    try:
+        if len(text) == _DIGEST_SIZE and text.startswith("sha256:") and text.islower():
+            raw = bytes.fromhex(text[7:])
+            if len(raw) == 32:
+                return raw
+    except ValueError:
+        pass
+    raise TocInvalid(f"has content without a sha256 digest for it: {text[:80]!r}")
+
+
+def _octets(text: str, raw: bytes | None) -> bytes:
+    if raw is None:
+        return text.encode()
+    if raw.decode("utf-8", "replace") != text or _is_utf8(raw):
+        raise TocInvalid(f"has the raw name {raw[:200]!r}, which is not what {text[:200]!r} stands for")
+    return raw
+
+
+def _is_utf8(raw: bytes) -> bool:
+    try:
+        raw.decode()
+    except UnicodeDecodeError:
+        return False
+    return True
+
+
+def _xattrs(item: _Json) -> tuple[tuple[bytes, bytes], ...]:
+    pairs = {name.encode(): value or b"" for name, value in (item.xattrs or {}).items()}
+    for coded, value in (item.xattrs_raw or {}).items():
+        try:
+            name = b64decode(coded, validate=True)
+        except (binascii.Error, ValueError):
+            raise TocInvalid(f"has an extended attribute whose name {coded[:80]!r} is not base64") from None
+        if _is_utf8(name):
+            raise TocInvalid(f"has the raw attribute name {name[:80]!r}, which needs none")
+        pairs[name] = value
+    if any(not name or len(name) > 255 or b"\0" in name for name in pairs):
+        raise TocInvalid("has an extended attribute whose name no file system takes")
+    if sum(len(name) + len(value) for name, value in pairs.items()) > MAX_XATTRS:
+        raise TocInvalid(f"has more than {MAX_XATTRS} bytes of extended attributes")
+    return tuple(sorted(pairs.items()))
+
+
+class TocWriter:
+    """Collect entries in blob order with `add`, then take the JSON with `finish`. Not thread-safe.
+
+    The same entries give the same bytes everywhere: fixed order of fields, no white space, sorted attributes. Holds
+    the encoded form only, at most MAX_TOC bytes.
+    """
+
+    def __init__(self) -> None:
+        self._out = bytearray(b'{"version":1,"entries":[')
+        self._encode_into = msgspec.json.Encoder().encode_into
+        self._times = TimeTable()
+        self._users: dict[int, str] = {}
+        self._groups: dict[int, str] = {}
+        self._count = 0
+
+    def add(self, entry: Entry, digest: bytes | None, chunks: list[Chunk]) -> None:
+        """Append one entry. `digest` is the sha256 of a regular file's content, else None; `chunks` cover the content.
+
+        A device number, owner or name that `parse_toc` would refuse raises TocInvalid here.
+        """
+        kind = entry.kind
+        name, name_raw = _text(entry.path + b"/" if kind is Kind.DIR and entry.path else entry.path or b"./")
+        type_name = _TYPE_OF.get(kind)
+        if type_name is None or entry.uid > MAX_ID or entry.gid > MAX_ID or min(entry.uid, entry.gid, entry.size) < 0:
+            raise TocInvalid(f"{name[:200]!r} has a kind, owner or size that a TOC can't tell")
+        item = _Json(name, type_name, name_raw, mode=entry.mode & 0o7777, uid=entry.uid, gid=entry.gid)
+        if entry.mtime_ns:
+            item.modtime = self._times.format(entry.mtime_ns)
+        if entry.uname and self._users.get(entry.uid) != entry.uname:
+            item.user_name = self._users[entry.uid] = entry.uname
+        if entry.gname and self._groups.get(entry.gid) != entry.gname:
+            item.group_name = self._groups[entry.gid] = entry.gname
+        if kind is Kind.SYMLINK or kind is Kind.HARDLINK:
+            item.link_name, item.link_name_raw = _text(entry.link)
+        elif kind is Kind.CHAR or kind is Kind.BLOCK:
+            item.dev_major, item.dev_minor = entry.rdev
+            if not (0 <= item.dev_major <= MAX_MAJOR and 0 <= item.dev_minor <= MAX_MINOR):
+                raise TocInvalid(f"{name[:200]!r} is the device {entry.rdev}, which can't be")
+        if entry.xattrs:
+            self._add_xattrs(item, entry)
+        if kind is not Kind.REG:
+            self._put(item)
+            return
+        item.size = entry.size
+        item.digest = digest_text(digest) if digest is not None else ""
+        if sum(chunk.size for chunk in chunks) != entry.size:
+            raise TocInvalid(f"{name[:200]!r} has chunks that don't make up its {entry.size} bytes")
+        for number, chunk in enumerate(chunks):
+            if number:
+                item = _Json(name, "chunk", name_raw)
+            item.offset, item.inner_offset, item.chunk_offset = chunk.blob_offset, chunk.inner_offset, chunk.offset
+            item.chunk_digest = digest_text(chunk.digest)
+            if number < len(chunks) - 1:
+                item.chunk_size = chunk.size
+            self._put(item)
+        if not chunks:
+            self._put(item)
+
+    def _add_xattrs(self, item: _Json, entry: Entry) -> None:
+        known: dict[str, bytes | None] = {}
+        odd: dict[str, bytes] = {}
+        for key, value in sorted(entry.xattrs):
+            if _is_utf8(key):
+                known[key.decode()] = value
+            else:
+                odd[b64encode(key).decode()] = value
+        item.xattrs, item.xattrs_raw = known or None, odd or None
+
+    def _put(self, item: _Json) -> None:
+        out = self._out
+        if self._count:
+            out += b","
+        self._count += 1
+        self._encode_into(item, out, len(out))
+        if len(out) > MAX_TOC or self._count > MAX_ENTRIES:
+            raise TocInvalid(f"the layer needs a TOC of more than {MAX_TOC} bytes or {MAX_ENTRIES} entries")
+
+    def finish(self) -> bytes:
+        """Return the whole TOC. Nothing can be added afterwards."""
+        self._out += b"]}"
+        return bytes(self._out)
+
+
+def _text(raw: bytes) -> tuple[str, bytes | None]:
+    try:
+        return raw.decode(), None
+    except UnicodeDecodeError:
+        return raw.decode("utf-8", "replace"), raw
