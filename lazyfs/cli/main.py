@@ -128,18 +128,17 @@ def _add_globals(parser: argparse.ArgumentParser, *, first: bool) -> None:
     """Add the global flags. Behind the command they don't overwrite what stood before it, and yield to its own -v."""
     group = parser.add_argument_group("global options")
 
-    def add(*names: str, default: Any, **how: Any) -> None:
-        how["default"] = default if first else argparse.SUPPRESS
+    def add(names: tuple[str, ...], default: Any, **how: Any) -> None:
         try:
-            group.add_argument(*names, **how)
+            group.add_argument(*names, default=default if first else argparse.SUPPRESS, **how)
         except argparse.ArgumentError:
             if len(names) > 1:
-                add(*names[1:], default=default, **how)
+                add(names[1:], default, **how)
 
-    add("--root", metavar="DIR", default=None, help="the store's directory instead of the configured one")
-    add("--config", metavar="FILE", default=None, help="config file instead of the usual one")
-    add("-v", "--verbose", action="count", default=0, help="log more (twice: everything), show tracebacks")
-    add("-q", "--quiet", action="store_true", default=False, help="no remarks and no progress")
+    add(("--root",), None, metavar="DIR", help="the store's directory instead of the configured one")
+    add(("--config",), None, metavar="FILE", help="config file instead of the usual one")
+    add(("-v", "--verbose"), 0, action="count", help="log more (twice: everything), show tracebacks")
+    add(("-q", "--quiet"), False, action="store_true", help="no remarks and no progress")
 
 
 def _parse(argv: Sequence[str]) -> tuple[str, argparse.Namespace]:
@@ -150,7 +149,9 @@ def _parse(argv: Sequence[str]) -> tuple[str, argparse.Namespace]:
         near = difflib.get_close_matches(name, COMMANDS, n=1)
         raise UsageError(f"no command {name!r}", hint=f"did you mean {near[0]}?" if near else "see lazyfs --help")
     parser = build_parser(name)
-    args = parser.parse_args(list(argv))
+    args, unknown = parser.parse_known_args(list(argv))
+    if unknown:
+        raise UsageError(f"unknown argument {unknown[0]!r}", hint=f"see {' '.join(('lazyfs', name)).rstrip()} --help")
     if not name:
         raise UsageError("no command given", hint="see lazyfs --help")
     return name, args

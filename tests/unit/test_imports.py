@@ -1,0 +1,126 @@
+"""Who imports whom: the arrows of docs/architecture.md, read off the syntax trees of the whole code."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+VALUES = ("errors", "digest", "units", "oci", "reference", "config", "log", "stats")
+PACKAGES = ("format", "registry", "chunks", "mount", "container", "cli")
+MODULES = ("tree", "child", "control_client")
+
+# Each part and the parts that it may import; itself always. `import lazyfs` (the version) counts as "values".
+ARROWS: dict[str, set[str]] = {
+    "values": set(),
+    "format": {"values"},
+    "registry": {"values"},
+    "chunks": {"values", "format", "registry"},
+    "tree": {"values", "format"},
+    "child": {"values", "format", "tree"},
+    "mount": {"values", "format", "registry", "chunks", "tree", "child"},
+    "control_client": {"values"},
+    "container": {"values"},
+    "indexer": {"values", "format", "registry"},
+    "snapshotter": {"values", "control_client"},
+    "cli": {
+        "values", "format", "registry", "chunks", "tree", "child", "mount", "control_client", "container", "indexer",
+    },
+}  # fmt: skip
+
+# Foreign libraries and the only parts that may know them.
+OWNERS: dict[str, set[str]] = {
+    "pyfuse3": {"mount"},
+    "trio": {"mount"},
+    "requests": {"registry"},
+    "urllib3": {"registry"},
+    "grpc": {"snapshotter"},
+    "lru": {"chunks"},
+    "sqlite3": {"chunks", "snapshotter"},
+    "argparse": {"cli", "mount", "child"},
+}
+PURE_BANS = {"socket", "subprocess", "threading", "http", "urllib", "tempfile", "shutil", "sqlite3"}
+
+
+def part_of(module: str) -> str:
+    """Return the part of the code that `module` (dotted) belongs to; "" for foreign ones."""
+    words = module.split(".")
+    if words[0] in ("indexer", "snapshotter"):
+        return words[0]
+    if words[0] != "lazyfs":
+        return ""
+    if len(words) == 1 or words[1] in VALUES or words[1].startswith("__"):
+        return "values"
+    assert words[1] in PACKAGES + MODULES, f"{module} belongs to no part that docs/architecture.md names"
+    return words[1]
+
+
+def imports_of(path: Path) -> Iterator[tuple[int, str]]:
+    """Yield (line, dotted module) of every import in a file, those inside functions and TYPE_CHECKING too."""
+    for node in ast.walk(ast.parse(path.read_bytes(), str(path))):
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                yield node.lineno, alias.name
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}:{node.lineno}: relative imports hide who imports whom"
+            module = node.module or ""
+            if module == "lazyfs":
+                for alias in node.names:
+                    inner = f"lazyfs.{alias.name}"
+                    yield node.lineno, "lazyfs" if alias.name.startswith("__") else inner
+            else:
+                yield node.lineno, module
+
+
+def sources() -> list[Path]:
+    found = [p for top in ("lazyfs", "indexer", "snapshotter") for p in sorted((ROOT / top).rglob("*.py"))]
+    assert len(found) > 20
+    return found
+
+
+def name_of(path: Path) -> str:
+    parts = list(path.relative_to(ROOT).with_suffix("").parts)
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+@pytest.mark.parametrize("path", sources(), ids=name_of)
+def test_arrows(path: Path) -> None:
+    name = name_of(path)
+    here = "cli" if name == "lazyfs.__main__" else part_of(name)
+    wrong = []
+    for line, module in imports_of(path):
+        there = part_of(module)
+        if there and there != here and there not in ARROWS[here]:
+            wrong.append(f"line {line}: {name} ({here}) imports {module} ({there})")
+        top = module.split(".")[0]
+        if top in OWNERS and here not in OWNERS[top]:
+            wrong.append(f"line {line}: {name} ({here}) imports {module}, which only {sorted(OWNERS[top])} may")
+        if here == "format" and top in PURE_BANS:
+            wrong.append(f"line {line}: {name} is pure: bytes in, objects out; it imports {module}")
+    assert not wrong, "\n".join(wrong)
+
+
+@pytest.mark.parametrize("path", sources(), ids=name_of)
+def test_no_vague_module_names(path: Path) -> None:
+    assert not {"manager", "helper", "helpers", "util", "utils"} & set(name_of(path).split("."))
+
+
+def test_the_document_names_every_part() -> None:
+    text = (ROOT / "docs" / "architecture.md").read_text("utf-8")
+    for part in (*PACKAGES, *MODULES, *VALUES):
+        assert part in text, f"docs/architecture.md does not tell of {part}"
+
+
+def test_importing_any_module_starts_nothing() -> None:
+    """At import a module defines things; statements with effects belong into functions."""
+    allowed = (
+        ast.Import, ast.ImportFrom, ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef, ast.Assign, ast.AnnAssign,
+        ast.If, ast.Try,
+    )  # fmt: skip
+    for path in sources():
+        for node in ast.parse(path.read_bytes()).body:
+            is_docstring = isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
+            assert is_docstring or isinstance(node, allowed), f"{path}:{node.lineno}: work at import time"
