@@ -10,8 +10,8 @@ for names of extended attributes (base64 of name to base64 of value).
 
 from __future__ import annotations
 
-import binascii
 from base64 import b64decode, b64encode
+from binascii import unhexlify
 from collections.abc import Iterator
 from typing import Annotated, Literal
 
@@ -51,7 +51,6 @@ _TYPE_OF: dict[Kind, _Type] = {
     Kind.FIFO: "fifo",
 }
 _Int = Annotated[int, msgspec.Meta(ge=0, le=(1 << 63) - 1)]
-_DIGEST_SIZE = 71  # characters of "sha256:<hex>"
 
 
 class _Json(msgspec.Struct, omit_defaults=True, rename="camel", gc=False):
@@ -142,19 +141,17 @@ class _Reader:
         path = clean_path(_octets(item.name, item.name_raw), TocInvalid)
         if item.uid > MAX_ID or item.gid > MAX_ID:
             raise TocInvalid(f"has the owner {item.uid}:{item.gid}, which no file can have")
-        uname = self._users.setdefault(item.uid, item.user_name) if item.user_name == "" else item.user_name
-        gname = self._groups.setdefault(item.gid, item.group_name) if item.group_name == "" else item.group_name
-        self._users[item.uid], self._groups[item.gid] = uname, gname
-        entry = Entry(
-            path,
-            _KINDS[item.type],
-            item.mode & 0o7777,
-            item.uid,
-            item.gid,
-            self._times.parse(item.modtime) if item.modtime else 0,
-            uname=uname,
-            gname=gname,
-        )
+        uid, gid, uname, gname = item.uid, item.gid, item.user_name, item.group_name
+        if uname:
+            self._users[uid] = uname
+        elif self._users:
+            uname = self._users.get(uid, "")
+        if gname:
+            self._groups[gid] = gname
+        elif self._groups:
+            gname = self._groups.get(gid, "")
+        mtime_ns = self._times.parse(item.modtime) if item.modtime else 0
+        entry = Entry(path, _KINDS[item.type], item.mode & 0o7777, uid, gid, mtime_ns, 0, b"", (0, 0), (), uname, gname)
         kind = entry.kind
         if kind is Kind.REG:
             if item.size > MAX_FILE:
@@ -204,7 +201,7 @@ class _Reader:
                 raise TocInvalid(f"has chunks for {done} of its {size} bytes")
             if items[number].name not in (file.name, ""):
                 raise TocInvalid(f"is followed by a chunk of {items[number].name[:200]!r}")
-        if file.digest and file.digest is not told:
+        if file.digest and file.digest != told:
             _digest(file.digest)
         return number
 
@@ -221,12 +218,11 @@ class _Reader:
 
 def _digest(text: str) -> bytes:
     try:
-        if len(text) == _DIGEST_SIZE and text.startswith("sha256:") and text.islower():
-            raw = bytes.fromhex(text[7:])
-            if len(raw) == 32:
-                return raw
+        raw = unhexlify(text[7:])
     except ValueError:
-        pass
+        raw = b""
+    if len(raw) == 32 and text[:7] == "sha256:" and text.islower():  # unhexlify takes capitals too
+        return raw
     raise TocInvalid(f"has content without a sha256 digest for it: {text[:80]!r}")
 
 
@@ -251,7 +247,7 @@ def _xattrs(item: _Json) -> tuple[tuple[bytes, bytes], ...]:
     for coded, value in (item.xattrs_raw or {}).items():
         try:
             name = b64decode(coded, validate=True)
-        except (binascii.Error, ValueError):
+        except ValueError:
             raise TocInvalid(f"has an extended attribute whose name {coded[:80]!r} is not base64") from None
         if _is_utf8(name):
             raise TocInvalid(f"has the raw attribute name {name[:80]!r}, which needs none")
