@@ -1,0 +1,184 @@
+"""The catalog's database file: opened, checked for its version, begun anew when damaged. SQLite errors translated."""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import sqlite3
+import stat
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from lazyfs.errors import StoreBroken, StoreFull
+
+log = logging.getLogger(__name__)
+
+SCHEMA_VERSION = 1
+BUSY_TIMEOUT = 5.0  # seconds to wait for another process's transaction
+_DAMAGED = frozenset({sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB})
+_SUFFIXES = ("", "-wal", "-shm")
+
+_SCHEMA = """
+CREATE TABLE schema (version INTEGER NOT NULL);
+CREATE TABLE numbers (number INTEGER PRIMARY KEY, key TEXT NOT NULL UNIQUE);
+CREATE TABLE layers (
+    digest TEXT PRIMARY KEY, blob_size INTEGER NOT NULL, data_size INTEGER NOT NULL, last_use INTEGER NOT NULL,
+    pinned INTEGER NOT NULL DEFAULT 0, verified INTEGER NOT NULL DEFAULT 0, quarantine TEXT NOT NULL DEFAULT '');
+CREATE TABLE chunk_places (
+    digest BLOB NOT NULL, number INTEGER NOT NULL, chunk INTEGER NOT NULL,
+    PRIMARY KEY (digest, number, chunk)) WITHOUT ROWID;
+CREATE TABLE indexed (number INTEGER PRIMARY KEY);
+CREATE TABLE documents (
+    digest TEXT PRIMARY KEY, body BLOB NOT NULL, size INTEGER NOT NULL, last_use INTEGER NOT NULL);
+CREATE TABLE resolved (
+    reference TEXT NOT NULL, platform TEXT NOT NULL, digest TEXT NOT NULL, time INTEGER NOT NULL,
+    PRIMARY KEY (reference, platform));
+CREATE TABLE mounts (
+    id TEXT PRIMARY KEY, image TEXT NOT NULL, manifest_digest TEXT NOT NULL, dir BLOB NOT NULL, kind TEXT NOT NULL,
+    state_dir BLOB NOT NULL, pid INTEGER NOT NULL, tree_key TEXT NOT NULL);
+"""
+
+
+def _code(error: sqlite3.Error) -> int:
+    """The primary result code; extended ones carry it in the low byte."""
+    return int(getattr(error, "sqlite_errorcode", 0)) & 0xFF
+
+
+def is_damage(error: sqlite3.Error) -> bool:
+    """Tell whether the file itself is malformed, as opposed to a disk or a lock."""
+    return _code(error) in _DAMAGED
+
+
+@contextmanager
+def translated(path: Path) -> Iterator[None]:
+    """Turn sqlite3's errors into StoreFull and StoreBroken.
+
+    A file found malformed in the middle of the work is left in place and marked: its numbers are in use, so only the
+    next start may begin anew.
+    """
+    try:
+        yield
+    except sqlite3.Error as error:
+        code = _code(error)
+        if code == sqlite3.SQLITE_FULL:
+            raise StoreFull(f"the catalog {path} can't grow: the disk is full", hint="free some space") from None
+        if code in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED):
+            raise StoreBroken(
+                f"the catalog {path} is locked by another process for more than {BUSY_TIMEOUT:.0f} s"
+            ) from None
+        if code in _DAMAGED:
+            _mark_damaged(path)
+            raise StoreBroken(f"the catalog {path} is damaged", hint="it is begun anew at the next start") from None
+        raise StoreBroken(f"the catalog {path} can't be used: {error}") from None
+
+
+def _marker(path: Path) -> Path:
+    return path.with_name(path.name + ".damaged")
+
+
+def _mark_damaged(path: Path) -> None:
+    try:
+        _marker(path).touch(mode=0o600)
+    except OSError as error:
+        log.warning("the damaged catalog %s can't be marked: %s", path, error)
+
+
+def _create(path: Path) -> None:
+    """Make the file with its mode before SQLite would; refuse anything but a regular file of ours under its name."""
+    flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+    try:
+        fd = os.open(path, flags, 0o600)
+        try:
+            found = os.fstat(fd)
+        finally:
+            os.close(fd)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise StoreFull(f"the catalog {path} can't be made: {error.strerror}", hint="free some space") from None
+        raise StoreBroken(f"the catalog {path} can't be opened: {error.strerror}") from None
+    if not stat.S_ISREG(found.st_mode) or found.st_uid != os.geteuid() or found.st_nlink != 1:
+        raise StoreBroken(f"the catalog {path} is not a file of ours", hint="remove it")
+
+
+def _connect(path: Path) -> sqlite3.Connection:
+    connection = sqlite3.connect(path, timeout=BUSY_TIMEOUT, isolation_level=None, check_same_thread=False)
+    try:
+        connection.execute("PRAGMA journal_mode=WAL")
+        connection.execute("PRAGMA synchronous=NORMAL")
+        connection.execute("PRAGMA trusted_schema=OFF")
+        connection.execute("PRAGMA cell_size_check=ON")
+        _prepare(connection, path)
+    except BaseException:
+        connection.close()
+        raise
+    return connection
+
+
+def _prepare(connection: sqlite3.Connection, path: Path) -> None:
+    connection.execute("BEGIN IMMEDIATE")
+    try:
+        known = connection.execute("SELECT count(*) FROM sqlite_master WHERE name = 'schema'").fetchone()[0]
+        if not known:
+            for statement in filter(str.strip, _SCHEMA.split(";")):
+                connection.execute(statement)
+            connection.execute("INSERT INTO schema VALUES (?)", (SCHEMA_VERSION,))
+        row = connection.execute("SELECT max(version) FROM schema").fetchone()
+        version = row[0] if isinstance(row[0], int) else 0
+        connection.execute("COMMIT")
+    except BaseException:
+        connection.rollback()
+        raise
+    if version > SCHEMA_VERSION:
+        raise StoreBroken(
+            f"the catalog {path} was written by a newer lazyfs", hint="use that version, or another --root"
+        )
+    if version != SCHEMA_VERSION:
+        raise sqlite3.DatabaseError("the schema's version makes no sense")
+
+
+def _move_aside(path: Path) -> Path:
+    aside = path.with_name(f"{path.name}.damaged-{int(time.time())}")
+    try:
+        for suffix in _SUFFIXES:
+            source = path.with_name(path.name + suffix)
+            if source.exists():
+                source.rename(aside.with_name(aside.name + suffix))
+        _marker(path).unlink(missing_ok=True)
+    except OSError as error:
+        raise StoreBroken(f"the damaged catalog {path} can't be moved aside: {error.strerror}") from None
+    return aside
+
+
+def open_database(path: Path) -> sqlite3.Connection:
+    """Open the catalog's file in WAL mode, mode 0600, made where missing. Blocking, up to BUSY_TIMEOUT.
+
+    A damaged file is moved aside and begun anew, with a warning. Raise StoreFull, or StoreBroken (also for a newer
+    version, and for anything but a file of ours under that name).
+    """
+    if os.path.lexists(_marker(path)):
+        _begin_anew(path, "it was found damaged earlier")
+    _create(path)
+    try:
+        return _connect(path)
+    except sqlite3.Error as error:
+        # An error without a code is our own finding about the schema, or a table that is not what it should be.
+        if not is_damage(error) and _code(error) not in (0, sqlite3.SQLITE_ERROR):
+            with translated(path):
+                raise
+        _begin_anew(path, str(error))
+    _create(path)
+    with translated(path):
+        return _connect(path)
+
+
+def _begin_anew(path: Path, reason: str) -> None:
+    aside = _move_aside(path)
+    log.warning(
+        "the catalog was damaged (%s), is kept as %s and begun anew: layers are found again when they are used, "
+        "but pins are lost and have to be set again",
+        reason,
+        aside,
+    )

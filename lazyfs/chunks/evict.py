@@ -1,0 +1,196 @@
+"""Keep the store within its bound: least recently used segments go first, pinned layers stay.
+
+A segment's chunks are forgotten before their blocks are freed, so that nobody is promised bytes that are going. Whoever
+reads at that moment sees a miss: the hash decides, not the order of events.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Protocol
+
+from lazyfs.chunks.layer_files import SEGMENT, LayerFiles
+from lazyfs.errors import StoreError
+
+log = logging.getLogger(__name__)
+
+LOW_WATER = 0.9  # of the bound: where an eviction stops
+ADMIT_WAIT = 1.0  # seconds that a write waits for an eviction under way before it is passed by
+HOPELESS_FOR = 10.0  # seconds until an eviction that could free nothing is tried again
+WHOLE_LAYER = -1
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class Candidate:
+    """A segment that could go; WHOLE_LAYER: a layer directory without data. The least goes first."""
+
+    last_use: int  # seconds since the epoch
+    mounted: bool
+    digest: str
+    segment: int
+
+
+class Shelf(Protocol):
+    """What the evictor needs of the store."""
+
+    def digests(self) -> list[str]: ...
+    def borrow(self, digest: str) -> AbstractContextManager[LayerFiles | None]: ...
+    def is_mounted(self, digest: str) -> bool: ...
+    def directory_usage(self, digest: str) -> int: ...
+    def remove_layer(self, digest: str) -> bool: ...
+
+
+class Budget:
+    """The bytes that the store takes and may take. Thread-safe. An estimate between two scans, never too low."""
+
+    def __init__(self, bound: int, *, monotonic: Callable[[], float] = time.monotonic) -> None:
+        self.bound = max(0, bound)
+        self.used = 0
+        self.passed_by = 0  # writes not made for want of room
+        self._monotonic = monotonic
+        self._changed = threading.Condition()
+        self._hopeless_until = 0.0
+        self.wake: Callable[[], None] = lambda: None  # set by the evictor
+
+    @property
+    def over(self) -> bool:
+        return self.used > self.bound
+
+    def admit(self, size: int) -> bool:
+        """Tell whether `size` bytes may be written now. Waits ADMIT_WAIT at most for an eviction to make room."""
+        limit = self.bound + SEGMENT
+        if self.used + size <= limit:
+            return True
+        self.wake()
+        deadline = self._monotonic() + ADMIT_WAIT
+        with self._changed:
+            while self.bound and self.used + size > limit:
+                now = self._monotonic()
+                if now >= deadline or now < self._hopeless_until or not self._changed.wait(deadline - now):
+                    break
+            if self.bound and self.used + size <= limit:
+                return True
+            self.passed_by += 1
+            return False
+
+    def note_written(self, size: int) -> None:
+        """Count bytes that were written; over the bound an eviction starts beside the caller."""
+        with self._changed:
+            self.used += size
+        if self.over:
+            self.wake()
+
+    def set_used(self, used: int) -> None:
+        """Put the truth in place of the estimate."""
+        with self._changed:
+            self.used = used
+            self._changed.notify_all()
+
+    def freed(self, size: int) -> None:
+        """Count bytes that an eviction freed, and let waiting writers look again."""
+        with self._changed:
+            self.used = max(0, self.used - size)
+            self._changed.notify_all()
+
+    def set_hopeless(self) -> None:
+        """Note that nothing more can be evicted: for a while writes don't wait and no eviction is tried."""
+        with self._changed:
+            self._hopeless_until = self._monotonic() + HOPELESS_FOR
+            self._changed.notify_all()
+
+    @property
+    def hopeless(self) -> bool:
+        return self._monotonic() < self._hopeless_until
+
+
+class Evictor:
+    """Frees least recently used segments until the low-water mark. One pass at a time, in a thread of its own."""
+
+    def __init__(self, shelf: Shelf, budget: Budget, pinned: Callable[[], frozenset[str]]) -> None:
+        self._shelf = shelf
+        self._budget = budget
+        self._pinned = pinned  # may raise StoreError: then nothing is evicted, for the pins are not known
+        self._running = threading.Lock()
+        self._start = threading.Lock()
+        self._thread: threading.Thread | None = None
+        self._closed = False
+        self.evicted = 0  # bytes freed since the start
+        budget.wake = self.wake
+
+    def wake(self) -> None:
+        """Start a pass unless one is running or would be in vain. Doesn't block."""
+        with self._start:
+            if self._closed or self._budget.hopeless or (self._thread is not None and self._thread.is_alive()):
+                return
+            self._thread = threading.Thread(target=self.run, name="lazyfs-evict", daemon=True)
+            self._thread.start()
+
+    def close(self, timeout: float = 10.0) -> None:
+        """Start no more passes and wait `timeout` seconds at most for the running one, which stops early."""
+        with self._start:
+            self._closed = True
+            thread = self._thread
+        if thread is not None:
+            thread.join(timeout)
+
+    def scan(self) -> int:
+        """Count what the store takes on disk. Blocking: a few stats a layer. Return bytes."""
+        used = sum(self._shelf.directory_usage(digest) for digest in self._shelf.digests())
+        self._budget.set_used(used)
+        return used
+
+    def run(self) -> int:
+        """Make one pass. Blocking. Return the bytes freed: 0 when the store is within its bound. Never raises."""
+        with self._running:
+            if self.scan() <= self._budget.bound:
+                return 0
+            target = int(self._budget.bound * LOW_WATER)
+            try:
+                pinned = self._pinned()
+            except StoreError as error:
+                log.warning("nothing is evicted while the pins are not known: %s", error)
+                self._budget.set_hopeless()
+                return 0
+            freed = 0
+            for candidate in self._candidates(pinned):
+                if self._budget.used <= target or self._closed:
+                    break
+                size = self._evict(candidate)
+                freed += size
+                self._budget.freed(size)
+            self.evicted += freed
+            if self.scan() > self._budget.bound and not self._closed:
+                log.warning("the store takes %d bytes, the bound is %d", self._budget.used, self._budget.bound)
+                self._budget.set_hopeless()
+            return freed
+
+    def _candidates(self, pinned: frozenset[str]) -> Iterator[Candidate]:
+        found: list[Candidate] = []
+        for digest in self._shelf.digests():
+            if digest in pinned:
+                continue
+            mounted = self._shelf.is_mounted(digest)
+            with self._shelf.borrow(digest) as files:
+                segments = files.segments_with_data() if files is not None else []
+                found += [Candidate(use, mounted, digest, segment) for segment, use in segments]
+                if not segments and not mounted:
+                    found.append(Candidate(files.last_use() if files else 0, mounted, digest, WHOLE_LAYER))
+        found.sort()
+        return iter(found)
+
+    def _evict(self, candidate: Candidate) -> int:
+        digest, freed, empty = candidate.digest, 0, True
+        with self._shelf.borrow(digest) as files:
+            if files is not None and candidate.segment != WHOLE_LAYER:
+                freed = files.evict(candidate.segment)
+                empty = files.disk_usage() == 0
+        if empty and not self._shelf.is_mounted(digest):
+            rest = self._shelf.directory_usage(digest)
+            if self._shelf.remove_layer(digest):
+                freed += rest
+        return freed

@@ -1,0 +1,223 @@
+"""One layer's chunks on the local disk: bytes that hash to what the layer table promises, or nothing."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Callable, Iterator, Sequence
+from itertools import compress
+from pathlib import Path
+from typing import Protocol
+
+from lazyfs.chunks.health import DiskHealth
+from lazyfs.chunks.holes import drop_pages
+from lazyfs.chunks.layer_files import LayerFiles, Layout
+from lazyfs.chunks.private_files import OwnedFd
+from lazyfs.format.table import FORM_PLAIN, NO_FRAME
+from lazyfs.units import PAGE, MiB
+
+MAX_CHUNK = 64 * MiB  # bytes; the formats' bound on a chunk, checked again because it becomes a buffer
+_RUN_BYTES = 8 * MiB  # bytes of one write
+_RUN_PIECES = 500  # chunks of one write; with the padding in between below IOV_MAX (1024)
+_ZEROS = bytes(PAGE)
+
+
+class ChunkTable(Layout, Protocol):
+    """What the store needs of a layer table (`lazyfs.format.table.LayerTable`)."""
+
+    @property
+    def path(self) -> Path: ...
+    @property
+    def form(self) -> int: ...
+    @property
+    def chunk_size(self) -> Sequence[int]: ...
+    @property
+    def chunk_frame(self) -> Sequence[int]: ...
+    def chunk_digest(self, chunk: int) -> bytes: ...
+
+
+class Room(Protocol):
+    """The bound on all layers together."""
+
+    def admit(self, size: int) -> bool: ...
+    def note_written(self, size: int) -> None: ...
+
+
+def _holes(table: ChunkTable) -> frozenset[int]:
+    """Chunks that are holes of sparse files: all zeros, in no frame, never stored."""
+    if table.form == FORM_PLAIN:
+        return frozenset()
+    return frozenset(chunk for chunk, frame in enumerate(table.chunk_frame) if frame == NO_FRAME)
+
+
+class LayerStore:
+    """A layer's chunk store. Thread-safe; methods block on the local disk at most and never raise for what it does.
+
+    Chunks are numbered as in the layer table; a number outside it is an IndexError. Made by `Store.open_layer`.
+    """
+
+    def __init__(
+        self, files: LayerFiles, table: ChunkTable, room: Room, health: DiskHealth, release: Callable[[], None]
+    ) -> None:
+        self.table = table
+        self.damaged = 0  # chunks that were marked present and had other bytes, since the start
+        self._files = files
+        self._room = room
+        self._health = health
+        self._release = release
+        self._hole_chunks = _holes(table)
+
+    @property
+    def digest(self) -> str:
+        """The layer's blob digest."""
+        return self._files.digest
+
+    def close(self) -> None:
+        """Give the layer back, once for each `open_layer`. With the last one its files are closed."""
+        self._release()
+
+    # -- what is there
+
+    def has(self, chunk: int) -> bool:
+        """Tell whether a chunk was written and not evicted since. No promise: only `read` looks at the bytes."""
+        if self._files.flags[chunk] or chunk in self._hole_chunks:
+            return True
+        self._files.refresh(chunk, chunk + 1)
+        return bool(self._files.flags[chunk])
+
+    def missing(self, first: int, last: int) -> list[int]:
+        """Return the chunks of [first, last) that are not there, in order; holes of sparse files always are."""
+        self._files.refresh(first, last)
+        out: list[int] = []
+        at = self._files.flags.find(0, first, last)
+        while at >= 0:
+            if at not in self._hole_chunks:
+                out.append(at)
+            at = self._files.flags.find(0, at + 1, last)
+        return out
+
+    @property
+    def complete(self) -> bool:
+        """Whether every chunk is there: such a layer needs no registry."""
+        self._files.refresh(0, len(self._files.flags))
+        return self._files.flags.count(1) + len(self._hole_chunks) >= len(self._files.flags)
+
+    @property
+    def present_bytes(self) -> int:
+        """Bytes of the chunks that are there (uncompressed, without padding or holes)."""
+        return sum(compress(self.table.chunk_size, self._files.flags))
+
+    @property
+    def disk_usage(self) -> int:
+        """Bytes that the chunks take on disk."""
+        return self._files.disk_usage()
+
+    # -- reading
+
+    def read(self, chunk: int) -> bytes | None:
+        """Return a chunk's bytes, hashed just now against the table; None for anything that is not exactly right.
+
+        A chunk that was marked present and fails is forgotten and counted in `damaged`.
+        """
+        if chunk in self._hole_chunks:
+            return self._checked(bytes(min(self.table.chunk_size[chunk], MAX_CHUNK)), chunk)
+        if not self.has(chunk):
+            return None
+        data = self._load(chunk)
+        if data is None:
+            # Most likely an eviction got in between. Under the lock there are no others: then the bytes are to blame.
+            with self._files.lock:
+                self._files.refresh(chunk, chunk + 1)
+                if not self._files.flags[chunk]:
+                    return None
+                data = self._load(chunk)
+                if data is None:
+                    self._files.mark(chunk, chunk + 1, 0)
+                    self.damaged += 1
+                    return None
+        self._files.touch(chunk)
+        return data
+
+    def _load(self, chunk: int) -> bytes | None:
+        fd: OwnedFd | None = self._files.data
+        size, offset = self.table.chunk_size[chunk], self.table.chunk_data_offset[chunk]
+        if fd is None or size > MAX_CHUNK:
+            return None
+        try:
+            data = os.pread(fd.number, size, offset)
+        except OSError:
+            return None
+        drop_pages(fd.number, offset, size)  # the reader's page cache has them from now on
+        return self._checked(data, chunk) if len(data) == size else None
+
+    def _checked(self, data: bytes, chunk: int) -> bytes | None:
+        return data if hashlib.sha256(data).digest() == self.table.chunk_digest(chunk) else None
+
+    # -- writing
+
+    def write(self, chunk: int, data: bytes | memoryview) -> bool:
+        """Keep one chunk. The caller has verified the bytes. False: not kept, the cache is full, failing or closed."""
+        return self.write_run(chunk, [data]) == 1
+
+    def write_run(self, first: int, pieces: Sequence[bytes | memoryview]) -> int:
+        """Keep the verified bytes of chunks `first`, `first` + 1, …; return how many of them are kept, from the first.
+
+        Neighbours go out in one write, the gap up to the next file's page filled with zeros. A piece of the wrong size
+        is a ValueError: that is the caller's mistake.
+        """
+        for chunk, piece in enumerate(pieces, first):
+            if len(piece) != self.table.chunk_size[chunk]:
+                raise ValueError(f"chunk {chunk} has {self.table.chunk_size[chunk]} bytes, not {len(piece)}")
+        for start, last, offset, buffers in self._runs(first, pieces):
+            if 0 not in self._files.flags[start:last]:
+                continue
+            size = sum(map(len, buffers))
+            if not self._room.admit(size) or not self._health.may_write():
+                return start - first
+            try:
+                with self._files.lock:
+                    self._files.write(start, last, offset, buffers)
+            except OSError as error:
+                self._health.failed(error)
+                return start - first
+            self._health.worked()
+            self._files.touch(start)
+            self._room.note_written(size)
+        return len(pieces)
+
+    def _runs(
+        self, first: int, pieces: Sequence[bytes | memoryview]
+    ) -> Iterator[tuple[int, int, int, list[bytes | memoryview]]]:
+        """Yield (first chunk, chunk behind the last, data offset, buffers) of the writes to make."""
+        start, after, begin, end = first, first, -1, -1
+        buffers: list[bytes | memoryview] = []
+        for chunk, piece in enumerate(pieces, first):
+            if chunk in self._hole_chunks:
+                continue
+            offset = self.table.chunk_data_offset[chunk]
+            joins = chunk == after and 0 <= offset - end < PAGE
+            if buffers and (not joins or chunk - start >= _RUN_PIECES or end - begin >= _RUN_BYTES):
+                yield start, after, begin, buffers
+                buffers = []
+            if not buffers:
+                start, begin, end = chunk, offset, offset
+            if offset > end:
+                buffers.append(_ZEROS[: offset - end])
+            buffers.append(piece)
+            after, end = chunk + 1, offset + len(piece)
+        if buffers:
+            yield start, after, begin, buffers
+
+    def copy_from(self, other: LayerStore, other_chunk: int, chunk: int) -> bytes | None:
+        """Take a chunk from another layer and keep it here. Return its verified bytes, or None when it has none."""
+        if other.table.chunk_digest(other_chunk) != self.table.chunk_digest(chunk):
+            return None
+        data = other.read(other_chunk)
+        if data is None or len(data) != self.table.chunk_size[chunk]:
+            return None
+        self.write(chunk, data)
+        return data
+
+    def forget(self) -> int:
+        """Drop every chunk (the layer was quarantined). Return the bytes freed on disk."""
+        return self._files.evict_all()

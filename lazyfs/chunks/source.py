@@ -1,0 +1,72 @@
+"""What a layer directory says about itself: where the layer came from and how far it is trusted. Pure."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from typing import Any
+
+from lazyfs import digest as digests
+from lazyfs.errors import DocumentInvalid, StoreBroken
+from lazyfs.oci import Descriptor, parse_descriptor
+
+VERSION = 1
+MAX_SOURCE = 1 << 20  # bytes of the file
+
+
+@dataclass(frozen=True, slots=True)
+class LayerSource:
+    """The content of a layer's `source` file."""
+
+    descriptor: Descriptor  # as in the manifest, annotations included
+    form: str  # "zstd-chunked", "plain" …
+    origin: str  # the repository it came from, "host/name"; a new origin replaces it
+    diff_id: str  # "sha256:<hex>" that the image config declares; "" when unknown
+    verified: bool = False  # the whole check has passed
+    verified_at: int = 0  # seconds since the epoch
+    quarantine: str = ""  # why nothing may be read from it; empty: it may
+
+
+def encode_source(source: LayerSource) -> bytes:
+    """Serialise for the `source` file: JSON for people to look at."""
+    value = {
+        "version": VERSION,
+        "descriptor": source.descriptor.to_json(),
+        "form": source.form,
+        "origin": source.origin,
+        "diffId": source.diff_id,
+        "verified": source.verified,
+        "verifiedAt": source.verified_at,
+        "quarantine": source.quarantine,
+    }
+    return json.dumps(value, indent=1).encode() + b"\n"
+
+
+def decode_source(raw: bytes) -> LayerSource | None:
+    """Parse a `source` file; None for a damaged one, which is rebuilt. Raise StoreBroken for a newer version."""
+    try:
+        value: Any = json.loads(raw)
+        version = value["version"]
+        if isinstance(version, int) and version > VERSION:
+            raise StoreBroken(
+                "a layer in the store was written by a newer lazyfs", hint="use that version, or another --root"
+            )
+        if version != VERSION:
+            return None
+        diff_id = value["diffId"]
+        if diff_id and not digests.is_digest(diff_id):
+            return None
+        texts = (value["form"], value["origin"], value["quarantine"])
+        if not all(isinstance(text, str) for text in texts) or not isinstance(value["verified"], bool):
+            return None
+        return LayerSource(
+            parse_descriptor(value["descriptor"], "the descriptor"),
+            value["form"],
+            value["origin"],
+            diff_id,
+            value["verified"],
+            int(value["verifiedAt"]),
+            value["quarantine"],
+        )
+    except (ValueError, TypeError, KeyError, RecursionError, OverflowError, DocumentInvalid):
+        return None

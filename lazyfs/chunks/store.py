@@ -1,0 +1,349 @@
+"""The local store: a directory of layers, each with its TOC, its table and those chunks that were fetched.
+
+`<root>/lock`, `<root>/catalog.db` and `<root>/layers/sha256/<hex of the blob digest>/`: `toc` (raw JSON), `table` (the
+layer table), `source` (see `source.LayerSource`), `data` (chunks at their data offsets, sparse), `chunks`, `used`.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import logging
+import os
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from lazyfs import digest as digests
+from lazyfs.chunks.catalog import Catalog
+from lazyfs.chunks.evict import Budget, Evictor
+from lazyfs.chunks.health import DiskHealth
+from lazyfs.chunks.layer_files import LayerFiles, Shape, shape_of
+from lazyfs.chunks.layer_store import ChunkTable, LayerStore
+from lazyfs.chunks.private_files import (
+    OwnedFd,
+    open_directory,
+    open_file,
+    open_root,
+    read_whole,
+    remove_tree,
+    replace_file,
+    translate,
+)
+from lazyfs.chunks.source import MAX_SOURCE, LayerSource, decode_source, encode_source
+from lazyfs.errors import StoreBroken, StoreError, StoreLocked
+
+__all__ = ["LayerStore", "Store", "StoreStatus"]
+
+log = logging.getLogger(__name__)
+
+MAX_TOC = 1 << 30  # bytes of a raw TOC that is read back
+_GONE = ".gone-"  # directories on their way out
+_UNFINISHED = 3600.0  # seconds after which a directory without chunks is taken for the rest of a crash
+_OPEN_WAIT = 1.0  # seconds to wait for another process that is removing the layer
+
+
+@dataclass(frozen=True, slots=True)
+class StoreStatus:
+    """What `status` shows of the store. Bytes, and counts since the start."""
+
+    bound: int
+    used: int  # estimate between two scans
+    evicted: int
+    layers_open: int
+    damaged: int  # chunks that failed their hash
+    passed_by: int  # writes not made: disk failing or full, or no room within the bound
+    write_failures: int
+    passing_by: str  # why writes are passed by right now; empty: they are not
+
+
+@dataclass(slots=True)
+class _Slot:
+    """A layer that is open in this process."""
+
+    files: LayerFiles
+    users: int = 0
+    layer: LayerStore | None = None
+    mounts: int = 0  # users that came through open_layer
+
+
+class Store:
+    """All layers of one root directory. Thread-safe; methods block on the local disk."""
+
+    def __init__(
+        self,
+        root: Path,
+        bound: int,
+        catalog: Catalog,
+        *,
+        now: Callable[[], float] = time.time,
+        monotonic: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """Open or make the store at `root`; `bound` in bytes. Raise StoreFull or StoreBroken. Takes no lock yet."""
+        self.root = root
+        self.catalog = catalog
+        self._now = now
+        self._root = open_root(os.fspath(root))
+        layers = open_directory(self._root, "layers", create=True)
+        assert layers is not None
+        directory = open_directory(layers, "sha256", create=True)
+        assert directory is not None
+        self._layers = directory
+        self._lock = threading.RLock()
+        self._slots: dict[str, _Slot] = {}
+        self._lock_file: OwnedFd | None = None
+        self._shared = False
+        self._closed_damaged = 0  # of layers that were closed since
+        self.health = DiskHealth(monotonic=monotonic)
+        self.budget = Budget(bound, monotonic=monotonic)
+        self.evictor = Evictor(self, self.budget, catalog.pinned)
+        self.evictor.scan()
+
+    # -- the store as a whole
+
+    def lock(self, exclusive: bool) -> None:
+        """Take the store for this process until `close`: alone, or beside others that share it. Doesn't wait.
+
+        Raise StoreLocked when somebody holds it.
+        """
+        try:
+            fd = open_file(self._root, "lock", create=True)
+            assert fd is not None
+            fcntl.flock(fd.number, (fcntl.LOCK_EX if exclusive else fcntl.LOCK_SH) | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise StoreLocked(
+                f"another daemon uses the store {self.root}", hint="stop it, or take another --root"
+            ) from None
+        except OSError as error:
+            raise translate(error, f"the store's lock {self.root}/lock") from None
+        self._lock_file = fd
+        self._shared = not exclusive
+        if exclusive:
+            self._sweep()
+
+    def _sweep(self) -> None:
+        """Finish removals that a crash cut short."""
+        try:
+            for name in os.listdir(self._layers.number):
+                if name.startswith(_GONE):
+                    remove_tree(self._layers, name)
+        except OSError as error:
+            self.health.failed(error)
+
+    def close(self) -> None:
+        """Stop evicting, close all layers, release the lock. Waits 10 s at most for an eviction under way."""
+        self.evictor.close()
+        with self._lock:
+            for slot in self._slots.values():
+                slot.files.close()
+            self._slots.clear()
+            self._lock_file = None
+
+    def note_written(self, size: int) -> None:
+        """Count bytes that went to the disk past `LayerStore` (a table, a TOC). May start an eviction."""
+        self.budget.note_written(size)
+
+    def status(self) -> StoreStatus:
+        """Return the numbers of this moment. Doesn't touch the disk."""
+        with self._lock:
+            layers = [slot.layer for slot in self._slots.values() if slot.layer is not None]
+        return StoreStatus(
+            self.budget.bound,
+            self.budget.used,
+            self.evictor.evicted,
+            len(layers),
+            self._closed_damaged + sum(layer.damaged for layer in layers),
+            self.health.passed_by + self.budget.passed_by,
+            self.health.failures,
+            self.health.reason,
+        )
+
+    # -- layers
+
+    def layer(self, digest: str) -> LayerStore | None:
+        """Return a layer that is open in this process. The caller doesn't own it."""
+        with self._lock:
+            slot = self._slots.get(digest)
+            return slot.layer if slot is not None else None
+
+    def open_layer(self, digest: str, table: ChunkTable) -> LayerStore:
+        """Open a layer's chunks, or begin with none. Each call is paired with one `LayerStore.close`.
+
+        Until then the layer counts as mounted. A layer that is open already comes back with the table it has. What is
+        on disk in another shape is dropped. Raise StoreFull, StoreBroken (also for a newer version) or StoreLocked.
+        """
+        shape = shape_of(table)
+        with self._lock:
+            slot = self._acquire(digest, shape)
+            assert slot is not None
+            if slot.layer is None:
+                slot.files.ensure(shape)
+                slot.layer = LayerStore(
+                    slot.files, table, self.budget, self.health, partial(self._release, digest, mounted=True)
+                )
+            slot.mounts += 1
+            return slot.layer
+
+    def _acquire(self, digest: str, shape: Shape | None) -> _Slot | None:
+        slot = self._slots.get(digest)
+        if slot is None:
+            files = self._open_files(digest, shape)
+            if files is None:
+                return None
+            slot = self._slots[digest] = _Slot(files)
+        slot.users += 1
+        return slot
+
+    def _open_files(self, digest: str, shape: Shape | None) -> LayerFiles | None:
+        """Open a layer's files; while another process removes the layer, try again for a second."""
+        deadline = time.monotonic() + _OPEN_WAIT
+        name = digests.hex_of(digest)
+        while True:
+            directory = open_directory(self._layers, name, create=shape is not None)
+            if directory is None:
+                return None
+            try:
+                files = LayerFiles(digest, directory, shape, self.health, shared=self._shared, now=self._now)
+                if os.stat(name, dir_fd=self._layers.number).st_ino == os.fstat(directory.number).st_ino:
+                    return files
+                files.close()
+            except FileNotFoundError:
+                pass  # removed while we opened it: begin again
+            except StoreLocked:
+                if shape is None or time.monotonic() >= deadline:
+                    raise
+            if time.monotonic() >= deadline:
+                raise StoreLocked(f"layer {digest} is being removed from the store", hint="try again")
+            time.sleep(0.01)
+
+    def _release(self, digest: str, *, mounted: bool = False) -> None:
+        with self._lock:
+            slot = self._slots.get(digest)
+            if slot is None:
+                return  # the store was closed first
+            slot.users -= 1
+            slot.mounts -= mounted
+            if slot.mounts == 0 and slot.layer is not None:
+                self._closed_damaged += slot.layer.damaged
+                slot.layer = None
+            if slot.users == 0:
+                slot.files.close()
+                del self._slots[digest]
+
+    # -- what lies beside the chunks
+
+    def path(self, digest: str) -> Path:
+        """Return a layer's directory, made where missing (mode 0700): the child process writes `table` there.
+
+        Raise StoreFull or StoreBroken.
+        """
+        name = digests.hex_of(digest)
+        open_directory(self._layers, name, create=True)
+        return self.root / "layers" / "sha256" / name
+
+    def read_toc(self, digest: str) -> bytes | None:
+        """Return the raw TOC, not verified: the caller compares it with the digest that the manifest promised."""
+        return self._read(digest, "toc", MAX_TOC)
+
+    def write_toc(self, digest: str, raw: bytes) -> None:
+        """Keep the raw TOC. Raise StoreFull or StoreBroken."""
+        self._write(digest, "toc", raw)
+
+    def source(self, digest: str) -> LayerSource | None:
+        """Return what is known of where a layer came from; None: nothing, or damaged. StoreBroken: newer version."""
+        raw = self._read(digest, "source", MAX_SOURCE)
+        return decode_source(raw) if raw is not None else None
+
+    def set_source(self, digest: str, source: LayerSource) -> None:
+        """Replace what is known of a layer. Raise StoreFull or StoreBroken."""
+        self._write(digest, "source", encode_source(source))
+
+    def _read(self, digest: str, name: str, bound: int) -> bytes | None:
+        directory = open_directory(self._layers, digests.hex_of(digest), create=False)
+        return read_whole(directory, name, bound) if directory is not None else None
+
+    def _write(self, digest: str, name: str, data: bytes) -> None:
+        directory = open_directory(self._layers, digests.hex_of(digest), create=True)
+        assert directory is not None
+        replace_file(directory, name, data)
+        self.budget.note_written(len(data))
+
+    # -- for eviction
+
+    def digests(self) -> list[str]:
+        """Return the blob digests of all layers on disk, sorted."""
+        try:
+            names = os.listdir(self._layers.number)
+        except OSError as error:
+            self.health.failed(error)
+            return []
+        return sorted(digest for name in names if digests.is_digest(digest := f"sha256:{name}"))
+
+    @contextmanager
+    def borrow(self, digest: str) -> Iterator[LayerFiles | None]:
+        """Hold a layer's files open for a while without mounting it; None where they can't be used."""
+        slot: _Slot | None = None
+        try:
+            with self._lock:
+                slot = self._acquire(digest, None)
+        except StoreError as error:
+            log.info("layer %s is left alone: %s", digest, error)
+        try:
+            yield slot.files if slot is not None else None
+        finally:
+            if slot is not None:
+                self._release(digest)
+
+    def is_mounted(self, digest: str) -> bool:
+        """Tell whether `open_layer` has the layer open in this process."""
+        with self._lock:
+            slot = self._slots.get(digest)
+            return slot is not None and slot.mounts > 0
+
+    def directory_usage(self, digest: str) -> int:
+        """Return the bytes that a layer's directory takes on disk, all files together."""
+        used = 0
+        try:
+            with os.scandir(self._open_existing(digest).number) as entries:
+                for entry in entries:
+                    used += entry.stat(follow_symlinks=False).st_blocks * 512
+        except (OSError, StoreBroken):
+            return used
+        return used
+
+    def _open_existing(self, digest: str) -> OwnedFd:
+        directory = open_directory(self._layers, digests.hex_of(digest), create=False)
+        if directory is None:
+            raise StoreBroken(f"layer {digest} is not in the store")
+        return directory
+
+    def remove_layer(self, digest: str) -> bool:
+        """Remove a layer's directory and its place in the catalog. False: it is in use, here or by another process.
+
+        A directory that is just being filled (no chunks yet, younger than an hour) counts as in use. Never raises.
+        """
+        name = digests.hex_of(digest)
+        with self._lock:
+            if digest in self._slots:
+                return False
+            try:
+                directory = self._open_existing(digest)
+                chunks = open_file(directory, "chunks", create=False)
+                if chunks is None:
+                    if self._now() - os.fstat(directory.number).st_mtime < _UNFINISHED:
+                        return False
+                else:
+                    fcntl.flock(chunks.number, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                gone = f"{_GONE}{name}-{os.getpid()}"
+                os.rename(name, gone, src_dir_fd=self._layers.number, dst_dir_fd=self._layers.number)
+                remove_tree(self._layers, gone)
+                self.catalog.remove_layer(digest)
+            except BlockingIOError:
+                return False
+            except (OSError, StoreError) as error:
+                log.warning("layer %s can't be removed from the store: %s", digest, error)
+                return False
+        return True
