@@ -1,0 +1,45 @@
+# Two commands: `make demo` shows what lazyfs does, `make test` checks it. Both install what they need on Debian 12:
+# packages that are missing, and a virtual environment in .venv. Run as root, or as a user who may sudo.
+
+PYTHON ?= python3
+PYTEST_ARGS ?=
+SUDO := $(shell [ "$$(id -u)" = 0 ] || echo sudo)
+PATH := $(PATH):/usr/sbin:/sbin
+export PATH
+
+.PHONY: demo test lint venv debs clean help
+
+help:
+	@echo 'make demo    start a real image lazily and by a full pull, behind a slow link, and compare (IMAGE=… for another one)'
+	@echo 'make test    types, lint and every test'
+	@echo 'make lint    types and lint alone'
+	@echo 'make venv    the virtual environment alone    make debs    the Debian packages alone'
+	@echo 'make clean   remove what the others made'
+
+demo: venv
+	$(SUDO) env "PATH=$$PATH" "IMAGE=$(IMAGE)" .venv/bin/python -m perf.demo
+
+test: lint
+	$(SUDO) env "PATH=$$PATH" CI=true .venv/bin/python -m pytest -q $(PYTEST_ARGS)
+
+lint: venv
+	.venv/bin/ruff check lazyfs indexer tests perf
+	.venv/bin/ruff format --check lazyfs indexer tests perf
+	.venv/bin/mypy
+
+venv: debs .venv/stamp
+
+debs:
+	@SUDO="$(SUDO)" PYTHON="$(PYTHON)" .ci/debs
+
+.venv/stamp: pyproject.toml
+	@command -v $(PYTHON) >/dev/null || { echo "lazyfs needs Python 3.11 or newer, and $(PYTHON) is not installed: set PYTHON=…" >&2; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "lazyfs needs Python 3.11 or newer, and $(PYTHON) is $$($(PYTHON) -V 2>&1): set PYTHON=python3.11 or newer" >&2; exit 1; }
+	$(PYTHON) -m venv .venv
+	.venv/bin/python -m pip install --quiet --disable-pip-version-check -e '.[test]'
+	@touch $@
+
+clean:
+	$(SUDO) rm -rf .venv .demo .pytest_cache .hypothesis .mypy_cache .ruff_cache build dist *.egg-info
+	$(SUDO) find . -name __pycache__ -type d -prune -exec rm -rf {} +
