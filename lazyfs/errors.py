@@ -97,13 +97,14 @@ class TooManyRequests(RegistryError):
 
 
 class RegistryFault(RegistryError):
-    """A 5xx answer. `status` is the HTTP status."""
+    """A 5xx answer. `status` is the HTTP status; `retry_after` in seconds, 0 when the registry did not say."""
 
     temporary = True
 
-    def __init__(self, host: str, message: str, *, status: int) -> None:
+    def __init__(self, host: str, message: str, *, status: int, retry_after: float = 0.0) -> None:
         super().__init__(host, message)
         self.status = status
+        self.retry_after = retry_after
 
 
 class BadAnswer(RegistryError):
@@ -268,7 +269,11 @@ class ToolMissing(LazyfsError):
 
 
 class ContainerFailed(LazyfsError):
-    """The container could not be set up or started."""
+    """The container could not be set up or started. `status` is docker's exit status for it: 125, 126 or 127."""
+
+    def __init__(self, message: str, *, hint: str = "", status: int = 125) -> None:
+        super().__init__(message, hint=hint)
+        self.status = status
 
 
 class Interrupted(LazyfsError):

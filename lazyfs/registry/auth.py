@@ -1,0 +1,183 @@
+"""Answering a registry's 401: Basic, or a Bearer token from the endpoint that the challenge names.
+
+Nothing is asked before the registry demands it: the first request goes out bare, its 401 carries the challenge, and the
+token then serves all requests to this repository. Source: RFC 9110 section 11.6, Docker's "Token Authentication
+Specification".
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from urllib.parse import urlencode, urlsplit, urlunsplit
+
+from lazyfs.errors import BadAnswer, RegistryTimeout, Unauthorized
+from lazyfs.registry.credentials import Credentials, find_credentials
+from lazyfs.registry.status import error_for
+from lazyfs.registry.transport import Answer
+
+MAX_CHALLENGE = 8 << 10  # bytes of a WWW-Authenticate header
+MAX_TOKEN = 64 << 10  # bytes of a token endpoint's answer
+DEFAULT_LIFETIME = 60.0  # seconds, where the endpoint doesn't say
+MARGIN = 0.1  # of its lifetime: a token is renewed this long before it expires
+
+_TOKEN = r"[A-Za-z0-9!#$%&'*+.^_`|~-]+"
+_PIECE = re.compile(rf'[\s,]*({_TOKEN})(?:\s*=\s*(?:"((?:[^"\\]|\\.)*)"|([^\s,"]*)))?')
+
+
+@dataclass(frozen=True, slots=True)
+class Challenge:
+    """One challenge of a WWW-Authenticate header. `scheme` and the parameters' names are in lower case."""
+
+    scheme: str
+    parameters: dict[str, str]
+
+
+def parse_challenges(header: str) -> list[Challenge]:
+    """Return the challenges of a WWW-Authenticate header (several may be joined by commas), without malformed ones."""
+    found: list[Challenge] = []
+    at = 0
+    header = header[:MAX_CHALLENGE]
+    while match := _PIECE.match(header, at):
+        at = match.end()
+        name, quoted, bare = match[1].lower(), match[2], match[3]
+        if quoted is None and bare is None:
+            found.append(Challenge(name, {}))
+        elif found:
+            value = re.sub(r"\\(.)", r"\1", quoted) if quoted is not None else bare
+            found[-1].parameters.setdefault(name, value)
+    return found
+
+
+# (method, url, headers, body, deadline) -> the answer of the token endpoint, redirects not followed
+AskToken = Callable[[str, str, dict[str, str], bytes | None, float], Answer]
+
+
+class Authorizer:
+    """The Authorization header for one repository of one registry. Thread-safe: parallel 401s fetch one token."""
+
+    def __init__(self, host: str, repository: str, secure: bool, config_path: Path, ask: AskToken) -> None:
+        self._host = host
+        self._repository = repository
+        self._secure = secure  # the registry is reached over TLS: then so must be the token endpoint
+        self._config_path = config_path
+        self._ask = ask
+        self._lock = threading.Lock()
+        self._header = ""
+        self._renew_at = float("inf")
+        self._challenge: Challenge | None = None
+        self._pushes = False
+        self._tried = "no credentials"
+
+    def header(self, deadline: float, *, pushes: bool = False) -> str:
+        """Return the header's value, "" before any challenge.
+
+        Blocks for a new token when the old one is about to expire or doesn't cover pushing. Raise Unauthorized,
+        RegistryTimeout and what the token endpoint's failure is.
+        """
+        if not pushes or self._pushes:
+            header, renew_at = self._header, self._renew_at
+            if time.monotonic() < renew_at:
+                return header
+        self._acquire(deadline)
+        try:
+            wider = pushes and not self._pushes
+            self._pushes = self._pushes or pushes
+            if self._challenge is not None and (wider or time.monotonic() >= self._renew_at):
+                self._obtain(self._challenge, deadline)
+            return self._header
+        finally:
+            self._lock.release()
+
+    def renew(self, answer: Answer, used: str, deadline: float) -> None:
+        """Take up the challenge of a 401 to a request that was sent with the header value `used`. Blocks.
+
+        Raise Unauthorized when the challenge can't be met.
+        """
+        challenges = parse_challenges(answer.headers.get("WWW-Authenticate", ""))
+        chosen = next((c for scheme in ("bearer", "basic") for c in challenges if c.scheme == scheme), None)
+        self._acquire(deadline)
+        try:
+            if self._header != used:
+                return  # another thread has got a new one meanwhile
+            if chosen is None:
+                raise Unauthorized(
+                    self._host, f"{self._host} refused {answer.what} (401) and asked for no login that lazyfs knows"
+                )
+            if used and chosen.scheme == "basic":
+                raise self.refused(answer.what, 401)
+            self._obtain(chosen, deadline)
+        finally:
+            self._lock.release()
+
+    def refused(self, what: str, status: int) -> Unauthorized:
+        """Return the error for a 401 or 403 that stays, saying which credentials were tried."""
+        hint = "" if self._tried.startswith("the ") else f"log in with docker or skopeo, or fill {self._config_path}"
+        return Unauthorized(self._host, f"{self._host} refused {what} ({status}), tried {self._tried}", hint=hint)
+
+    def _acquire(self, deadline: float) -> None:
+        if not self._lock.acquire(timeout=max(0.0, min(deadline - time.monotonic(), threading.TIMEOUT_MAX))):
+            raise RegistryTimeout(self._host, f"no token for {self._host} in time")
+
+    def _obtain(self, challenge: Challenge, deadline: float) -> None:
+        credentials = find_credentials(self._host, self._config_path)
+        self._tried = (
+            f"the login for {self._host} from {credentials.source}"
+            if credentials
+            else f"no credentials, as {self._config_path} has none for {self._host}"
+        )
+        if challenge.scheme == "basic":
+            if credentials is None or not credentials.username:
+                raise self.refused(self._repository, 401)
+            header, lifetime = credentials.basic(), float("inf")
+        else:
+            header, lifetime = self._token(challenge, credentials, deadline)
+        self._challenge = challenge
+        self._renew_at = time.monotonic() + lifetime * (1 - MARGIN)
+        self._header = header
+
+    def _token(self, challenge: Challenge, credentials: Credentials | None, deadline: float) -> tuple[str, float]:
+        realm = urlsplit(challenge.parameters.get("realm", ""))
+        allowed = ("https",) if self._secure else ("https", "http")
+        if realm.scheme not in allowed or not realm.hostname or realm.username is not None:
+            raise BadAnswer(self._host, f"{self._host} names a token endpoint that is no {' or '.join(allowed)} URL")
+        scope = f"repository:{self._repository}:{'pull,push' if self._pushes else 'pull'}"
+        fields = {"scope": scope}
+        if "service" in challenge.parameters:
+            fields["service"] = challenge.parameters["service"]
+        headers: dict[str, str] = {}
+        if credentials is not None and credentials.identity_token:
+            form = {"grant_type": "refresh_token", "refresh_token": credentials.identity_token, "client_id": "lazyfs"}
+            headers["Content-Type"] = "application/x-www-form-urlencoded"
+            answer = self._ask("POST", realm.geturl(), headers, urlencode({**form, **fields}).encode(), deadline)
+        else:
+            if credentials is not None:
+                headers["Authorization"] = credentials.basic()
+            query = "&".join(filter(None, (realm.query, urlencode(fields))))
+            url = urlunsplit((realm.scheme, realm.netloc, realm.path, query, ""))
+            answer = self._ask("GET", url, headers, None, deadline)
+        if answer.status in (400, 401, 403):
+            answer.discard()
+            raise self.refused(f"a token for {self._repository}", answer.status)
+        if answer.status != 200:
+            raise error_for(answer)
+        return self._read_token(answer)
+
+    def _read_token(self, answer: Answer) -> tuple[str, float]:
+        raw = answer.read_all(MAX_TOKEN)
+        try:
+            document = json.loads(raw)
+            token = document.get("token") or document.get("access_token")
+            lifetime = document.get("expires_in") or DEFAULT_LIFETIME
+        except (ValueError, AttributeError, RecursionError):
+            token, lifetime = None, DEFAULT_LIFETIME
+        if not isinstance(token, str) or not re.fullmatch(r"[\x21-\x7e]+", token):
+            raise BadAnswer(self._host, f"the token endpoint {answer.host} gave no token for {self._repository}")
+        if isinstance(lifetime, bool) or not isinstance(lifetime, (int, float)) or not lifetime > 0:
+            lifetime = DEFAULT_LIFETIME
+        return f"Bearer {token}", float(min(lifetime, 1e9))

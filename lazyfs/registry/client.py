@@ -1,0 +1,185 @@
+"""A repository of a registry, over HTTP. Source: OCI distribution-spec 1.1, "Pull" and "Push"."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import BinaryIO
+from urllib.parse import quote
+
+from lazyfs import digest as digests
+from lazyfs import oci
+from lazyfs.errors import BadAnswer, BlobMissing, DocumentInvalid, ManifestMissing, RegistryError
+from lazyfs.registry.exchange import Exchange
+from lazyfs.registry.hops import HopKind
+from lazyfs.registry.ranges import BodyStream, EmptyStream, SignedUrls, check_range, range_header
+from lazyfs.registry.repository import ByteStream
+from lazyfs.registry.retry import RetryPolicy
+from lazyfs.registry.status import error_for
+from lazyfs.registry.transport import Answer
+from lazyfs.registry.upload import Uploader
+
+
+class RemoteRepository:
+    """One repository of one registry (the Repository protocol). Thread-safe; every call blocks.
+
+    `close_transport` is called by close(): None when the transport belongs to somebody else.
+    """
+
+    def __init__(
+        self,
+        host: str,
+        name: str,
+        exchange: Exchange,
+        retry: RetryPolicy,
+        close_transport: Callable[[], None] | None = None,
+    ) -> None:
+        self.host = host
+        self.name = name
+        self._exchange = exchange
+        self._retry = retry
+        self._close_transport = close_transport
+        self._signed = SignedUrls()
+        self._root = f"{exchange.base_url}/v2/{quote(name)}"
+        self._uploader = Uploader(exchange, retry, self._root)
+
+    def close(self) -> None:
+        """Close idle connections, unless the transport is shared."""
+        if self._close_transport is not None:
+            self._close_transport()
+
+    # -- pull ------------------------------------------------------------------------------------------------------
+
+    def manifest(self, target: str, *, deadline: float | None = None) -> tuple[str, bytes]:
+        """Return (media type, raw bytes) of a manifest or index; see Repository."""
+        what = f"manifest {self.name}{'@' if ':' in target else ':'}{target}"
+        limit = self._exchange.timeouts.deadline(deadline)
+
+        def attempt() -> tuple[str, bytes, str]:
+            answer = self._exchange.ask(
+                "GET",
+                f"{self._root}/manifests/{quote(target, safe=':')}",
+                kind="manifest",
+                what=what,
+                deadline=limit,
+                headers={"Accept": oci.ACCEPT},
+            )
+            if answer.status != 200:
+                raise error_for(answer, ManifestMissing)
+            media_type = answer.headers.get("Content-Type", "").partition(";")[0].strip()
+            if media_type in oci.INDEX_TYPES:
+                answer.kind = "index"
+            return media_type, answer.read_all(oci.MAX_DOCUMENT), answer.headers.get("Docker-Content-Digest", "")
+
+        media_type, raw, declared = self._retry.run(attempt, limit)
+        expected = target if digests.is_digest(target) else declared
+        if digests.is_digest(expected):
+            digests.check(raw, expected, what)
+        return media_type, raw
+
+    def blob(self, descriptor: oci.Descriptor, *, deadline: float | None = None) -> bytes:
+        """Return a small document whole, verified; see Repository."""
+        digest, size = descriptor.digest, descriptor.size
+        what = f"document {digest} of {self.name}"
+        if size > oci.MAX_DOCUMENT:
+            raise DocumentInvalid(f"{what} has {size} bytes, more than the {oci.MAX_DOCUMENT} allowed")
+        limit = self._exchange.timeouts.deadline(deadline)
+
+        def attempt() -> bytes:
+            answer = self._blob_answer(digest, kind="config", what=what, deadline=limit, headers={})
+            if answer.status != 200:
+                raise error_for(answer, BlobMissing)
+            raw = answer.read_all(size)
+            if len(raw) != size:
+                raise BadAnswer(answer.host, f"{answer.host} sent {len(raw)} bytes of {what} instead of {size}")
+            return raw
+
+        raw = self._retry.run(attempt, limit)
+        digests.check(raw, digest, what)
+        return raw
+
+    def fetch(self, digest: str, blob_offset: int, size: int, *, deadline: float | None = None) -> ByteStream:
+        """Start reading a range of a blob; see Repository. Retries until the answer's header is good."""
+        digests.parse(digest, "blob digest")
+        if size == 0:
+            return EmptyStream()
+        what = f"blob {digest} of {self.name}"
+        limit = self._exchange.timeouts.deadline(deadline, size)
+
+        def attempt() -> ByteStream:
+            answer = self._blob_answer(
+                digest, kind="blob", what=what, deadline=limit, headers=range_header(blob_offset, size)
+            )
+            if answer.status == 416:
+                answer.discard()
+                error = BadAnswer(
+                    answer.host, f"{answer.host} has no bytes {blob_offset}+{size} of {what}: it is shorter"
+                )
+                error.temporary = False
+                raise error
+            if answer.status not in (200, 206):
+                raise error_for(answer, BlobMissing)
+            check_range(answer, blob_offset, size)
+            return BodyStream(answer, size)
+
+        return self._retry.run(attempt, limit)
+
+    def has_blob(self, digest: str) -> bool:
+        """Tell whether the registry has the blob."""
+        return self._has_blob(digest, pushes=False)
+
+    # -- push ------------------------------------------------------------------------------------------------------
+
+    def push_blob(self, digest: str, size: int, source: BinaryIO) -> bool:
+        """Upload a blob in one PUT unless it is there; see Repository."""
+        if self._has_blob(digest, pushes=True):
+            return False
+        self._uploader.blob(digest, size, source)
+        return True
+
+    def push_manifest(self, target: str, media_type: str, raw: bytes) -> None:
+        """Store a manifest or index under a tag or its digest; see Repository."""
+        self._uploader.manifest(target, media_type, raw)
+
+    # -- inside ----------------------------------------------------------------------------------------------------
+
+    def _has_blob(self, digest: str, *, pushes: bool) -> bool:
+        digests.parse(digest, "blob digest")
+        limit = self._exchange.timeouts.deadline(None)
+
+        def attempt() -> bool:
+            answer = self._exchange.ask(
+                "HEAD",
+                f"{self._root}/blobs/{digest}",
+                kind="head",
+                what=f"blob {digest} of {self.name}",
+                deadline=limit,
+                pushes=pushes,
+            )
+            if answer.status not in (200, 404):
+                raise error_for(answer)
+            answer.discard()
+            return answer.status == 200
+
+        return self._retry.run(attempt, limit)
+
+    def _blob_answer(
+        self, digest: str, *, kind: HopKind, what: str, deadline: float, headers: dict[str, str]
+    ) -> Answer:
+        """GET a blob, by the signed URL that the last redirect led to where there is one."""
+        signed = self._signed.get(digest)
+        if signed is not None:
+            try:
+                answer = self._exchange.ask("GET", signed, kind=kind, what=what, deadline=deadline, headers=headers)
+            except RegistryError:
+                self._signed.forget(digest, signed)
+                raise
+            if not 400 <= answer.status < 500 or answer.status in (408, 416, 429):
+                return answer
+            # Expired: the storages say so with 400, 401, 403, 404 or 410. Ask the registry anew, once.
+            self._signed.forget(digest, signed)
+            answer.discard()
+        address = f"{self._root}/blobs/{digest}"
+        answer = self._exchange.ask("GET", address, kind=kind, what=what, deadline=deadline, headers=headers)
+        if answer.status in (200, 206) and answer.url != address:
+            self._signed.keep(digest, answer.url)
+        return answer

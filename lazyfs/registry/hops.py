@@ -1,0 +1,29 @@
+"""What one HTTP request cost, as a value for `inspect --timing`, metrics and `status`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+HopKind = Literal["challenge", "token", "index", "manifest", "config", "blob", "redirect", "upload", "head"]
+
+
+@dataclass(frozen=True, slots=True)
+class Hop:
+    """One HTTP request, failed ones too. Reported when its body has been read or given up.
+
+    `status` is 0 when no answer came. `started` is a time.monotonic() value, `seconds` runs until the end of the body,
+    and `size` are the bytes of the body received (for uploads: sent).
+    """
+
+    kind: HopKind
+    host: str
+    what: str
+    status: int
+    started: float
+    seconds: float
+    size: int
+
+
+OnHop = Callable[[Hop], None]  # called in the thread that made the request; must be quick and thread-safe

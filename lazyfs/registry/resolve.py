@@ -1,0 +1,85 @@
+"""From a reference to the manifest of one platform, and from that to its config: the documents that make an image."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from lazyfs import oci
+from lazyfs.errors import DocumentInvalid, PlatformMissing
+from lazyfs.oci import ImageConfig, Index, Manifest
+from lazyfs.reference import Reference
+from lazyfs.registry.repository import Repository
+
+MAX_DEPTH = 3  # indexes within indexes
+
+
+@dataclass(frozen=True, slots=True)
+class ResolvedImage:
+    """The manifest of one platform. `index` is the outermost index it was chosen from, None when there was none.
+
+    `platform` is what was asked for, "os/arch[/variant]"; a manifest without an index may be for another one, which
+    fetch_config() finds out.
+    """
+
+    reference: Reference
+    manifest: Manifest
+    index: Index | None
+    platform: str
+
+    @property
+    def media_type(self) -> str:
+        return self.manifest.media_type
+
+    @property
+    def digest(self) -> str:
+        return self.manifest.digest
+
+
+def resolve_image(
+    repository: Repository, reference: Reference, platform: str | None = None, *, deadline: float | None = None
+) -> ResolvedImage:
+    """Fetch the manifest of `reference` for `platform` (None: this machine's), through an index where there is one.
+
+    Blocks for one request a document. Raise ManifestMissing, PlatformMissing, DocumentInvalid, DigestMismatch, and the
+    repository's errors.
+    """
+    wanted = platform or oci.host_platform()
+    media_type, raw = repository.manifest(reference.target, deadline=deadline)
+    outermost: Index | None = None
+    for _ in range(MAX_DEPTH + 1):
+        _check_unambiguous(raw)
+        if not oci.is_index(media_type, raw):
+            return ResolvedImage(reference, oci.parse_manifest(raw, media_type), outermost, wanted)
+        index = oci.parse_index(raw, media_type)
+        outermost = outermost or index
+        chosen = oci.choose(index, wanted)
+        media_type, raw = repository.manifest(chosen.digest, deadline=deadline)
+        if len(raw) != chosen.size:
+            raise DocumentInvalid(f"manifest {chosen.digest} has {len(raw)} bytes, its descriptor says {chosen.size}")
+    raise DocumentInvalid(f"{reference} is an index of indexes deeper than {MAX_DEPTH}")
+
+
+def fetch_config(
+    repository: Repository, manifest: Manifest, *, platform: str | None = None, deadline: float | None = None
+) -> ImageConfig:
+    """Fetch a manifest's config. Blocks for one request. Raise DocumentInvalid when it doesn't fit the layers.
+
+    With `platform` an image for another operating system or architecture raises PlatformMissing.
+    """
+    config = oci.parse_config(repository.blob(manifest.config, deadline=deadline))
+    if len(config.diff_ids) != len(manifest.layers):
+        raise DocumentInvalid(
+            f"image config {config.digest} has {len(config.diff_ids)} diff IDs for {len(manifest.layers)} layers"
+        )
+    if platform is not None and config.architecture:
+        has = "/".join(filter(None, (config.os, config.architecture, config.variant)))
+        if oci.split_platform(has)[:2] != oci.split_platform(platform)[:2]:
+            raise PlatformMissing(platform, [has])
+    return config
+
+
+def _check_unambiguous(raw: bytes) -> None:
+    """Refuse a document that is a manifest to one reader and an index to another: the digest would name two images."""
+    document = oci.load_json(raw, "manifest")
+    if "manifests" in document and ("layers" in document or "config" in document):
+        raise DocumentInvalid("a document is an image manifest and an index at once")

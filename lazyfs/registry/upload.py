@@ -1,0 +1,159 @@
+"""Pushing: POST for an upload session, then the whole blob in one PUT; manifests in one PUT.
+
+Two requests a blob, which every registry takes (distribution-spec 1.1, "POST then PUT"). Bodies stream.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator
+from typing import BinaryIO
+from urllib.parse import quote
+
+from lazyfs import digest as digests
+from lazyfs.errors import BadAnswer, PushRejected, RegistryError, UsageError
+from lazyfs.registry.exchange import Body, Exchange, follow_location
+from lazyfs.registry.retry import RetryPolicy
+from lazyfs.registry.status import error_for, registry_words
+from lazyfs.registry.transport import Answer
+
+PIECE = 256 << 10  # bytes per write to the socket
+
+
+class _Source:
+    """`size` bytes of a file from where it stands, again and again if it can seek."""
+
+    def __init__(self, file: BinaryIO, size: int, what: str) -> None:
+        self._file = file
+        self.size = size
+        self._what = what
+        self._used = False
+        try:
+            self._start: int | None = file.tell() if file.seekable() else None
+        except (OSError, io.UnsupportedOperation):
+            self._start = None
+
+    @property
+    def repeatable(self) -> bool:
+        """Whether open() works: for the first time, or again."""
+        return self._start is not None or not self._used
+
+    def open(self) -> bytes | _Pieces:
+        if not self.repeatable:
+            raise UsageError(f"{self._what} can't be sent again from a source that can't seek")
+        if self._used and self._start is not None:
+            self._file.seek(self._start)
+        self._used = True
+        return _Pieces(self._file, self.size, self._what) if self.size else b""
+
+
+class _Pieces:
+    """An iterable with a length, which requests sends as a stream with a Content-Length."""
+
+    def __init__(self, file: BinaryIO, size: int, what: str) -> None:
+        self._file = file
+        self._size = size
+        self._what = what
+
+    def __len__(self) -> int:
+        return self._size
+
+    def __iter__(self) -> Iterator[bytes]:
+        left = self._size
+        while left:
+            try:
+                piece = self._file.read(min(PIECE, left))
+            except OSError as error:
+                raise UsageError(f"{self._what} can't be read while it is sent: {error}") from None
+            if not piece:
+                raise UsageError(f"{self._what} ends {left} bytes before its size")
+            left -= len(piece)
+            yield piece
+
+
+class Uploader:
+    """Uploads to one repository, the one whose URL is `root` (".../v2/NAME"). Thread-safe; every call blocks."""
+
+    def __init__(self, exchange: Exchange, retry: RetryPolicy, root: str) -> None:
+        self._exchange = exchange
+        self._retry = retry
+        self._root = root
+
+    def blob(self, digest: str, size: int, source: BinaryIO) -> None:
+        """Upload `size` bytes of `source`. Raise PushRejected, and UsageError when the source fails or is too short."""
+        what = f"upload of {digest}"
+        limit = self._exchange.timeouts.deadline(None, size)
+        content = _Source(source, size, what)
+
+        def attempt() -> None:
+            try:
+                self._blob_once(digest, content, what, limit)
+            except RegistryError as error:
+                if not content.repeatable:
+                    error.temporary = False
+                raise
+
+        self._retry.run(attempt, limit)
+
+    def _blob_once(self, digest: str, content: _Source, what: str, deadline: float) -> None:
+        session = self._exchange.ask(
+            "POST",
+            f"{self._root}/blobs/uploads/",
+            kind="upload",
+            what=what,
+            deadline=deadline,
+            body=Body(0, lambda: b""),
+            pushes=True,
+        )
+        if session.status not in (201, 202):
+            raise _rejected(session)
+        session.discard()
+        location = follow_location(session, session.headers.get("Location", ""))
+        joint = "&" if "?" in location else "?"
+        answer = self._exchange.ask(
+            "PUT",
+            f"{location}{joint}digest={quote(digest, safe='')}",
+            kind="upload",
+            what=what,
+            deadline=deadline,
+            headers={"Content-Type": "application/octet-stream"},
+            body=Body(content.size, content.open),
+            pushes=True,
+        )
+        _check_stored(answer, digest)
+
+    def manifest(self, target: str, media_type: str, raw: bytes) -> None:
+        """Store a manifest or index under a tag or its digest. Raise PushRejected."""
+        limit = self._exchange.timeouts.deadline(None, len(raw))
+
+        def attempt() -> None:
+            answer = self._exchange.ask(
+                "PUT",
+                f"{self._root}/manifests/{quote(target, safe=':')}",
+                kind="upload",
+                what=f"upload of manifest {target}",
+                deadline=limit,
+                headers={"Content-Type": media_type},
+                body=Body(len(raw), lambda: raw),
+                pushes=True,
+            )
+            _check_stored(answer, digests.of(raw))
+
+        self._retry.run(attempt, limit)
+
+
+def _check_stored(answer: Answer, digest: str) -> None:
+    if answer.status not in (200, 201, 202, 204):
+        raise _rejected(answer)
+    answer.discard()
+    stored = answer.headers.get("Docker-Content-Digest", "")
+    if digests.is_digest(stored) and stored != digest:
+        raise BadAnswer(answer.host, f"{answer.host} stored the {answer.what} under another digest: {stored}")
+
+
+def _rejected(answer: Answer) -> RegistryError:
+    if answer.status in (408, 429) or answer.status >= 500 or answer.status in (401, 403):
+        return error_for(answer)
+    said = registry_words(answer.discard())
+    detail = f": {said}" if said else ""
+    return PushRejected(answer.host, f"{answer.host} rejected the {answer.what} with status {answer.status}{detail}")
