@@ -7,11 +7,13 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from lazyfs.errors import UsageError
+from lazyfs.units import MiB
 
 if TYPE_CHECKING:
     from lazyfs.config import Settings
     from lazyfs.registry.hops import Hop
     from lazyfs.registry.open import OpenOptions
+    from lazyfs.registry.repository import Repository
 
 IMAGE_HELP = "docker://HOST/REPO:TAG, HOST/REPO:TAG, HOST/REPO@sha256:…, or oci:DIR[:REF]"
 
@@ -67,6 +69,16 @@ def open_options(
         connect_timeout=chosen.connect_timeout,
         answer_timeout=chosen.answer_timeout,
     )
+
+
+def fetch_bytes(repository: Repository, digest: str, blob_offset: int, size: int) -> bytes:
+    """Return a range of a blob, whole and not verified. Blocking. Raise RegistryError."""
+    parts = []
+    with repository.fetch(digest, blob_offset, size) as stream:
+        while size > 0 and (data := stream.read(min(size, MiB))):
+            parts.append(data)
+            size -= len(data)
+    return b"".join(parts)
 
 
 def _platform(text: str) -> str:
