@@ -23,6 +23,7 @@ LOW_WATER = 0.9  # of the bound: where an eviction stops
 ADMIT_WAIT = 1.0  # seconds that a write waits for an eviction under way before it is passed by
 HOPELESS_FOR = 10.0  # seconds until an eviction that could free nothing is tried again
 WHOLE_LAYER = -1
+_RESERVE = SEGMENT // 16  # bytes for what the file system adds to a file (extent blocks), found at the next scan
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -46,7 +47,10 @@ class Shelf(Protocol):
 
 
 class Budget:
-    """The bytes that the store takes and may take. Thread-safe. An estimate between two scans, never too low."""
+    """The bytes that the store takes and may take: at most one segment over the bound. Thread-safe.
+
+    `used` is an estimate between two scans, about the truth or above it.
+    """
 
     def __init__(self, bound: int, *, monotonic: Callable[[], float] = time.monotonic) -> None:
         self.bound = max(0, bound)
@@ -63,7 +67,7 @@ class Budget:
 
     def admit(self, size: int) -> bool:
         """Tell whether `size` bytes may be written now. Waits ADMIT_WAIT at most for an eviction to make room."""
-        limit = self.bound + SEGMENT
+        limit = self.bound + SEGMENT - _RESERVE
         if self.used + size <= limit:
             return True
         self.wake()

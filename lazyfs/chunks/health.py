@@ -43,7 +43,7 @@ class DiskHealth:
         with self._lock:
             self.failures += 1
             if error.errno not in _DISK:
-                log.warning("a chunk could not be written to the cache: %s", error.strerror or error)
+                log.info("a chunk could not be written to the cache: %s", error.strerror or error)
                 return
             self._retry_at = self._monotonic() + RETRY_AFTER
             reason = os.strerror(error.errno)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import logging
 import os
 import struct
 import threading
@@ -24,6 +25,8 @@ from lazyfs.chunks.holes import WrittenPages, punch_hole
 from lazyfs.chunks.private_files import OwnedFd, open_file
 from lazyfs.errors import StoreBroken, StoreLocked
 from lazyfs.units import MiB
+
+log = logging.getLogger(__name__)
 
 SEGMENT = 4 * MiB  # bytes of data space that are evicted together
 HEADER = 64  # bytes in front of `chunks` and `used`
@@ -246,8 +249,8 @@ class LayerFiles:
         if self._used_file is not None:
             try:
                 os.pwrite(self._used_file.number, second.to_bytes(4, "little"), HEADER + segment * _RECORD.size)
-            except OSError as error:
-                self._health.failed(error)
+            except OSError as error:  # a read must not count as a failed write, nor put off the next try
+                log.debug("the use of layer %s is not noted: %s", self.digest, error)
 
     # -- data
 
@@ -257,19 +260,33 @@ class LayerFiles:
         return self._data
 
     def write(self, first: int, last: int, offset: int, buffers: Sequence[bytes | memoryview]) -> None:
-        """Write the bytes of chunks [first, last) at `offset` (data space) and mark them. Raise OSError.
+        """Write the bytes of chunks [first, last) at `offset` (data space) and mark them.
 
-        At most IOV_MAX buffers. The caller holds `lock`.
+        Raise OSError, or StoreLocked when the files had to be opened again and another process is removing them. At most IOV_MAX buffers. The caller holds `lock`.
         """
         if self._data is None or self._chunks is None:
             self._open(create=True)
+            self._hold()
             if self._data is None or self.shape is None:
                 raise OSError(errno.EIO, "the layer's data file can't be opened")
         size = sum(map(len, buffers))
+        if self._opened_read_only():
+            self._data = self._chunks = self._used_file = None
+            self._open(create=False)
+            self._hold()
+            if self._data is None or self._opened_read_only():
+                raise OSError(errno.EROFS, os.strerror(errno.EROFS))
         if os.pwritev(self._data.number, buffers, offset) != size:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))  # a short write to a disk file means just that
         self.mark(first, last, 1)
         self._written.written(self._data.number, offset, size)
+
+    def _opened_read_only(self) -> bool:
+        """Whether the disk was read-only when the files were opened."""
+        return any(
+            fd is not None and fcntl.fcntl(fd.number, fcntl.F_GETFL) & os.O_ACCMODE == os.O_RDONLY
+            for fd in (self._data, self._chunks, self._used_file)
+        )
 
     def disk_usage(self) -> int:
         """Return the bytes that `data` takes on disk."""

@@ -13,6 +13,7 @@ from lazyfs.chunks.health import DiskHealth
 from lazyfs.chunks.holes import drop_pages
 from lazyfs.chunks.layer_files import LayerFiles, Layout
 from lazyfs.chunks.private_files import OwnedFd
+from lazyfs.errors import StoreLocked
 from lazyfs.format.table import FORM_PLAIN, NO_FRAME
 from lazyfs.units import PAGE, MiB
 
@@ -179,6 +180,8 @@ class LayerStore:
                     self._files.write(start, last, offset, buffers)
             except OSError as error:
                 self._health.failed(error)
+                return start - first
+            except StoreLocked:
                 return start - first
             self._health.worked()
             self._files.touch(start)

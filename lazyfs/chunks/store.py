@@ -307,11 +307,12 @@ class Store:
         """Return the bytes that a layer's directory takes on disk, all files together."""
         used = 0
         try:
-            with os.scandir(self._open_existing(digest).number) as entries:
+            directory = self._open_existing(digest)
+            with os.scandir(directory.number) as entries:
                 for entry in entries:
                     used += entry.stat(follow_symlinks=False).st_blocks * 512
         except (OSError, StoreBroken):
-            return used
+            return used  # a file or the directory has gone meanwhile
         return used
 
     def _open_existing(self, digest: str) -> OwnedFd:
