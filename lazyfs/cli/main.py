@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import io
 import os
 import signal
 import sys
@@ -55,16 +56,19 @@ class Parser(argparse.ArgumentParser):
 def entry() -> None:
     """Run the command line as this process: the console script. Never returns."""
     signal.signal(signal.SIGTERM, _on_term)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # a terminal that lacks a character is no reason to fail
     sys.exit(main(sys.argv[1:]))
 
 
 def main(argv: Sequence[str]) -> int:
     """Run one command line and return its exit code. Blocking; raises nothing."""
     out = Output()
-    name = ""
+    name = command_of(argv)
     verbose = False
     try:
-        name, args = _parse(argv)
+        args = _parse(name, argv)
         verbose = bool(args.verbose)
         out = Output(json=bool(getattr(args, "json", False)), quiet=args.quiet)
         if args.config is not None:
@@ -141,8 +145,7 @@ def _add_globals(parser: argparse.ArgumentParser, *, first: bool) -> None:
     add(("-q", "--quiet"), False, action="store_true", help="no remarks and no progress")
 
 
-def _parse(argv: Sequence[str]) -> tuple[str, argparse.Namespace]:
-    name = command_of(argv)
+def _parse(name: str, argv: Sequence[str]) -> argparse.Namespace:
     if name and name not in COMMANDS:
         import difflib
 
@@ -154,7 +157,7 @@ def _parse(argv: Sequence[str]) -> tuple[str, argparse.Namespace]:
         raise UsageError(f"unknown argument {unknown[0]!r}", hint=f"see {' '.join(('lazyfs', name)).rstrip()} --help")
     if not name:
         raise UsageError("no command given", hint="see lazyfs --help")
-    return name, args
+    return args
 
 
 def _use_config(path: str) -> None:

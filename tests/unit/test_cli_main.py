@@ -162,6 +162,20 @@ def test_usage_errors_exit_2_with_a_way_on(
     assert not seen
 
 
+def test_runs_own_usage_errors_stay_apart_from_the_containers_status(capsys: pytest.CaptureFixture[str]) -> None:
+    assert frame.main(["run", "--no-such-flag", "image"]) == exit_codes.RUN_FAILED
+    assert "lazyfs run --help" in capsys.readouterr().err
+
+
+def test_a_locale_without_our_characters_is_no_reason_to_fail() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "lazyfs", "--help"], capture_output=True, timeout=60, check=False,
+        env={**os.environ, "PYTHONIOENCODING": "ascii"},
+    )  # fmt: skip
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert b"COMMAND \\u2026" in done.stdout
+
+
 def test_shared_arguments(probe: Callable[[Run], None]) -> None:
     probe(remember)
     assert frame.main(["probe", "--platform", "linux/arm/v7", "--no-plain-http"]) == 0
