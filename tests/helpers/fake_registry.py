@@ -10,7 +10,7 @@ A layer is its raw blob, or (blob, annotations, media_type). Diff IDs are worked
 zstd, plain), unless `config` brings a rootfs of its own. With `redirect=True` blobs are answered by a 307 to a "signed"
 URL on a second port (the storage), whose signatures `expire_signatures()` makes invalid. With `auth="basic"` or
 `"bearer"` the usual challenges come first; `users` are the accounts, anonymous pulls work with "bearer" and
-`anonymous=True`.
+`anonymous=True`. With `tls` the registry (not the storage) speaks HTTPS.
 
 Faults are rules, looked at in order for each request that has been parsed; the first that matches decides and uses up
 one of its `times`. A rule may also be any callable `Request -> Rule | None` appended to `registry.faults`.
@@ -24,6 +24,7 @@ import gzip
 import hashlib
 import io
 import secrets
+import ssl
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -83,6 +84,7 @@ class FakeRegistry:
         signature_lifetime: float = 3600.0,
         latency: float = 0.0,
         rate: int = 0,
+        tls: ssl.SSLContext | None = None,
     ) -> None:
         self.auth = auth
         self.users = users or {}
@@ -93,6 +95,9 @@ class FakeRegistry:
         self.signature_lifetime = signature_lifetime
         self.latency = latency
         self.rate = rate
+        self.tls = tls
+        self.scheme = "https" if tls else "http"
+        self.challenge = ""  # a WWW-Authenticate header to send instead of the right one
         self.faults: list[Rule | Callable[[Request], Rule | None]] = []
         self.requests: list[Request] = []
         self.blobs: dict[str, bytes] = {}

@@ -44,6 +44,13 @@ class Server(ThreadingHTTPServer):
             self.live.add(request)
         super().process_request(request, client_address)
 
+    def get_request(self) -> tuple[Any, Any]:
+        connection, address = super().get_request()
+        if self.registry.tls is not None and self.role == "registry":
+            # The handshake is left to the first read, in the connection's own thread.
+            connection = self.registry.tls.wrap_socket(connection, server_side=True, do_handshake_on_connect=False)
+        return connection, address
+
     def shutdown_request(self, request: Any) -> None:
         with self.lock:
             self.live.discard(request)
@@ -255,8 +262,8 @@ class _Handler(BaseHTTPRequestHandler):
             head, _, actions = token.scope.rpartition(":")
             if head == f"repository:{name}" and action in actions.split(","):
                 return True
-        challenge = f'Bearer realm="http://{registry.host}/token",service="fake",scope="repository:{name}:{action}"'
-        self._error(401, "UNAUTHORIZED", {"WWW-Authenticate": challenge})
+        challenge = f'Bearer realm="{registry.scheme}://{registry.host}/token",service="fake",scope="repository:{name}:{action}"'
+        self._error(401, "UNAUTHORIZED", {"WWW-Authenticate": registry.challenge or challenge})
         return False
 
     def _token(self, query: dict[str, str]) -> None:
