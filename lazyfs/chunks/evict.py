@@ -131,8 +131,14 @@ class Evictor:
         with self._start:
             if self._closed or self._budget.hopeless or (self._thread is not None and self._thread.is_alive()):
                 return
-            self._thread = threading.Thread(target=self.run, name="lazyfs-evict", daemon=True)
-            self._thread.start()
+            thread = threading.Thread(target=self.run, name="lazyfs-evict", daemon=True)
+            try:
+                thread.start()
+            except RuntimeError as error:  # no more threads: writes are passed by until there is one
+                log.warning("no eviction can be started: %s", error)
+                self._budget.set_hopeless()
+                return
+            self._thread = thread
 
     def close(self, timeout: float = 10.0) -> None:
         """Start no more passes and wait `timeout` seconds at most for the running one, which stops early."""

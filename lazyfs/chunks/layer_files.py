@@ -151,6 +151,8 @@ class LayerFiles:
                 fcntl.flock(self._chunks.number, fcntl.LOCK_SH | fcntl.LOCK_NB)
             except BlockingIOError:
                 raise StoreLocked(f"layer {self.digest} is being removed from the store", hint="try again") from None
+            except OSError as error:  # a file system without locks: its layers are as safe as one process makes them
+                log.debug("layer %s can't be marked as in use: %s", self.digest, error)
 
     def _load(self) -> None:
         """Take over what the files say, as far as it makes sense."""
@@ -262,7 +264,8 @@ class LayerFiles:
     def write(self, first: int, last: int, offset: int, buffers: Sequence[bytes | memoryview]) -> None:
         """Write the bytes of chunks [first, last) at `offset` (data space) and mark them.
 
-        Raise OSError, or StoreLocked when the files had to be opened again and another process is removing them. At most IOV_MAX buffers. The caller holds `lock`.
+        Raise OSError, or StoreLocked when the files had to be opened again and another process
+        is removing them. At most IOV_MAX buffers. The caller holds `lock`.
         """
         if self._data is None or self._chunks is None:
             self._open(create=True)

@@ -147,9 +147,8 @@ class Store:
         self.budget.note_written(size)
 
     def status(self) -> StoreStatus:
-        """Return the numbers of this moment. Doesn't touch the disk."""
-        with self._lock:
-            layers = [slot.layer for slot in self._slots.values() if slot.layer is not None]
+        """Return the numbers of this moment. Doesn't block."""
+        layers = [slot.layer for slot in list(self._slots.values()) if slot.layer is not None]
         return StoreStatus(
             self.budget.bound,
             self.budget.used,
@@ -164,10 +163,9 @@ class Store:
     # -- layers
 
     def layer(self, digest: str) -> LayerStore | None:
-        """Return a layer that is open in this process. The caller doesn't own it."""
-        with self._lock:
-            slot = self._slots.get(digest)
-            return slot.layer if slot is not None else None
+        """Return a layer that is open in this process. The caller doesn't own it. Doesn't block."""
+        slot = self._slots.get(digest)
+        return slot.layer if slot is not None else None
 
     def open_layer(self, digest: str, table: ChunkTable) -> LayerStore:
         """Open a layer's chunks, or begin with none. Each call is paired with one `LayerStore.close`.
@@ -212,6 +210,8 @@ class Store:
                 files.close()
             except FileNotFoundError:
                 pass  # removed while we opened it: begin again
+            except OSError as error:
+                raise translate(error, f"layer {digest} in the store") from None
             except StoreLocked:
                 if shape is None or time.monotonic() >= deadline:
                     raise
@@ -298,10 +298,9 @@ class Store:
                 self._release(digest)
 
     def is_mounted(self, digest: str) -> bool:
-        """Tell whether `open_layer` has the layer open in this process."""
-        with self._lock:
-            slot = self._slots.get(digest)
-            return slot is not None and slot.mounts > 0
+        """Tell whether `open_layer` has the layer open in this process. Doesn't block."""
+        slot = self._slots.get(digest)
+        return slot is not None and slot.mounts > 0
 
     def directory_usage(self, digest: str) -> int:
         """Return the bytes that a layer's directory takes on disk, all files together."""
@@ -327,24 +326,29 @@ class Store:
         A directory that is just being filled (no chunks yet, younger than an hour) counts as in use. Never raises.
         """
         name = digests.hex_of(digest)
-        with self._lock:
-            if digest in self._slots:
+        gone = f"{_GONE}{name}-{os.getpid()}"
+        try:
+            with self._lock:
+                if digest in self._slots or not self._rename_away(digest, name, gone):
+                    return False
+            remove_tree(self._layers, gone)
+            self.catalog.remove_layer(digest)
+        except (OSError, StoreError) as error:
+            log.warning("layer %s can't be removed from the store: %s", digest, error)
+            return False
+        return True
+
+    def _rename_away(self, digest: str, name: str, gone: str) -> bool:
+        """Take a directory out of everybody's sight, unless another process has it open or is filling it."""
+        directory = self._open_existing(digest)
+        chunks = open_file(directory, "chunks", create=False)
+        if chunks is None:
+            if self._now() - os.fstat(directory.number).st_mtime < _UNFINISHED:
                 return False
+        else:
             try:
-                directory = self._open_existing(digest)
-                chunks = open_file(directory, "chunks", create=False)
-                if chunks is None:
-                    if self._now() - os.fstat(directory.number).st_mtime < _UNFINISHED:
-                        return False
-                else:
-                    fcntl.flock(chunks.number, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                gone = f"{_GONE}{name}-{os.getpid()}"
-                os.rename(name, gone, src_dir_fd=self._layers.number, dst_dir_fd=self._layers.number)
-                remove_tree(self._layers, gone)
-                self.catalog.remove_layer(digest)
+                fcntl.flock(chunks.number, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 return False
-            except (OSError, StoreError) as error:
-                log.warning("layer %s can't be removed from the store: %s", digest, error)
-                return False
+        os.rename(name, gone, src_dir_fd=self._layers.number, dst_dir_fd=self._layers.number)
         return True
