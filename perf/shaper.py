@@ -15,7 +15,6 @@ import asyncio
 import socket
 import threading
 import time
-from collections.abc import Coroutine
 from dataclasses import dataclass
 from types import TracebackType
 
@@ -173,18 +172,22 @@ class Shaper:
 
     async def _pair(self, client_in: asyncio.StreamReader, client_out: asyncio.StreamWriter) -> None:
         self._connections += 1
-        server_out: asyncio.StreamWriter | None = None
+        writers = [client_out]
         try:
-            server_in, server_out = await self._connect()
-            async with asyncio.TaskGroup() as both:
-                both.create_task(self._up.carry(client_in, server_out, self._rtt))
-                both.create_task(self._down.carry(server_in, client_out, 0.0))
-        except* OSError:
-            pass  # a reset on one side becomes a reset on the other: both are aborted below
+            try:
+                server_in, server_out = await self._connect()
+                writers.append(server_out)
+                async with asyncio.TaskGroup() as both:
+                    both.create_task(self._up.carry(client_in, server_out, self._rtt))
+                    both.create_task(self._down.carry(server_in, client_out, 0.0))
+            except* OSError:
+                pass  # a reset on one side ends both
+            for writer in writers:
+                writer.close()
+            await asyncio.gather(*(writer.wait_closed() for writer in writers), return_exceptions=True)
         finally:
-            for writer in (client_out, server_out):
-                if writer is not None:
-                    await _shut(writer)
+            for writer in writers:
+                writer.transport.abort()  # what is closed already stays so; stopped midway, nothing may wait for a peer
 
     async def _connect(self) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
         # With a socket of our own: Python 3.11's open_connection leaves its socket open when it is refused.
@@ -197,15 +200,6 @@ class Shaper:
         except BaseException:
             plain.close()
             raise
-
-
-async def _shut(writer: asyncio.StreamWriter) -> None:
-    closing: Coroutine[object, object, None] = writer.wait_closed()
-    writer.close()
-    try:
-        await closing
-    except OSError:
-        pass  # the other side was faster
 
 
 def main() -> int:

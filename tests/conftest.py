@@ -1,0 +1,163 @@
+"""Fixtures shared by all tests, and the guards: nothing is skipped in CI, and nothing is left behind.
+
+Environment: CI set → a test that would be skipped fails. LAZYFS_TEST_SESSION is set here and inherited by every daemon
+that the tests start, which is how a leftover one is told from somebody else's.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import tempfile
+import time
+import uuid
+from collections.abc import Generator, Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.helpers import real, real_image
+from tests.helpers.fake_registry import FakeRegistry
+
+LINGER = 10.0  # seconds that a daemon may take to end after its last mount
+_SESSION = pytest.StashKey[str]()
+_TOP = pytest.StashKey[Path]()
+_MARKS = {
+    "fuse": "needs /dev/fuse and the right to mount",
+    "system": "runs real registries, containerd, runc or whole commands",
+    "faults": "breaks networks, disks and processes on purpose",
+    "slow": "takes more than ten seconds",
+}
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    for name, text in _MARKS.items():
+        config.addinivalue_line("markers", f"{name}: {text}")
+    config.stash[_SESSION] = f"lazyfs-{uuid.uuid4().hex[:12]}"
+    os.environ["LAZYFS_TEST_SESSION"] = config.stash[_SESSION]
+    # Short, because Unix sockets lie below it; on disk, because overlayfs takes no overlay as its upper directory.
+    config.stash[_TOP] = Path(tempfile.mkdtemp(prefix="lazyfs-test-", dir="/var/tmp"))
+    config.stash[_TOP].chmod(0o755)  # tests run as other users too
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    tests = Path(__file__).parent
+    for item in items:
+        folder = item.path.relative_to(tests).parts[0]
+        if folder in _MARKS:
+            item.add_marker(folder)
+        if item.get_closest_marker("fuse") and not os.access("/dev/fuse", os.R_OK | os.W_OK):
+            item.add_marker(pytest.mark.skip(reason="no /dev/fuse that we may open"))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(
+    item: pytest.Item, call: pytest.CallInfo[None]
+) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    report = yield
+    if os.environ.get("CI") and report.skipped:
+        report.outcome = "failed"
+        report.longrepr = f"{item.nodeid} was skipped, and CI is set: {report.longrepr}"
+    return report
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_make_collect_report(
+    collector: pytest.Collector,
+) -> Generator[None, pytest.CollectReport, pytest.CollectReport]:
+    report = yield
+    if os.environ.get("CI") and report.skipped:
+        report.outcome = "failed"
+        report.longrepr = f"{collector.nodeid} was skipped, and CI is set: {report.longrepr}"
+    return report
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> Generator[None, None, None]:
+    yield
+    left = _leftovers(session.config)
+    if left:
+        reporter = session.config.pluginmanager.get_plugin("terminalreporter")
+        if reporter is not None:
+            reporter.write_line("\nleft behind by the tests (ended and unmounted now):", red=True)
+            for line in left:
+                reporter.write_line(f"  {line}", red=True)
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
+def _leftovers(config: pytest.Config) -> list[str]:
+    """End and unmount what the session left, and return a line for each."""
+    marker = config.stash[_SESSION].encode()
+    deadline = time.monotonic() + LINGER
+    while (processes := real.processes_with(marker)) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    left = [f"process {pid}: {words}" for pid, words in processes]
+    for pid, _ in processes:
+        try:
+            os.kill(pid, signal.SIGKILL)
+        except ProcessLookupError:
+            pass
+    basetemp = getattr(getattr(config, "_tmp_path_factory", None), "_basetemp", None)
+    for directory in (config.stash[_TOP], basetemp):
+        if directory is not None:
+            left += [f"mount {point}" for point in real.unmount_below(directory)]
+    shutil.rmtree(config.stash[_TOP], ignore_errors=True)
+    return left
+
+
+@pytest.fixture
+def scratch(request: pytest.FixtureRequest) -> Iterator[Path]:
+    """Yield an empty directory with a short path on disk; what is still mounted in it afterwards is a failure."""
+    directory = Path(tempfile.mkdtemp(dir=request.config.stash[_TOP]))
+    directory.chmod(0o755)
+    yield directory
+    left = real.unmount_below(directory)
+    shutil.rmtree(directory, ignore_errors=True)
+    assert not left, f"still mounted after the test: {left}"
+
+
+@pytest.fixture
+def registry() -> Iterator[FakeRegistry]:
+    """Yield a registry in this process whose faults are under the test's control."""
+    with FakeRegistry() as one:
+        yield one
+
+
+@pytest.fixture(scope="session")
+def docker_registry(request: pytest.FixtureRequest) -> Iterator[real.DockerRegistry]:
+    """Yield Debian's docker-registry on a loopback port, one for the session: use a repository name of your own."""
+    with real.docker_registry(request.config.stash[_TOP] / "registry") as one:
+        yield one
+
+
+@pytest.fixture(scope="session")
+def containerd(request: pytest.FixtureRequest) -> Iterator[real.Containerd]:
+    """Yield a containerd of our own, one for the session, with the overlayfs snapshotter."""
+    with real.containerd(request.config.stash[_TOP] / "containerd") as one:
+        yield one
+
+
+@pytest.fixture(scope="session")
+def small_layers(request: pytest.FixtureRequest) -> list[Path]:
+    """Return the layer tars (base, top) of the small real image; see tests.helpers.real_image."""
+    directory = request.config.stash[_TOP] / "small"
+    directory.mkdir()
+    base, top = directory / "base.tar", directory / "top.tar"
+    real_image.write_base(base)
+    real_image.write_top(top)
+    return [base, top]
+
+
+@pytest.fixture(scope="session")
+def small_layout(small_layers: list[Path]) -> str:
+    """Return the small real image as a reference oci:DIR:small with two gzip layers."""
+    return real.build_layout(small_layers[0].parent / "layout", "small", small_layers)
+
+
+@pytest.fixture(scope="session")
+def small_image(docker_registry: real.DockerRegistry, small_layout: str) -> str:
+    """Return docker://127.0.0.1:PORT/small:original, the small real image in the session's docker-registry."""
+    reference = docker_registry.image("small", "original")
+    real.copy_image(small_layout, reference)
+    return reference
