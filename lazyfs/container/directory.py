@@ -134,7 +134,7 @@ def _open_up(function: Callable[..., Any], path: str, info: Any) -> None:
     if function in (os.unlink, os.rmdir):
         function(path)
     else:
-        shutil.rmtree(path)
+        shutil.rmtree(path, onerror=_open_up)  # the chmod above raises for what isn't ours, so this ends
 
 
 def _lock(path: Path) -> int | None:

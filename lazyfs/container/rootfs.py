@@ -1,7 +1,7 @@
 """A container's root file system: overlayfs over the lazy tree, and the host's paths that show in it.
 
-What mounts here runs in the container's private mount namespace (lazyfs.container.namespaces) and undoes nothing: the
-namespace's end does.
+For containers this runs in a private mount namespace (lazyfs.container.namespaces) and undoes nothing: the namespace's
+end does. `lazyfs mount --rw` uses the same overlay in the open.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from lazyfs.container import mounts
 from lazyfs.container.options import Volume
 from lazyfs.errors import ContainerFailed, MountFailed
 
-# `volatile`: the upper directory dies with the container, so syncing it is work for nobody. `metacopy`: a chown (the
+# `volatile`: the upper directory dies with its mount, so syncing it is work for nobody. `metacopy`: a chown (the
 # first act of many entrypoints, on whole trees) copies a file's attributes up and leaves its bytes in the registry.
 _FAST = b"volatile,metacopy=on,redirect_dir=on"
 _FAST_USER = b"userxattr,volatile"
@@ -23,8 +23,8 @@ _PLAIN_USER = b"userxattr"
 _MAX_HOST_FILE = 1 << 20  # bytes of /etc/hosts or /etc/resolv.conf
 
 
-def mount_overlay(lower: str, directory: Path, *, rootless: bool) -> None:
-    """Mount `lower` (a read-only tree) with directory/upper above it on directory/rootfs. Blocking.
+def mount_overlay(lower: str, directory: Path, *, target: str = "", rootless: bool = False) -> None:
+    """Mount `lower` (a read-only tree) with directory/upper above it on `target` (directory/rootfs). Blocking.
 
     Raise MountFailed, with what to do about it where the store's own file system is the obstacle.
     """
@@ -34,7 +34,7 @@ def mount_overlay(lower: str, directory: Path, *, rootless: bool) -> None:
     for extra in attempts:
         options = mounts.overlay_options(os.fsencode(lower), os.fsencode(upper), os.fsencode(work), extra=extra)
         try:
-            mounts.mount(b"overlay", os.fsencode(directory / "rootfs"), "overlay", 0, options)
+            mounts.mount(b"overlay", os.fsencode(target or directory / "rootfs"), "overlay", 0, options)
             return
         except MountFailed as error:
             # Kernels without one of the options say EINVAL, as they do for an upper directory that can't be one.

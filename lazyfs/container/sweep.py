@@ -8,8 +8,8 @@ import os
 from pathlib import Path
 
 from lazyfs.config import Settings
+from lazyfs.container import attached, namespaces
 from lazyfs.container import directory as directories
-from lazyfs.container import namespaces
 from lazyfs.container.directory import ContainerDir
 from lazyfs.container.runtime import Runtime
 from lazyfs.errors import LazyfsError, StoreBroken
@@ -23,9 +23,15 @@ log = logging.getLogger(__name__)
 def sweep(settings: Settings) -> int:
     """Remove every container of `settings.root` whose owner is gone; return how many. Blocking; logs what fails.
 
+    Writable layers of mounts before the last boot go too.
     Cheap when there is nothing to do: one directory listing and a flock for each container that runs.
     """
     count = 0
+    for state in attached.stale_states(settings):
+        try:
+            directories.remove_tree(state)
+        except LazyfsError as error:
+            log.warning("the writable layer of a mount before the last boot stays: %s", error)
     try:
         for found in directories.leftovers(settings):
             try:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from lazyfs.config import Settings
-from lazyfs.errors import ManifestMissing
+from lazyfs.errors import DaemonUnreachable, ManifestMissing
 
 
 class StandIn:
@@ -28,9 +28,9 @@ class StandIn:
         if log:
             with open(log, "a", encoding="utf-8") as handle:
                 handle.write(json.dumps({"call": name, **args}) + "\n")
+        if name == os.environ.get("STAND_IN_FAILS"):
+            raise ManifestMissing("stand-in", f"the stand-in refuses {name}")
         if name != "mount_image":
-            if name == os.environ.get("STAND_IN_FAILS"):
-                raise ManifestMissing("stand-in", f"the stand-in refuses {name}")
             return {}
         if not os.path.isdir(args["image"]):
             raise ManifestMissing("stand-in", f"{args['image']} is not in the registry")
@@ -50,8 +50,10 @@ class StandIn:
 
 
 @contextlib.contextmanager
-def open_daemon(settings: Settings, solo: Path | None = None) -> Iterator[StandIn]:
-    """Yield a stand-in."""
+def open_daemon(settings: Settings, solo: Path | None = None, *, start: bool = True) -> Iterator[StandIn]:
+    """Yield a stand-in, or with $STAND_IN_DEAD say that there is no daemon."""
+    if "STAND_IN_DEAD" in os.environ:
+        raise DaemonUnreachable("the stand-in is dead")
     yield StandIn()
 
 

@@ -47,15 +47,16 @@ def image(tmp_path_factory: pytest.TempPathFactory) -> Path:
 class Lazyfs:
     """Runs the command line on a store of its own."""
 
-    def __init__(self, place: Path, image: Path, wrapper: tuple[str, ...] = ()) -> None:
+    def __init__(self, place: Path, image: Path, wrapper: tuple[str, ...] = (), python: str = sys.executable) -> None:
         self.root = place / "store"
         self.run_dir = place / "run"
         self.image = str(image)
         self.wrapper = wrapper
+        self.python = python
         self.config: dict[str, object] = {}
 
     def argv(self, *words: str) -> list[str]:
-        return [*self.wrapper, sys.executable, "-m", "tests.helpers.stand_in", *words]
+        return [*self.wrapper, self.python, "-m", "tests.helpers.stand_in", *words]
 
     def environment(self) -> dict[str, str]:
         return {
@@ -349,7 +350,9 @@ def ordinary(tmp_path_factory: pytest.TempPathFactory, image: Path) -> Iterator[
             "env",
             f"HOME={place}/home",
         )
-        command = Lazyfs(place / "home", place / "image", user)
+        # The interpreter of the tests may lie where only root can go.
+        usable = subprocess.run([*user, sys.executable, "-c", ""], capture_output=True, check=False).returncode == 0
+        command = Lazyfs(place / "home", place / "image", user, sys.executable if usable else "/usr/bin/python3")
         yield command
         assert command.left() == []
     finally:
