@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-VALUES = ("errors", "digest", "units", "oci", "reference", "config", "log", "stats")
+VALUES = ("errors", "answer", "digest", "units", "oci", "reference", "config", "log", "answer")
 PACKAGES = ("format", "registry", "chunks", "mount", "container", "cli")
 MODULES = ("tree", "child", "control_client")
 
@@ -18,10 +18,10 @@ ARROWS: dict[str, set[str]] = {
     "values": set(),
     "format": {"values"},
     "registry": {"values"},
-    "chunks": {"values", "format", "registry"},
+    "chunks": {"values", "format", "registry", "child"},
     "tree": {"values", "format"},
     "child": {"values", "format", "tree"},
-    "mount": {"values", "format", "registry", "chunks", "tree", "child"},
+    "mount": {"values", "format", "registry", "chunks", "tree", "child", "container"},
     "control_client": {"values"},
     "container": {"values"},
     "indexer": {"values", "format", "registry"},
@@ -34,7 +34,7 @@ ARROWS: dict[str, set[str]] = {
 # Foreign libraries and the only parts that may know them.
 OWNERS: dict[str, set[str]] = {
     "pyfuse3": {"mount"},
-    "trio": {"mount"},
+    "trio": {"chunks", "mount"},
     "requests": {"registry"},
     "urllib3": {"registry"},
     "grpc": {"snapshotter"},
