@@ -46,7 +46,7 @@ def have(*names: str) -> bool:
 
 
 def call(*command: str | Path, cwd: Path | None = None, timeout: float = RUN) -> str:
-    """Run a program to its end and return its stdout. Raise ToolFailed for a status other than 0 or a missed deadline."""
+    """Run a program to its end and return its stdout. Raise ToolFailed for any status but 0, or too late."""
     words = [tool(str(command[0])), *(str(word) for word in command[1:])]
     try:
         done = subprocess.run(
