@@ -15,6 +15,7 @@ from lazyfs.units import format_size
 
 if TYPE_CHECKING:
     from lazyfs.cli.output import Output
+    from lazyfs.format.lazy import TocSource
     from lazyfs.oci import Descriptor, ImageConfig, Index, Manifest
     from lazyfs.reference import Reference
     from lazyfs.registry.hops import Hop
@@ -39,6 +40,7 @@ class _Layer:
     form: str
     lazy: bool
     reason: str
+    toc: TocSource | None = None
     entries: int = -1
     toc_size: int = -1
     problem: Exception | None = None
@@ -135,7 +137,7 @@ def _classify(descriptor: Descriptor, allow_unverified: bool) -> _Layer:
     source = toc_source(descriptor, allow_unverified=allow_unverified)
     if isinstance(source, NotLazy):
         return _Layer(descriptor, "", plain_form(descriptor), False, source.reason)
-    return _Layer(descriptor, "", "zstd:chunked", True, "")
+    return _Layer(descriptor, "", "zstd:chunked", True, "", source)
 
 
 def plain_form(descriptor: Descriptor) -> str:
@@ -156,6 +158,7 @@ def _fetch_rest(
 ) -> ImageConfig:
     """Fetch the config and, if wanted, all tables of contents at the same time, as a mount does."""
     from lazyfs.cli.side_by_side import side_by_side
+    from lazyfs.errors import FooterInvalid
 
     configs: list[ImageConfig] = []
 
@@ -178,18 +181,19 @@ def _fetch_rest(
         raise config_error
     for number, error in zip(lazy, errors, strict=True):
         if error is not None:
-            layers[number].lazy, layers[number].reason, layers[number].problem = False, error.message, error
+            layer = layers[number]
+            layer.lazy, layer.reason = False, error.message
+            if layer.toc is None or layer.toc.verified or not isinstance(error, FooterInvalid):
+                layer.problem = error  # without a promise that there is a TOC, its absence is no fault
     return configs[0]
 
 
 def _count_entries(repository: Repository, layer: _Layer) -> None:
-    from lazyfs.format.lazy import NotLazy, read_toc, toc_source
+    from lazyfs.format.lazy import read_toc
     from lazyfs.format.toc import parse_toc
 
-    source = toc_source(layer.descriptor, allow_unverified=True)  # whether it may be used was decided before
-    assert not isinstance(source, NotLazy)
-
-    toc = read_toc(source, partial(common.fetch_bytes, repository, layer.descriptor.digest))
+    assert layer.toc is not None
+    toc = read_toc(layer.toc, partial(common.fetch_bytes, repository, layer.descriptor.digest))
     layer.form = toc.form.value
     layer.toc_size = len(toc.raw)
     layer.entries = sum(1 for _ in parse_toc(toc.raw, toc.payload_end))

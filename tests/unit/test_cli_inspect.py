@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import zstandard
 
 from lazyfs import oci
 from lazyfs.cli.main import main
@@ -103,6 +104,18 @@ def test_a_toc_that_is_not_as_promised_is_told_and_exits_6(
     first, second = json.loads(capsys.readouterr().out)["layers"]
     assert first["lazy"] is True
     assert second["lazy"] is False and "as promised" in second["reason"]
+
+
+def test_a_plain_layer_that_might_have_a_toc_is_no_fault(
+    registry: FakeRegistry, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LAZYFS_ALLOW_UNVERIFIED", "true")
+    plain = (zstandard.compress(tar_of(file("b", b"y" * 5000))), {}, oci.OCI_LAYER_ZSTD)
+    untrusted = annotated(lazy_layer("c"), TOC_DIGEST=None, ZSTD_CHECKSUM=None)
+    image = registry.add_image("app", "1", [plain, pushed(untrusted)], CONFIG)
+    first, second = inspect_json(capsys, "--files", image.reference)["layers"]
+    assert first["lazy"] is False and "footer" in first["reason"]
+    assert second["lazy"] is True and second["entries"] == 3
 
 
 def test_timing_counts_the_round_trips_in_sequence(capsys: pytest.CaptureFixture[str]) -> None:
