@@ -17,6 +17,8 @@ LANDMARK = b".prefetch.landmark"
 NO_LANDMARK = b".no.prefetch.landmark"
 LANDMARK_CONTENT = b"\x0f"
 TOC_NAME = b"stargz.index.json"
+# Attributes an image must not bring along: overlayfs would take them as orders about our own layers.
+DROPPED_XATTRS = (b"trusted.", b"user.overlay.")
 HIDDEN_AT_ROOT = frozenset({LANDMARK, NO_LANDMARK, TOC_NAME})
 
 
@@ -35,7 +37,7 @@ class Kind(IntEnum):
 
 @dataclass(slots=True)
 class Entry:
-    """One entry of a tar or TOC. Paths are bytes, cleaned: no leading or trailing slash, no "." or ".."; b"" is the root.
+    """One entry of a tar or TOC. Paths are bytes, cleaned: no slash at the ends, no "." or ".."; b"" is the root.
 
     Whiteouts are still ordinary files named `.wh.*` here; the layer table interprets them.
     """
@@ -56,7 +58,7 @@ class Entry:
 
 @dataclass(slots=True)
 class Chunk:
-    """A verified range of one file's content. `blob_offset` is where its frame starts; -1: a hole, all zeros, no frame."""
+    """A verified range of one file's content. `blob_offset` is where its frame starts; -1: a hole, zeros, no frame."""
 
     offset: int  # in the file
     size: int  # bytes, uncompressed
