@@ -16,7 +16,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from lazyfs import errors
+from lazyfs.answer import decode_error, encode_error
 from lazyfs.errors import LazyfsError, StoreBroken, TocInvalid
 
 MEMORY = 4 << 30  # bytes of address space: a TOC of half a million entries takes a fifth of it
@@ -40,22 +40,23 @@ def run_job(job: dict[str, Any], *, timeout: float = TIMEOUT) -> None:
         raise TocInvalid(f"its TOC took more than {timeout:.0f} s to read") from None
     except OSError as error:
         raise StoreBroken(f"the table builder can't be started: {error.strerror}") from None
+    read_answer(done.stdout, done.stderr, done.returncode)
+
+
+def read_answer(answer: bytes, complaint: bytes, status: int) -> None:
+    """Raise what a child's answer (its standard output) says went wrong, or TocInvalid when it gave none."""
     try:
-        answer = json.loads(done.stdout)
+        value = json.loads(answer)
     except ValueError:
-        tail = done.stderr.decode("utf-8", "replace").strip().rpartition("\n")[2]
-        raise TocInvalid(f"the table builder died (status {done.returncode}): {tail[:200]}") from None
-    if "error" in answer:
-        kind = getattr(errors, str(answer["error"].get("class")), None)
-        known = isinstance(kind, type) and issubclass(kind, LazyfsError)
-        raise _revive(kind if known else TocInvalid, str(answer["error"].get("message")))
+        tail = complaint.decode("utf-8", "replace").strip().rpartition("\n")[2]
+        raise TocInvalid(f"the table builder died (status {status}): {tail[:200]}") from None
+    if "error" in value:
+        raise decode_error(value["error"], TocInvalid)
 
 
-def _revive(kind: type[LazyfsError], message: str) -> LazyfsError:
-    """Make an error of `kind` whose sentence is `message` as it stands, whatever its constructor takes."""
-    error = kind.__new__(kind)
-    LazyfsError.__init__(error, message)
-    return error
+def refuse(error: LazyfsError) -> dict[str, Any]:
+    """Return the answer that carries an error to the parent."""
+    return {"error": encode_error(error)}
 
 
 def _perform(job: dict[str, Any]) -> None:
@@ -83,11 +84,11 @@ def main() -> int:
         _perform(json.load(sys.stdin))
         answer = {"ok": True}
     except LazyfsError as error:
-        answer = {"error": {"class": type(error).__name__, "message": error.message}}
+        answer = refuse(error)
     except MemoryError:
-        answer = {"error": {"class": "TocInvalid", "message": f"the TOC needs more than {MEMORY >> 30} GiB to read"}}
+        answer = refuse(TocInvalid(f"the TOC needs more than {MEMORY >> 30} GiB to read"))
     except OSError as error:
-        answer = {"error": {"class": "StoreBroken", "message": f"a table can't be built: {error}"}}
+        answer = refuse(StoreBroken(f"a table can't be built: {error}"))
     json.dump(answer, sys.stdout)
     return 0
 

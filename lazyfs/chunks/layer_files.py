@@ -291,6 +291,20 @@ class LayerFiles:
             for fd in (self._data, self._chunks, self._used_file)
         )
 
+    def adopt(self, name: str) -> int:
+        """Put the file `name` of the layer's directory, which holds every chunk, in the place of `data`. Return its size.
+
+        Raise OSError. Readers that are inside a read keep the old file until they return.
+        """
+        with self.lock:
+            new = open_file(self._directory, name, create=False)
+            if new is None:
+                raise OSError(errno.ENOENT, os.strerror(errno.ENOENT))
+            os.rename(name, "data", src_dir_fd=self._directory.number, dst_dir_fd=self._directory.number)
+            self._data = new
+            self.mark(0, len(self.flags), 1)
+            return self.disk_usage()
+
     def disk_usage(self) -> int:
         """Return the bytes that `data` takes on disk."""
         data = self._data

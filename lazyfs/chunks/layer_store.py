@@ -13,7 +13,7 @@ from lazyfs.chunks.health import DiskHealth
 from lazyfs.chunks.holes import drop_pages
 from lazyfs.chunks.layer_files import LayerFiles, Layout
 from lazyfs.chunks.private_files import OwnedFd
-from lazyfs.errors import StoreLocked
+from lazyfs.errors import StoreBroken, StoreLocked
 from lazyfs.format.table import FORM_PLAIN, NO_FRAME
 from lazyfs.units import PAGE, MiB
 
@@ -220,6 +220,18 @@ class LayerStore:
             return None
         self.write(chunk, data)
         return data
+
+    def adopt(self, name: str) -> None:
+        """Take over a file of the layer's directory that holds all chunks at their data offsets, verified by its maker.
+
+        Raise StoreBroken when it can't be.
+        """
+        try:
+            size = self._files.adopt(name)
+        except OSError as error:
+            self._health.failed(error)
+            raise StoreBroken(f"layer {self.digest} can't be taken over: {error.strerror}") from None
+        self._room.note_written(size)
 
     def forget(self) -> int:
         """Drop every chunk (the layer was quarantined). Return the bytes freed on disk."""

@@ -13,6 +13,7 @@ from pathlib import Path
 from lazyfs.errors import TarInvalid, TocInvalid
 from lazyfs.format.columns import Column, write_columns
 from lazyfs.format.entry import (
+    DROPPED_XATTRS,
     HIDDEN_AT_ROOT,
     LANDMARK,
     OPAQUE_MARKER,
@@ -36,8 +37,6 @@ from lazyfs.format.table import (
 )
 from lazyfs.units import align
 
-# Names an image must not bring along: overlayfs would take them as orders about our own layers.
-_DROPPED_XATTRS = (b"trusted.", b"user.overlay.")
 _MAX_DATA = 1 << 46  # bytes of data space: far above any layer, far below what overflows an offset
 
 
@@ -215,7 +214,7 @@ def _fill_rows(
             continue
         col["mode"][row], col["uid"][row], col["gid"][row] = entry.mode & 0o7777, entry.uid, entry.gid
         col["mtime"][row], col["mtime_fraction"][row] = divmod(entry.mtime_ns, 1_000_000_000)
-        kept = tuple(pair for pair in entry.xattrs if not pair[0].startswith(_DROPPED_XATTRS))
+        kept = tuple(pair for pair in entry.xattrs if not pair[0].startswith(DROPPED_XATTRS))
         dropped += len(entry.xattrs) - len(kept)
         if kept:
             col["xattr"][row] = xattr_heap.add(pack_xattrs(kept)) + 1
@@ -256,7 +255,8 @@ def _fill_chunks(
         row = row_of.get(number)
         if row is None or live.entry.kind is not Kind.REG or rows[row][0].kind is not Kind.REG or not live.tag:
             continue  # markers and landmarks have content too, and nobody can read it
-        base = data_offset
+        # A plain layer was written to its data space before anybody knew which of its names survive.
+        base = live.tag[0].blob_offset if facts.form == FORM_PLAIN else data_offset
         col["data_offset"][row], col["first_chunk"][row] = base, len(out["chunk_size"])
         col["chunk_count"][row] = len(live.tag)
         for chunk in live.tag:

@@ -1,0 +1,95 @@
+"""A layer that is being served: its table, its place on disk, where its bytes come from, and whether it may be read."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from lazyfs.chunks.layer_store import LayerStore
+from lazyfs.chunks.spool import Spool
+from lazyfs.chunks.whole import WholeCheck
+from lazyfs.errors import LayerQuarantined
+from lazyfs.format.table import FORM_PLAIN, NO_FRAME, LayerTable
+from lazyfs.oci import Descriptor
+from lazyfs.registry.repository import Repository
+
+
+class Check:
+    """The whole check of a layer in progress: extents are fed in blob order, what comes early waits in the spool."""
+
+    def __init__(self, begin: Callable[[], WholeCheck], spool: Spool) -> None:
+        self._begin = begin
+        self.whole = begin()
+        self.spool = spool
+        self.next = 0  # the extent that the check wants now
+        self.restarts = 0
+
+    def restart(self) -> None:
+        """Begin again with nothing: the spool's disk may be what was wrong, and that is no reason to damn a layer."""
+        self.spool.clear()
+        self.whole = self._begin()
+        self.next = 0
+        self.restarts += 1
+
+
+@dataclass(eq=False, slots=True)
+class ServedLayer:
+    """One layer of the node. Mutable; owned by the trio loop, but for `check`, which has a lock of its own.
+
+    `repository` is asked for afresh at each fetch, so that a layer can be moved to another source.
+    """
+
+    number: int  # the layer number of node ids
+    descriptor: Descriptor
+    diff_id: str
+    table: LayerTable
+    store: LayerStore
+    repository: Repository
+    check: Check | None = None  # None: the layer has passed, or nobody promised a diff ID
+    verified: bool = False
+    quarantine: str = ""  # why nothing may be read any more
+    users: int = 0  # trees that hold the layer
+    bytes_by_priority: list[int] = field(default_factory=lambda: [0, 0, 0])  # compressed bytes fetched
+    refill: Callable[[], object] | None = None  # fetches a plain layer again, whole; blocking
+
+    @property
+    def digest(self) -> str:
+        return self.descriptor.digest
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether the blob has no frames to fetch: it is unpacked whole."""
+        return self.table.form == FORM_PLAIN
+
+    @property
+    def host(self) -> str:
+        return self.repository.host
+
+    def ensure_readable(self) -> None:
+        """Raise LayerQuarantined when a check found the layer false."""
+        if self.quarantine:
+            raise LayerQuarantined(self.digest, self.quarantine)
+
+    # -- extents: the blob cut at the frames that the TOC names. 0 lies before the first, the last is TOC and footer.
+
+    @property
+    def extents(self) -> int:
+        return self.table.frame_count + 2
+
+    def extent(self, number: int) -> tuple[int, int]:
+        """Return (blob_offset, size) of an extent. Some are empty."""
+        table, frames = self.table, self.table.frame_count
+        if number == 0:
+            return 0, table.frame_blob_offset[0] if frames else table.payload_end
+        if number <= frames:
+            start = table.frame_blob_offset[number - 1]
+            return start, table.frame_blob_end[number - 1] - start
+        return table.payload_end, table.blob_size - table.payload_end
+
+    def frame_missing(self, frame: int) -> bool:
+        """Tell whether any chunk of a frame is not in the store."""
+        chunks = self.table.frame_chunks(frame)
+        return any(self.table.chunk_frame[chunk] != NO_FRAME for chunk in self.store.missing(chunks.start, chunks.stop))
+
+    def __repr__(self) -> str:
+        return f"<ServedLayer {self.number} {self.digest[:19]}>"

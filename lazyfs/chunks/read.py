@@ -1,0 +1,139 @@
+"""Reading a file of a layer: memory, then the store, then another layer of this node, then the registry.
+
+Each step is asked only for what the one before did not have, and each chunk by one reader at a time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+
+import trio
+
+from lazyfs.chunks.layer import ServedLayer
+from lazyfs.chunks.memory import MemoryCache
+from lazyfs.chunks.remote import Remote
+from lazyfs.chunks.schedule import Priority
+from lazyfs.chunks.single_flight import SingleFlight
+from lazyfs.errors import BlobMissing
+from lazyfs.format.table import NO_FRAME, Place
+
+_DISK_THREADS = 8  # reads and hashes of the store side by side; the disk and two cores want no more
+
+
+@dataclass(slots=True)
+class ReadCounters:
+    """Uncompressed bytes by where they came from, since the start."""
+
+    from_memory: int = 0
+    from_store: int = 0
+    from_other_layer: int = 0
+    from_registry: int = 0
+    limiter: trio.CapacityLimiter = field(default_factory=lambda: trio.CapacityLimiter(_DISK_THREADS))
+
+
+class Reader:
+    """Reads of all layers. Belongs to one trio loop.
+
+    `donors(digest)` names other layers' chunks with the same bytes as (their layer, chunk) pairs; blocking.
+    """
+
+    def __init__(
+        self,
+        memory: MemoryCache,
+        remote: Remote,
+        donors: Callable[[ServedLayer, bytes], bytes | None],
+    ) -> None:
+        self._memory = memory
+        self._remote = remote
+        self._donors = donors
+        self._single: SingleFlight[tuple[int, int], bytes] = SingleFlight()
+        self.counters = ReadCounters()
+
+    async def read(self, layer: ServedLayer, row: int, offset: int, size: int) -> bytes | memoryview:
+        """Return bytes [offset, offset + size) of regular file `row`, cut at its end. All of them verified.
+
+        A checkpoint unless all is in memory. Raise a LazyfsError: never a short read inside the file.
+        """
+        layer.ensure_readable()
+        places = list(layer.table.places(row, offset, size))
+        if not places:
+            return b""
+        last = layer.table.file_chunks(row)[-1]
+        if len(places) == 1:
+            place = places[0]
+            data = await self.chunk(layer, place.chunk, Priority.DEMAND, last)
+            if place.size == len(data):
+                return data
+            return memoryview(data)[place.offset : place.offset + place.size]
+        parts: list[bytes | memoryview] = [b""] * len(places)
+
+        async def one(number: int, place: Place) -> None:
+            data = await self.chunk(layer, place.chunk, Priority.DEMAND, last)
+            parts[number] = memoryview(data)[place.offset : place.offset + place.size]
+
+        try:
+            async with trio.open_nursery() as nursery:
+                for number, place in enumerate(places):
+                    nursery.start_soon(one, number, place)
+        except* Exception as group:
+            raise _first(group) from None
+        return b"".join(parts)
+
+    async def chunk(self, layer: ServedLayer, chunk: int, priority: Priority, last_chunk: int) -> bytes:
+        """Return one verified chunk. `last_chunk`: the last of the file that is read, where read-ahead ends."""
+        data = self._memory.get((layer.number, chunk))
+        if data is not None:
+            self.counters.from_memory += len(data)
+            self._remote.note_read(layer, chunk)
+            return data
+        return await self._single.run((layer.number, chunk), partial(self._find, layer, chunk, priority, last_chunk))
+
+    async def _find(self, layer: ServedLayer, chunk: int, priority: Priority, last_chunk: int) -> bytes:
+        data: bytes | None = None
+        if layer.store.has(chunk):
+            data = await trio.to_thread.run_sync(layer.store.read, chunk, limiter=self.counters.limiter)
+            if data is not None:
+                self.counters.from_store += len(data)
+                self._remote.note_read(layer, chunk)
+        if data is None and layer.is_plain:
+            data = await self._refill(layer, chunk)
+        if data is None and layer.table.chunk_frame[chunk] != NO_FRAME:
+            data = await self._from_afar(layer, chunk, priority, last_chunk)
+        if data is None:
+            raise BlobMissing(layer.host, f"a hole of layer {layer.digest} is not what its TOC says")
+        layer.ensure_readable()  # the whole check may have ended meanwhile
+        self._memory.put((layer.number, chunk), data)
+        return data
+
+    async def _from_afar(self, layer: ServedLayer, chunk: int, priority: Priority, last_chunk: int) -> bytes:
+        digest = layer.table.chunk_digest(chunk)
+        data = await trio.to_thread.run_sync(self._donors, layer, digest, limiter=self.counters.limiter)
+        if data is not None and len(data) == layer.table.chunk_size[chunk]:
+            self.counters.from_other_layer += len(data)
+            await trio.to_thread.run_sync(layer.store.write, chunk, data, limiter=self.counters.limiter)
+            return data
+        data = await self._remote.get(layer, chunk, priority, last_chunk)
+        self.counters.from_registry += len(data)
+        return data
+
+    async def _refill(self, layer: ServedLayer, chunk: int) -> bytes | None:
+        """Unpack a plain layer anew because a chunk of it was evicted or damaged: there is no smaller unit to fetch."""
+        if layer.refill is None:
+            return None
+        await self._single.run((layer.number, -1), partial(self._run_refill, layer.refill))
+        return await trio.to_thread.run_sync(layer.store.read, chunk, limiter=self.counters.limiter)
+
+    async def _run_refill(self, refill: Callable[[], object]) -> bytes:
+        await trio.to_thread.run_sync(refill, limiter=self.counters.limiter)
+        return b"done"
+
+
+def _first(group: BaseExceptionGroup[Exception]) -> Exception:
+    """Return the first leaf of a group of errors: a reader can be told one reason only."""
+    error: BaseException = group
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    assert isinstance(error, Exception)
+    return error

@@ -1,0 +1,182 @@
+"""Who may fetch when: one scheduler a node, limits by host, demand before prefetch before background.
+
+A job is one range request in a worker thread. Nothing that runs is cancelled for something more urgent; what waits is
+overtaken, and can be promoted when a reader turns up for it. Background and prefetch never take a host's last
+connections, so a demand read finds one free.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Callable
+from dataclasses import dataclass
+from enum import IntEnum
+from typing import TypeVar
+
+import trio
+
+T = TypeVar("T")
+
+QUIET = 1.0  # seconds without demand after which background may use the whole link
+_SMOOTHING = 0.3  # weight of the newest sample in the moving averages
+_PATIENCE = 0.02  # seconds between looks while background waits for running demand reads
+
+
+class Priority(IntEnum):
+    """Why a byte is fetched; smaller is more urgent."""
+
+    DEMAND = 0
+    PREFETCH = 1
+    BACKGROUND = 2
+
+
+class Ticket:
+    """A job's place in the queue of a host. `promote` moves it forward while it waits."""
+
+    __slots__ = ("_host", "entered", "granted", "priority")
+
+    def __init__(self, host: _Host, priority: Priority) -> None:
+        self._host = host
+        self.priority = priority
+        self.granted = trio.Event()
+        self.entered = False
+
+    def promote(self, priority: Priority) -> None:
+        """Raise the priority of a job that still waits. One that runs is left alone."""
+        if priority < self.priority and not self.entered:
+            self.priority = priority
+            self._host.push(self)
+            self._host.grant()
+
+
+@dataclass(frozen=True, slots=True)
+class HostStatistics:
+    """A host's moment: jobs running and waiting, and the link as it was last seen (seconds, bytes a second)."""
+
+    running: int
+    waiting: int
+    round_trip: float
+    rate: float
+
+
+class _Host:
+    """One registry host: its running jobs by priority, its queue, its link."""
+
+    def __init__(self, connections: int, clock: Callable[[], float]) -> None:
+        self._clock = clock
+        self._connections = max(2, connections)
+        self._queue: list[tuple[int, int, Ticket]] = []
+        self._sequence = 0
+        self.running = [0, 0, 0]
+        self.last_demand = float("-inf")
+        self.round_trip = 0.0
+        self.rate = 0.0
+        self.limiter = trio.CapacityLimiter(self._connections)
+
+    @property
+    def quiet(self) -> bool:
+        return self._clock() - self.last_demand > QUIET and not self.running[Priority.DEMAND]
+
+    def push(self, ticket: Ticket) -> None:
+        self._sequence += 1
+        heapq.heappush(self._queue, (ticket.priority, self._sequence, ticket))
+
+    def _limit(self, priority: Priority) -> int:
+        """Connections that jobs of this priority and less urgent ones may hold together."""
+        if priority is Priority.DEMAND:
+            return self._connections
+        if priority is Priority.PREFETCH:
+            return max(1, self._connections - 2)
+        return max(1, self._connections // 4) if self.quiet else 1
+
+    def grant(self) -> None:
+        """Let everything start that may."""
+        while self._queue:
+            _, _, ticket = self._queue[0]
+            if ticket.entered:  # promoted meanwhile: this is its old place
+                heapq.heappop(self._queue)
+                continue
+            of_its_kind = sum(self.running[ticket.priority :])
+            if sum(self.running) >= self._connections or of_its_kind >= self._limit(ticket.priority):
+                return
+            heapq.heappop(self._queue)
+            ticket.entered = True
+            self.running[ticket.priority] += 1
+            ticket.granted.set()
+
+    def statistics(self) -> HostStatistics:
+        waiting = len({id(ticket) for _, _, ticket in self._queue if not ticket.entered})
+        return HostStatistics(sum(self.running), waiting, self.round_trip, self.rate)
+
+
+class Scheduler:
+    """Run fetch jobs in worker threads by host and priority. Belongs to one trio loop."""
+
+    def __init__(self, connections: int, clock: Callable[[], float] = trio.current_time) -> None:
+        self._connections = connections
+        self._clock = clock
+        self._hosts: dict[str, _Host] = {}
+
+    def _host(self, name: str) -> _Host:
+        host = self._hosts.get(name)
+        if host is None:
+            host = self._hosts[name] = _Host(self._connections, self._clock)
+        return host
+
+    def ticket(self, host: str, priority: Priority) -> Ticket:
+        """Make the queue place of a job to come, so that it can be promoted before it runs."""
+        return Ticket(self._host(host), priority)
+
+    def note_demand(self, host: str) -> None:
+        """Tell that a reader waits for this host: background steps back for QUIET seconds."""
+        self._host(host).last_demand = self._clock()
+
+    def is_quiet(self, host: str) -> bool:
+        """Tell whether no reader has waited for this host for a while, so that background may run at full speed."""
+        return self._host(host).quiet
+
+    async def until_calm(self, host: str, deadline: float) -> None:
+        """Wait until no demand read of this host is running, or until `deadline` (trio clock). A checkpoint."""
+        state = self._host(host)
+        while state.running[Priority.DEMAND] and self._clock() < deadline:
+            await trio.sleep(_PATIENCE)
+        await trio.lowlevel.checkpoint()
+
+    def observe(self, host: str, first_byte: float, size: int, seconds: float) -> None:
+        """Learn from a finished request: seconds to its first byte, bytes and seconds of its body."""
+        state = self._host(host)
+        state.round_trip += (first_byte - state.round_trip) * (_SMOOTHING if state.round_trip else 1.0)
+        if seconds > 0 and size > 1 << 16:
+            rate = size / seconds
+            state.rate += (rate - state.rate) * (_SMOOTHING if state.rate else 1.0)
+
+    async def run(self, ticket: Ticket, job: Callable[[], T]) -> T:
+        """Run `job` in a worker thread once the ticket's host has room. A ticket serves one run.
+
+        Cancelling the wait gives the place back; a job that runs is abandoned only by its own deadline.
+        """
+        host = ticket._host
+        host.push(ticket)
+        host.grant()
+        try:
+            await ticket.granted.wait()
+        except trio.Cancelled:
+            if ticket.granted.is_set():
+                self._leave(host, ticket)
+            ticket.entered = True
+            raise
+        try:
+            # A job stalled in a request must not hold up the end of the daemon; its own deadline ends the thread.
+            return await trio.to_thread.run_sync(job, limiter=host.limiter, abandon_on_cancel=True)
+        finally:
+            self._leave(host, ticket)
+
+    def _leave(self, host: _Host, ticket: Ticket) -> None:
+        if ticket.priority is Priority.DEMAND:
+            host.last_demand = self._clock()
+        host.running[ticket.priority] -= 1
+        host.grant()
+
+    def statistics(self) -> dict[str, HostStatistics]:
+        """Return each host's numbers of this moment."""
+        return {name: host.statistics() for name, host in self._hosts.items()}

@@ -1,0 +1,235 @@
+"""The daemon's control socket from the other side: find a daemon, start one where none runs, call it. Synchronous.
+
+Kept small and free of heavy imports: `lazyfs run` pays for them before a container starts.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import select
+import socket
+import stat
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from lazyfs.answer import decode_error
+from lazyfs.config import Settings
+from lazyfs.errors import DaemonFault, DaemonUnreachable, LazyfsError, StoreLocked
+
+PROTOCOL = 1
+MAX_LINE = 1 << 20  # bytes of one message
+GREETING_TIMEOUT = 5.0  # seconds
+START_TIMEOUT = 30.0  # seconds until a started daemon must listen
+CALL_TIMEOUT = 3600.0  # seconds; a plain image of many gigabytes is fetched inside a call, with events in between
+_RACE = 0.05  # seconds between looks while somebody else's daemon starts or ends
+
+
+class Daemon:
+    """A connection to a daemon. Use it in a `with`; leases taken through it end with it. Not thread-safe."""
+
+    def __init__(self, sock: socket.socket, greeting: dict[str, Any]) -> None:
+        self._socket = sock
+        self._buffer = b""
+        self._number = 0
+        self.greeting = greeting
+
+    def __enter__(self) -> Daemon:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Hang up. The daemon releases what this connection leased."""
+        self._socket.close()
+
+    def call(self, name: str, on_event: Callable[[str], None] | None = None, **args: Any) -> dict[str, Any]:
+        """Make one call and wait for its answer; `on_event` gets the daemon's remarks before it. Blocking.
+
+        Raise the error that the daemon answers with, DaemonUnreachable when it goes away or hangs, DaemonFault when it
+        breaks the protocol.
+        """
+        self._number += 1
+        line = json.dumps({"id": self._number, "call": name, "args": args}).encode() + b"\n"
+        try:
+            self._socket.settimeout(CALL_TIMEOUT)
+            self._socket.sendall(line)
+        except OSError as error:
+            raise DaemonUnreachable(f"lazyfsd went away: {error.strerror or error}") from None
+        while True:
+            message = self._receive()
+            if message.get("id") != self._number:
+                continue
+            if "event" in message:
+                if on_event is not None and isinstance(message["event"], dict):
+                    on_event(str(message["event"].get("text", "")))
+            elif "error" in message:
+                raise decode_error(message["error"], DaemonFault)
+            else:
+                answer = message.get("ok")
+                if not isinstance(answer, dict):
+                    raise DaemonFault(f"lazyfsd's answer to {name} is no object")
+                return answer
+
+    def _receive(self) -> dict[str, Any]:
+        while b"\n" not in self._buffer:
+            if len(self._buffer) > MAX_LINE:
+                raise DaemonFault("lazyfsd sent a line that is too long")
+            try:
+                data = self._socket.recv(1 << 16)
+            except TimeoutError:
+                raise DaemonUnreachable("lazyfsd does not answer", hint="see its log, or kill it") from None
+            except OSError as error:
+                raise DaemonUnreachable(f"lazyfsd went away: {error.strerror or error}") from None
+            if not data:
+                raise DaemonUnreachable("lazyfsd went away in the middle of a call")
+            self._buffer += data
+        line, _, self._buffer = self._buffer.partition(b"\n")
+        try:
+            message = json.loads(line)
+        except ValueError:
+            message = None
+        if not isinstance(message, dict):
+            raise DaemonFault("lazyfsd sent something that is no JSON object")
+        return message
+
+
+def connect(path: Path) -> Daemon:
+    """Connect to a daemon's socket and read its greeting. Blocking, 5 s at most.
+
+    Raise DaemonUnreachable when nobody listens (without a hint) or nobody answers (with one), DaemonFault for a daemon
+    of another protocol.
+    """
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
+    sock.settimeout(GREETING_TIMEOUT)
+    try:
+        sock.connect(os.fspath(path))
+        daemon = Daemon(sock, {})
+        daemon.greeting = daemon._receive()
+    except OSError as error:
+        sock.close()
+        raise DaemonUnreachable(f"no lazyfsd listens on {path}: {error.strerror or error}") from None
+    except LazyfsError:
+        sock.close()
+        raise
+    if daemon.greeting.get("protocol") != PROTOCOL:
+        sock.close()
+        raise DaemonFault(
+            f"lazyfsd {daemon.greeting.get('lazyfsd')} speaks another protocol",
+            hint="stop it: lazyfs umount its mounts",
+        )
+    return daemon
+
+
+def socket_of(settings: Settings, solo: Path | None) -> Path:
+    """Return the socket of the node's daemon, or of the one that serves the mount point `solo` alone."""
+    if solo is None:
+        return settings.socket
+    name = hashlib.sha256(os.fsencode(solo.absolute())).hexdigest()[:16]
+    return settings.run / f"solo-{name}.sock"
+
+
+def sockets(settings: Settings) -> list[Path]:
+    """Return the sockets of all daemons of this store, living or not."""
+    return sorted(settings.run.glob("*.sock"))
+
+
+def prepare_run(settings: Settings) -> None:
+    """Make the directory of sockets, ours alone. Raise DaemonUnreachable when somebody else has it."""
+    try:
+        settings.run.mkdir(mode=0o700, parents=True, exist_ok=True)
+        found = os.lstat(settings.run)
+    except OSError as error:
+        raise DaemonUnreachable(f"{settings.run} can't be made: {error.strerror}", hint="set LAZYFS_RUN") from None
+    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.geteuid():
+        raise DaemonUnreachable(f"{settings.run} belongs to somebody else", hint="remove it, or set LAZYFS_RUN")
+    if found.st_mode & 0o077:
+        os.chmod(settings.run, 0o700)
+
+
+@contextlib.contextmanager
+def open_daemon(settings: Settings, solo: Path | None = None, *, start: bool = True) -> Iterator[Daemon]:
+    """Yield a connection to the daemon of this store, started where none runs. Blocking, 30 s at most.
+
+    `solo`: the daemon that serves this mount point alone (for ordinary users, who can't bind-mount). Raise
+    DaemonUnreachable, or what kept the daemon from starting (FuseUnavailable, StoreLocked, MountFailed …).
+    """
+    with _reach(settings, solo, start) as daemon:
+        yield daemon
+
+
+def _reach(settings: Settings, solo: Path | None, start: bool) -> Daemon:
+    path = socket_of(settings, solo)
+    deadline = time.monotonic() + START_TIMEOUT
+    while True:
+        try:
+            return connect(path)
+        except DaemonUnreachable:
+            if not start or time.monotonic() >= deadline:
+                raise
+        try:
+            prepare_run(settings)
+            _start(settings, solo, deadline)
+        except StoreLocked:
+            # Another one starts, or the last one is on its way out: either ends soon.
+            if time.monotonic() >= deadline - START_TIMEOUT / 2:
+                raise
+            time.sleep(_RACE)
+
+
+def _start(settings: Settings, solo: Path | None, deadline: float) -> None:
+    """Start a daemon and wait until it listens. Raise what it reports."""
+    command = [sys.executable, "-m", "lazyfs.mount.daemon", "--root", os.fspath(settings.root)]
+    command += ["--run", os.fspath(settings.run), "--until-idle"]
+    if solo is not None:
+        command += ["--solo", os.fspath(solo.absolute())]
+    ready, theirs = os.pipe()
+    try:
+        with open(settings.run / "lazyfsd.log", "ab", opener=_private) as log:
+            subprocess.Popen(
+                [*command, "--ready-fd", str(theirs)],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                pass_fds=(theirs,),
+                start_new_session=True,
+                cwd="/",
+            )
+    except OSError as error:
+        os.close(ready)
+        raise DaemonUnreachable(f"lazyfsd can't be started: {error}") from None
+    finally:
+        os.close(theirs)
+    try:
+        answer = _read_line(ready, deadline)
+    finally:
+        os.close(ready)
+    if not answer:
+        raise DaemonUnreachable("lazyfsd did not start", hint=f"see {settings.run / 'lazyfsd.log'}")
+    message = json.loads(answer)
+    if "error" in message:
+        raise decode_error(message["error"], DaemonUnreachable)
+
+
+def _private(path: str, flags: int) -> int:
+    return os.open(path, flags | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+
+
+def _read_line(fd: int, deadline: float) -> bytes:
+    data = b""
+    while not data.endswith(b"\n"):
+        left = deadline - time.monotonic()
+        if left <= 0 or not select.select([fd], [], [], left)[0]:
+            return b""
+        part = os.read(fd, 1 << 16)
+        if not part:
+            return b""
+        data += part
+    return data

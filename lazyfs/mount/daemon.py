@@ -1,0 +1,243 @@
+"""lazyfsd, the data plane: puts the parts together, serves the FUSE session and the control socket, and takes it down.
+
+One daemon a store, held by a lock on it. An ordinary user, who can't bind-mount, gets one a mount point (`--solo`);
+these share the store.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import os
+import resource
+import signal
+import sys
+from functools import partial
+from pathlib import Path
+from typing import Any, NoReturn
+
+import trio
+
+from lazyfs import config
+from lazyfs import log as logs
+from lazyfs.answer import encode_error
+from lazyfs.chunks.catalog import Catalog
+from lazyfs.chunks.fill import Filler
+from lazyfs.chunks.memory import MemoryCache
+from lazyfs.chunks.read import Reader
+from lazyfs.chunks.remote import Remote
+from lazyfs.chunks.schedule import Scheduler
+from lazyfs.chunks.store import Store
+from lazyfs.config import Settings
+from lazyfs.container import sweep
+from lazyfs.control_client import prepare_run, socket_of
+from lazyfs.errors import DaemonFault, LazyfsError
+from lazyfs.mount.control import ControlServer
+from lazyfs.mount.donors import Donors
+from lazyfs.mount.forest import Forest, Owner
+from lazyfs.mount.images import Images, MountedImage
+from lazyfs.mount.mounted import Mounted
+from lazyfs.mount.operations import Operations
+from lazyfs.mount.preparing import Preparer
+from lazyfs.mount.resolving import Resolver
+from lazyfs.mount.session import Session
+from lazyfs.mount.status import RequestCounters, StatusReport
+
+log = logging.getLogger(__name__)
+
+_FILES = 65536  # open files wanted; about four a layer
+_SWITCH = 0.0005  # seconds after which a thread gives up the interpreter: a waiting read is worth more than throughput
+
+
+class Daemon:
+    """One data plane. `ready_fd`: where to write one line once it listens, or why it can't; -1 for nowhere."""
+
+    def __init__(self, settings: Settings, solo: Path | None, *, until_idle: bool, ready_fd: int) -> None:
+        self._settings = settings
+        self._solo = solo
+        self._until_idle = until_idle
+        self._ready_fd = ready_fd
+        self._scope = trio.CancelScope()
+
+    async def run(self) -> None:
+        """Serve until stopped. Raise LazyfsError when it can't start."""
+        settings = self._settings
+        prepare_run(settings)
+        settings.root.mkdir(mode=0o700, parents=True, exist_ok=True)
+        catalog = Catalog(settings.root / "catalog.db")
+        try:
+            store = Store(settings.root, settings.store_size, catalog)
+            try:
+                store.lock(exclusive=self._solo is None)
+                await self._serve(catalog, store)
+            finally:
+                store.close()
+        finally:
+            catalog.close()
+
+    async def _serve(self, catalog: Catalog, store: Store) -> None:
+        settings = self._settings
+        requests = RequestCounters()
+        scheduler = Scheduler(settings.host_connections)
+        memory = MemoryCache(settings.memory_size)
+        donors = Donors(catalog, store)
+        preparer = Preparer(store, catalog, settings)
+        squash = Owner(os.geteuid(), os.getegid()) if os.geteuid() != 0 else None
+        forest = Forest(solo=self._solo is not None, squash=squash)
+        async with trio.open_nursery() as nursery:
+            remote = Remote(scheduler, nursery, settings.read_timeout, requests.note_error)
+            reader = Reader(memory, remote, donors.find)
+            filler = Filler(scheduler, remote)
+            images = Images(
+                settings,
+                forest,
+                filler,
+                donors,
+                memory,
+                preparer,
+                partial(Resolver, catalog, settings),
+                nursery,
+                requests.note_hop,
+            )
+            operations = Operations(forest, reader)
+            mountpoint = self._solo or settings.session
+            session = Session(operations, mountpoint, allow_other=os.geteuid() == 0)
+            report = StatusReport(
+                settings, forest, operations, session, store, memory, reader.counters, scheduler, requests
+            )
+            mounted = Mounted(settings, images, catalog, self._path_of, report.report, self._scope.cancel)
+            server = ControlServer(socket_of(settings, self._solo), mounted)
+            session.open()
+            try:
+                with self._scope:
+                    await self._parts(session, server, mounted)
+            finally:
+                with trio.CancelScope(shield=True):
+                    server.unlink()
+                    with trio.move_on_after(10):
+                        await mounted.release_all()
+                    with trio.move_on_after(5):
+                        await images.close()
+                session.close()
+                nursery.cancel_scope.cancel()
+
+    async def _parts(self, session: Session, server: ControlServer, mounted: Mounted) -> None:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._watch_signals)
+            nursery.start_soon(self._serve_session, session)
+            await session.tune()
+            if self._solo is None:
+                await mounted.clean_up_crashed()
+            await server.listen()
+            nursery.start_soon(server.serve)
+            nursery.start_soon(mounted.watch_table)
+            nursery.start_soon(self._watch_idle, server, mounted)
+            log.info("ready: root=%s session=%s", self._settings.root, self._solo or self._settings.session)
+            self._report({"ok": True})
+            if self._solo is None:
+                nursery.start_soon(partial(trio.to_thread.run_sync, partial(sweep.sweep, self._settings)))
+
+    async def _serve_session(self, session: Session) -> None:
+        """Serve FUSE; when somebody unmounts the session the daemon has nothing left to do."""
+        await session.run()
+        log.info("the session was unmounted")
+        self._scope.cancel()
+
+    def _path_of(self, image: MountedImage) -> str:
+        if self._solo is not None:
+            return os.fspath(self._solo)
+        return os.fspath(self._settings.session / image.planted.name.decode())
+
+    async def _watch_signals(self) -> None:
+        with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT, signal.SIGHUP) as signals:
+            async for number in signals:
+                log.info("stopping: %s", signal.Signals(number).name)
+                self._scope.cancel()
+
+    async def _watch_idle(self, server: ControlServer, mounted: Mounted) -> None:
+        """End the daemon some seconds after its last mount and client, where a command started it."""
+        if not self._until_idle:
+            return
+        while True:
+            changed = mounted.changed
+            with trio.move_on_after(self._settings.daemon_linger):
+                await changed.wait()
+            if changed.is_set() or len(mounted) or server.clients:
+                continue
+            log.info("idle: stopping")
+            self._scope.cancel()
+            return
+
+    def _report(self, message: dict[str, Any]) -> None:
+        if self._ready_fd >= 0:
+            fd, self._ready_fd = self._ready_fd, -1
+            try:
+                os.write(fd, json.dumps(message).encode() + b"\n")
+            except OSError:
+                pass  # whoever started us is gone
+            os.close(fd)
+
+    def fail(self, error: LazyfsError) -> None:
+        """Tell whoever started us why it can't be."""
+        log.error("can't start: %s", error)
+        self._report({"error": encode_error(error)})
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run lazyfsd. Exit status 0 after an orderly end, 1 when it could not start or broke."""
+    parser = argparse.ArgumentParser(prog="lazyfsd", description="The data plane of lazyfs: one for each store.")
+    parser.add_argument("--root", help="the store")
+    parser.add_argument("--run", help="sockets and the session's mount")
+    parser.add_argument("--solo", type=Path, metavar="DIR", help="serve one image, mounted on DIR itself")
+    parser.add_argument("--until-idle", action="store_true", help="end with the last mount")
+    parser.add_argument("--ready-fd", type=int, default=-1, help="write one line of JSON there once it listens")
+    parser.add_argument("-v", "--verbose", action="count", default=0)
+    args = parser.parse_args(argv)
+    logs.set_up(args.verbose + 1)
+    _raise_limits()
+    sys.setswitchinterval(_SWITCH)
+    daemon: Daemon | None = None
+    try:
+        settings = config.load({"root": args.root, "run": args.run})
+        daemon = Daemon(settings, args.solo, until_idle=args.until_idle, ready_fd=args.ready_fd)
+        trio.run(daemon.run, strict_exception_groups=True)
+        return 0
+    except* LazyfsError as group:
+        _fail(daemon, group)
+    except* Exception as group:
+        log.exception("lazyfsd broke")
+        _fail(daemon, group)
+    return 1
+
+
+def _fail(daemon: Daemon | None, group: BaseExceptionGroup[Exception]) -> None:
+    error: BaseException = group
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    if daemon is not None:
+        if not isinstance(error, LazyfsError):
+            error = DaemonFault(f"lazyfsd broke: {type(error).__name__}: {error}", hint="this is a bug in lazyfs")
+        daemon.fail(error)
+
+
+def _raise_limits() -> None:
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = _FILES if hard == resource.RLIM_INFINITY else min(_FILES, hard)
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+    except (ValueError, OSError) as error:
+        log.info("the limit of open files stays: %s", error)
+    os.umask(0o077)
+
+
+def entry() -> NoReturn:
+    """Console script."""
+    status = main()
+    logging.shutdown()
+    sys.stdout.flush()
+    os._exit(status)  # worker threads inside a stalled request would hold the process up
+
+
+if __name__ == "__main__":
+    entry()

@@ -1,0 +1,240 @@
+"""All mounted trees under one root directory: what FUSE sees, without FUSE. Node ids, names, attributes.
+
+Node id = number << 40 | row. The number is a layer's, for files that look the same in every image, or a tree's, for
+directories and for files whose link count differs there. The kernel's root (id 1) lists the trees by name. Numbers are
+persisted in the catalog before the kernel hears of them, so any id resolves without a lookup before it.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from lazyfs.chunks.layer import ServedLayer
+from lazyfs.format.entry import Kind
+from lazyfs.format.table import LayerTable
+from lazyfs.tree import Tree
+
+SHIFT = 40
+MASK = (1 << SHIFT) - 1
+ROOT_ID = 1  # FUSE_ROOT_ID; number 0, so no layer or tree collides with it
+
+FILE_TYPE = {
+    Kind.DIR: stat.S_IFDIR,
+    Kind.REG: stat.S_IFREG,
+    Kind.SYMLINK: stat.S_IFLNK,
+    Kind.CHAR: stat.S_IFCHR,
+    Kind.BLOCK: stat.S_IFBLK,
+    Kind.FIFO: stat.S_IFIFO,
+}
+
+
+class NoSuchName(Exception):
+    """A name, node or attribute that does not exist. Carries the errno: an answer, not a failure."""
+
+    def __init__(self, code: int = errno.ENOENT) -> None:
+        super().__init__(code)
+        self.errno = code
+
+
+@dataclass(frozen=True, slots=True)
+class Attributes:
+    """What stat(2) tells. Sizes in bytes, time in nanoseconds, `rdev` a dev_t."""
+
+    node: int
+    mode: int
+    nlink: int
+    uid: int
+    gid: int
+    size: int
+    mtime_ns: int
+    rdev: int
+
+
+@dataclass(frozen=True, slots=True)
+class Owner:
+    """Everybody's owner when an ordinary user's containers can't have any other (`squash`)."""
+
+    uid: int
+    gid: int
+
+
+@dataclass(eq=False, slots=True)
+class Planted:
+    """A tree in the forest: its number, its name in the root directory, its layers base first."""
+
+    number: int
+    name: bytes
+    tree: Tree
+    layers: tuple[ServedLayer, ...]
+    users: int = 0  # mounts of it
+
+
+class Forest:
+    """Trees and layers by number. One thread changes it (the trio loop); look-ups are pure and never block.
+
+    With `solo` the kernel's root is the root of the one tree, not a list of trees.
+    """
+
+    def __init__(self, *, solo: bool = False, squash: Owner | None = None) -> None:
+        self._trees: dict[int, Planted] = {}
+        self._by_name: dict[bytes, Planted] = {}
+        self._layers: dict[int, ServedLayer] = {}
+        self._solo: Planted | None = None
+        self._is_solo = solo
+        self._squash = squash
+
+    # -- planting
+
+    def plant(self, planted: Planted) -> None:
+        """Make a tree and its layers visible."""
+        for layer in planted.layers:
+            self._layers[layer.number] = layer
+        self._trees[planted.number] = planted
+        self._by_name[planted.name] = planted
+        if self._is_solo:
+            self._solo = planted
+
+    def uproot(self, planted: Planted) -> list[ServedLayer]:
+        """Take a tree away. Return the layers that no other tree holds. Open files of it give EIO from now on."""
+        self._trees.pop(planted.number, None)
+        self._by_name.pop(planted.name, None)
+        if self._solo is planted:
+            self._solo = None
+        held = {layer.number for other in self._trees.values() for layer in other.layers}
+        gone = [layer for layer in planted.layers if layer.number not in held]
+        for layer in gone:
+            self._layers.pop(layer.number, None)
+        return list({layer.number: layer for layer in gone}.values())
+
+    def find_tree(self, name: bytes) -> Planted | None:
+        return self._by_name.get(name)
+
+    def trees(self) -> list[Planted]:
+        return list(self._trees.values())
+
+    def layers(self) -> list[ServedLayer]:
+        return list(self._layers.values())
+
+    def layer(self, number: int) -> ServedLayer | None:
+        return self._layers.get(number)
+
+    # -- resolving
+
+    def _in_tree(self, node: int) -> tuple[Planted, int] | None:
+        """Return (tree, row) of a node that belongs to a tree; None for layers' nodes and the list of trees."""
+        if node == ROOT_ID:
+            return (self._solo, 0) if self._solo is not None else None
+        planted = self._trees.get(node >> SHIFT)
+        if planted is None:
+            return None
+        row = node & MASK
+        if row >= planted.tree.rows:
+            raise NoSuchName(errno.ESTALE)
+        return planted, row
+
+    def is_list(self, node: int) -> bool:
+        """Tell whether a node is the list of trees: the one directory that changes."""
+        return node == ROOT_ID and self._solo is None
+
+    def source(self, node: int) -> tuple[ServedLayer, int]:
+        """Return the layer and the row in its table that carry a node's content and attributes. ESTALE: unknown id."""
+        found = self._in_tree(node)
+        if found is not None:
+            planted, row = found
+            return planted.layers[planted.tree.layer[row]], planted.tree.source[row]
+        layer = self._layers.get(node >> SHIFT)
+        if layer is None or node & MASK >= layer.table.rows:
+            raise NoSuchName(errno.ESTALE)
+        return layer, node & MASK
+
+    def node_of(self, planted: Planted, row: int) -> int:
+        """Return the id of a tree's row: the layer's where it can be shared, the tree's own otherwise."""
+        tree = planted.tree
+        if row == 0 and planted is self._solo:
+            return ROOT_ID
+        if tree.own[row]:
+            return planted.number << SHIFT | tree.inode[row]
+        return planted.layers[tree.layer[row]].number << SHIFT | tree.source[row]
+
+    # -- names
+
+    def lookup(self, parent: int, name: bytes) -> int:
+        """Return the id of a name in a directory. Raise NoSuchName."""
+        found = self._in_tree(parent)
+        if found is None:
+            planted = self._by_name.get(name) if self.is_list(parent) else None
+            if planted is None:
+                raise NoSuchName(errno.ENOENT if self.is_list(parent) else errno.ENOTDIR)
+            return planted.number << SHIFT
+        planted, row = found
+        child = planted.tree.child(row, name)
+        if child is None:
+            raise NoSuchName
+        return self.node_of(planted, child)
+
+    def parent_of(self, node: int) -> int:
+        """Return the id of a directory's parent; the root's is itself."""
+        found = self._in_tree(node)
+        if found is None or found[1] == 0:
+            return ROOT_ID
+        return self.node_of(found[0], found[0].tree.parent[found[1]])
+
+    def list_from(self, node: int, start: int) -> Iterator[tuple[bytes, int, int]]:
+        """Yield (name, node id, cookie of the next one) of a directory, sorted, from cookie `start` (0: the first)."""
+        found = self._in_tree(node)
+        if found is None:
+            if not self.is_list(node):
+                raise NoSuchName(errno.ENOTDIR)
+            names = sorted(self._by_name)
+            for position in range(start, len(names)):
+                yield names[position], self._by_name[names[position]].number << SHIFT, position + 1
+            return
+        planted, row = found
+        children = planted.tree.children(row)
+        for position in range(start, len(children)):
+            child = children[position]
+            yield planted.tree.name(child), self.node_of(planted, child), position + 1
+
+    # -- attributes
+
+    def attributes(self, node: int) -> Attributes:
+        """Return a node's attributes. Raise NoSuchName (ESTALE) for an id that nobody has."""
+        if self.is_list(node):
+            return Attributes(ROOT_ID, stat.S_IFDIR | 0o755, 2 + len(self._trees), 0, 0, 0, 0, 0)
+        layer, row = self.source(node)
+        found = self._in_tree(node)
+        table = layer.table
+        nlink = found[0].tree.nlink[found[1]] if found is not None else table.nlink[row]
+        return self._attributes(node, table, row, nlink)
+
+    def _attributes(self, node: int, table: LayerTable, row: int, nlink: int) -> Attributes:
+        kind = Kind(table.kind[row])
+        owner = self._squash
+        return Attributes(
+            node,
+            FILE_TYPE[kind] | table.mode[row],
+            nlink,
+            table.uid[row] if owner is None else owner.uid,
+            table.gid[row] if owner is None else owner.gid,
+            table.size[row] if kind in (Kind.REG, Kind.SYMLINK) else 0,
+            table.mtime_ns(row),
+            os.makedev(*table.rdev(row)) if kind in (Kind.CHAR, Kind.BLOCK) else 0,
+        )
+
+    def link(self, node: int) -> bytes:
+        """Return a symlink's target. Raise NoSuchName (EINVAL) for anything else."""
+        layer, row = self.source(node)
+        if layer.table.kind[row] != Kind.SYMLINK:
+            raise NoSuchName(errno.EINVAL)
+        return layer.table.link(row)
+
+    def xattrs(self, node: int) -> dict[bytes, bytes]:
+        """Return a node's extended attributes."""
+        if self.is_list(node):
+            return {}
+        layer, row = self.source(node)
+        return layer.table.xattrs(row)

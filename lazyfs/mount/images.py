@@ -1,0 +1,364 @@
+"""Images on their way into the forest and out of it: layers shared, trees built, background work started and ended."""
+
+from __future__ import annotations
+
+import fnmatch
+import logging
+import os
+from collections.abc import Awaitable, Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TypeVar
+
+import trio
+
+from lazyfs import oci
+from lazyfs import reference as references
+from lazyfs.child import run_job
+from lazyfs.chunks.fill import Filler
+from lazyfs.chunks.layer import ServedLayer
+from lazyfs.chunks.memory import MemoryCache
+from lazyfs.chunks.single_flight import SingleFlight
+from lazyfs.config import Settings
+from lazyfs.errors import LayerQuarantined, LazyfsError, StoreBroken, TableInvalid
+from lazyfs.mount.donors import Donors
+from lazyfs.mount.forest import Forest, Planted
+from lazyfs.mount.preparing import Prepared, Preparer, Wanted
+from lazyfs.mount.resolving import Resolver
+from lazyfs.oci import ImageConfig, Manifest
+from lazyfs.reference import Reference
+from lazyfs.registry.hops import OnHop
+from lazyfs.registry.open import OpenOptions, open_repository
+from lazyfs.registry.repository import Repository
+from lazyfs.registry.transport import Transport
+from lazyfs.tree import Tree, tree_key
+from lazyfs.units import format_size
+
+log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+_THREADS = 16  # documents and tails fetched at once
+_TREES_KEPT = 200  # files of trees; the oldest go at a start
+
+
+@dataclass(frozen=True, slots=True)
+class LayerFacts:
+    """What a mount tells of one of its layers."""
+
+    layer: ServedLayer
+    lazy: bool
+    reason: str  # why it is not lazy
+
+
+@dataclass(frozen=True, slots=True)
+class MountedImage:
+    """An image in the forest."""
+
+    reference: Reference
+    manifest: Manifest
+    config: ImageConfig
+    planted: Planted
+    layers: tuple[LayerFacts, ...]
+    notes: tuple[str, ...]
+
+    @property
+    def size(self) -> int:
+        """Bytes of all layer blobs, each counted once."""
+        return sum({layer.digest: layer.size for layer in self.manifest.layers}.values())
+
+
+class Images:
+    """Mount and release images. Belongs to one trio loop; network and disk are left to threads."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        forest: Forest,
+        filler: Filler,
+        donors: Donors,
+        memory: MemoryCache,
+        preparer: Preparer,
+        resolver: Callable[[ThreadPoolExecutor], Resolver],
+        nursery: trio.Nursery,
+        on_hop: OnHop,
+    ) -> None:
+        self._settings = settings
+        self._forest = forest
+        self._filler = filler
+        self._donors = donors
+        self._memory = memory
+        self._preparer = preparer
+        self._nursery = nursery
+        self._on_hop = on_hop
+        self._transport = Transport()
+        self._pool = ThreadPoolExecutor(_THREADS, "documents")
+        self._resolver = resolver(self._pool)
+        self._limiter = trio.CapacityLimiter(_THREADS)
+        self._layers: dict[str, Prepared] = {}
+        self._preparing: SingleFlight[str, Prepared] = SingleFlight()
+        self._planting: SingleFlight[str, Planted] = SingleFlight()
+        self._background: dict[str, trio.CancelScope] = {}
+        self._checked: dict[str, trio.Event] = {}
+
+    async def mount(
+        self, image: str, platform: str | None, plain_http: bool | None, say: Callable[[str], None]
+    ) -> MountedImage:
+        """Resolve an image and put its tree into the forest. A checkpoint, as long as the network takes.
+
+        Each call is paired with one `release`. Raise ReferenceInvalid, PlatformMissing, RegistryError, TrustError,
+        FormatError or StoreError; then nothing is held.
+        """
+        reference = references.parse(image)
+        wanted_platform = platform or oci.host_platform()
+        options = OpenOptions(
+            plain_http=plain_http,
+            on_hop=self._on_hop,
+            connect_timeout=self._settings.connect_timeout,
+            answer_timeout=self._settings.answer_timeout,
+            transport=self._transport,
+        )
+        repository = open_repository(reference, options)
+        resolved = await self._in_thread(partial(self._resolver.resolve, repository, reference, wanted_platform))
+        # The config comes beside the tails; only its diff IDs are needed before a layer is in use.
+        manifest = resolved.manifest
+        notes = (
+            [f"the registry does not answer ({resolved.stale}): using what {reference} was last"]
+            if resolved.stale
+            else []
+        )
+        config = await self._in_thread(resolved.config.result)
+        prepared = await self._prepare_all(repository, manifest, config, say)
+        try:
+            planted = await self._plant(prepared)
+        except BaseException:
+            await self._drop([one.layer for one in prepared])
+            raise
+        try:
+            await self._await_trust(repository, prepared, say)
+        except BaseException:
+            with trio.CancelScope(shield=True):
+                await self._release(planted)
+            raise
+        facts = tuple(LayerFacts(one.layer, not one.reason, one.reason) for one in prepared)
+        for fact in facts:
+            if fact.reason:
+                notes.append(
+                    f"layer {fact.layer.digest[:19]}… ({format_size(fact.layer.descriptor.size)}) can't be lazy, "
+                    f"{fact.reason}: fetched in full and checked"
+                )
+        return MountedImage(reference, manifest, config, planted, facts, tuple(notes))
+
+    async def release(self, image: MountedImage) -> None:
+        """Give one mount of an image back; with the last one its tree and layers go. A checkpoint."""
+        await self._release(image.planted)
+
+    async def close(self) -> None:
+        """End all background work and close all layers and connections."""
+        for scope in self._background.values():
+            scope.cancel()
+        for planted in self._forest.trees():
+            await self._drop(self._forest.uproot(planted))
+        await self._in_thread(self._donors.close)
+        self._pool.shutdown(wait=False, cancel_futures=True)
+        self._transport.close()
+
+    def quarantine(self, layer: ServedLayer, reason: str) -> None:
+        """Stop reading from a layer: every further read of it is EIO. Called from the loop."""
+        if layer.quarantine:
+            return
+        log.error("quarantined: layer=%s reason=%s", layer.digest, reason)
+        layer.quarantine = reason
+        self._memory.forget_layer(layer.number)
+        self._nursery.start_soon(
+            self._guard, "quarantine", partial(self._in_thread, partial(self._preparer.set_quarantine, layer, reason))
+        )
+        self._finish_check(layer)
+
+    # -- layers
+
+    async def _prepare_all(
+        self, repository: Repository, manifest: Manifest, config: ImageConfig, say: Callable[[str], None]
+    ) -> list[Prepared]:
+        found: dict[int, Prepared] = {}
+
+        async def one(number: int) -> None:
+            wanted = Wanted(manifest.layers[number], config.diff_ids[number], repository.name)
+            found[number] = await self._hold(repository, wanted, say)
+
+        try:
+            async with trio.open_nursery() as nursery:
+                for number in range(len(manifest.layers)):
+                    nursery.start_soon(one, number)
+        except* LazyfsError as group:
+            error: BaseException = group
+            while isinstance(error, BaseExceptionGroup):
+                error = error.exceptions[0]
+            with trio.CancelScope(shield=True):
+                await self._drop([prepared.layer for prepared in found.values()])
+            raise error from None
+        except* trio.Cancelled:
+            with trio.CancelScope(shield=True):
+                await self._drop([prepared.layer for prepared in found.values()])
+            raise
+        return [found[number] for number in range(len(manifest.layers))]
+
+    async def _hold(self, repository: Repository, wanted: Wanted, say: Callable[[str], None]) -> Prepared:
+        """Return a layer with one more user, prepared by whoever comes first."""
+        digest = wanted.descriptor.digest
+        while True:
+            prepared = self._layers.get(digest)
+            if prepared is None:
+                prepared = await self._preparing.run(digest, partial(self._prepare, repository, wanted, say))
+                if self._layers.get(digest) is not prepared:
+                    continue  # its last user went while we waited
+            layer = prepared.layer
+            layer.users += 1
+            if layer.diff_id == wanted.diff_id and not layer.quarantine:
+                layer.repository = repository
+                return prepared
+            # Somebody mounts the same blob under another diff ID: one of the two is false. The check tells which.
+            try:
+                event = self._checked.get(digest)
+                if event is not None and not layer.verified and not layer.quarantine:
+                    await event.wait()
+                if layer.quarantine:
+                    raise LayerQuarantined(digest, layer.quarantine)
+                raise LayerQuarantined(digest, f"its diff ID is {layer.diff_id}, not {wanted.diff_id}")
+            finally:
+                with trio.CancelScope(shield=True):
+                    await self._drop([layer])
+
+    async def _prepare(self, repository: Repository, wanted: Wanted, say: Callable[[str], None]) -> Prepared:
+        digest = wanted.descriptor.digest
+        prepared = await self._in_thread(partial(self._preparer.prepare, repository, wanted, say))
+        self._layers[digest] = prepared
+        return prepared
+
+    async def _drop(self, layers: list[ServedLayer]) -> None:
+        """Give layers back, each as often as it stands in the list."""
+        for layer in layers:
+            layer.users -= 1
+            if layer.users == 0:
+                self._layers.pop(layer.digest, None)
+                scope = self._background.pop(layer.digest, None)
+                if scope is not None:
+                    scope.cancel()
+                self._checked.pop(layer.digest, None)
+                self._memory.forget_layer(layer.number)
+                if layer.check is not None:
+                    layer.check.spool.close()
+                await self._in_thread(layer.store.close)
+
+    # -- trees
+
+    async def _plant(self, prepared: list[Prepared]) -> Planted:
+        """Return the tree of these layers with one more user. Takes over the layers."""
+        key = tree_key([one.key for one in prepared])
+        while True:
+            planted = self._forest.find_tree(key.encode())
+            if planted is not None:
+                planted.users += 1
+                await self._drop([one.layer for one in prepared])  # the tree holds its layers already
+                return planted
+            ours: list[Planted] = []
+            await self._planting.run(key, partial(self._new_tree, key, prepared, ours))
+            if ours:
+                return ours[0]
+
+    async def _new_tree(self, key: str, prepared: list[Prepared], ours: list[Planted]) -> Planted:
+        tree, number = await self._in_thread(partial(self._open_tree, key, prepared))
+        planted = Planted(number, key.encode(), tree, tuple(one.layer for one in prepared), users=1)
+        self._forest.plant(planted)
+        ours.append(planted)
+        for one in prepared:
+            self._start_background(one.layer)
+        return planted
+
+    def _open_tree(self, key: str, prepared: list[Prepared]) -> tuple[Tree, int]:
+        directory = self._settings.root / "trees"
+        path = directory / key
+        number = self._preparer.tree_number(key)
+        try:
+            return Tree(path), number
+        except TableInvalid:
+            _make_room(directory)
+        tables = [os.fspath(one.layer.table.path) for one in prepared]
+        run_job({"tree": {"tables": tables, "out": os.fspath(path)}})
+        return Tree(path), number
+
+    async def _release(self, planted: Planted) -> None:
+        planted.users -= 1
+        if planted.users == 0:
+            self._forest.uproot(planted)
+            await self._drop(list(planted.layers))
+
+    # -- background
+
+    def _start_background(self, layer: ServedLayer) -> None:
+        if layer.digest in self._background:
+            return
+        self._checked[layer.digest] = trio.Event()
+        scope = self._background[layer.digest] = trio.CancelScope()
+        self._nursery.start_soon(self._guard, "background", partial(self._work, layer, scope))
+
+    async def _work(self, layer: ServedLayer, scope: trio.CancelScope) -> None:
+        with scope:
+            if self._settings.prefetch and layer.table.landmark:
+                await self._filler.prefetch(layer)
+            if not self._settings.background and layer.check is not None and self._trusts(layer.repository.name):
+                return
+            was_verified = layer.verified
+            false = await self._filler.fill(layer)
+            if false:
+                self.quarantine(layer, false)
+                return
+            if layer.verified and not was_verified:
+                await self._in_thread(partial(self._preparer.set_verified, layer))
+            self._finish_check(layer)
+            await self._in_thread(partial(self._donors.add, layer))
+
+    async def _guard(self, what: str, work: Callable[[], Awaitable[object]]) -> None:
+        """Run background work; whatever it raises, the daemon and its readers go on."""
+        try:
+            await work()
+        except Exception:
+            log.exception("%s work broke", what)
+
+    def _finish_check(self, layer: ServedLayer) -> None:
+        event = self._checked.get(layer.digest)
+        if event is not None:
+            event.set()
+
+    # -- trust
+
+    def _trusts(self, name: str) -> bool:
+        return any(fnmatch.fnmatchcase(name, pattern) for pattern in self._settings.lazy_from)
+
+    async def _await_trust(self, repository: Repository, prepared: list[Prepared], say: Callable[[str], None]) -> None:
+        """Wait for the whole check of layers from repositories that `lazy_from` does not list."""
+        if self._trusts(repository.name):
+            return
+        for one in prepared:
+            layer = one.layer
+            event = self._checked.get(layer.digest)
+            if not layer.verified and not layer.quarantine and event is not None:
+                say(f"layer {layer.digest[7:19]}: verified in full first, lazy_from does not list {repository.name}")
+                await event.wait()
+            layer.ensure_readable()
+
+    async def _in_thread(self, job: Callable[[], T]) -> T:
+        return await trio.to_thread.run_sync(job, limiter=self._limiter)
+
+
+def _make_room(directory: Path) -> None:
+    """Make the directory of trees, and drop the oldest files beyond a bound: they are made again from tables."""
+    try:
+        directory.mkdir(mode=0o700, exist_ok=True)
+        files = sorted(directory.iterdir(), key=lambda path: path.lstat().st_mtime, reverse=True)
+        for path in files[_TREES_KEPT:]:
+            path.unlink(missing_ok=True)
+    except OSError as error:
+        raise StoreBroken(f"{directory} can't be used: {error.strerror}") from None

@@ -1,0 +1,225 @@
+"""What is mounted where, by whom: the daemon's list of mounts, their leases, and the calls that change it."""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from typing import Any
+from uuid import uuid4
+
+import trio
+
+from lazyfs.chunks.catalog import Catalog, MountRecord
+from lazyfs.config import Settings
+from lazyfs.container import mounts
+from lazyfs.errors import LazyfsError, MountPointInvalid, UsageError
+from lazyfs.mount.control import Say
+from lazyfs.mount.images import Images, MountedImage
+
+log = logging.getLogger(__name__)
+
+KINDS = frozenset({"ro", "rw", "container"})
+_LOOK = 5.0  # seconds between looks at the mount table for mounts that somebody else took away
+
+
+@dataclass(eq=False, slots=True)
+class Mount:
+    """One mount of an image. `dir` is empty until the client attached it."""
+
+    id: str
+    name: str  # the image as the user wrote it
+    image: MountedImage
+    lease: object  # the connection whose end releases it; None: it stays
+    dir: str = ""
+    kind: str = "ro"
+    state_dir: str = ""
+
+
+class Mounted:
+    """The calls of the control socket that concern mounts. Belongs to the trio loop."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        images: Images,
+        catalog: Catalog,
+        path_of: Callable[[MountedImage], str],
+        status: Callable[[list[Mount]], Awaitable[dict[str, Any]]],
+        stop: Callable[[], None],
+    ) -> None:
+        self._settings = settings
+        self._images = images
+        self._catalog = catalog
+        self._path_of = path_of
+        self._status = status
+        self._stop = stop
+        self._mounts: dict[str, Mount] = {}
+        self._limiter = trio.CapacityLimiter(4)
+        self.changed = trio.Event()  # set and renewed when the number of mounts changes
+
+    def __len__(self) -> int:
+        return len(self._mounts)
+
+    async def handle(self, name: str, args: dict[str, Any], connection: object, say: Say) -> dict[str, Any]:
+        """Answer one call. Raise LazyfsError."""
+        match name:
+            case "mount_image":
+                return await self._mount_image(args, connection, say)
+            case "attach":
+                return await self._attach(args)
+            case "release":
+                await self._release(self._find_id(args))
+                return {}
+            case "find":
+                return self._found(self._find_dir(_text(args, "dir")))
+            case "status":
+                return await self._status(list(self._mounts.values()))
+            case "stop":
+                self._stop()
+                return {}
+        raise UsageError(f"lazyfsd knows no call {name!r}")
+
+    async def hung_up(self, connection: object) -> None:
+        """Release what a connection had leased."""
+        for mount in [mount for mount in self._mounts.values() if mount.lease is connection]:
+            await self._release(mount)
+
+    async def release_all(self) -> None:
+        """Take every mount down, as far as it goes; for the end of the daemon."""
+        for mount in list(self._mounts.values()):
+            await trio.to_thread.run_sync(_take_away, mount.dir, mount.kind, mount.state_dir, limiter=self._limiter)
+            await self._release(mount)
+
+    async def watch_table(self) -> None:
+        """Release mounts whose directory somebody unmounted without telling us. Runs until cancelled."""
+        while True:
+            await trio.sleep(_LOOK)
+            shown = [mount for mount in self._mounts.values() if mount.dir and mount.kind != "container"]
+            if not shown:
+                continue
+            table = await trio.to_thread.run_sync(mounts.mount_table, limiter=self._limiter)
+            there = {entry.dir for entry in table}
+            for mount in shown:
+                if os.fsencode(mount.dir) not in there and mount.id in self._mounts:
+                    log.info("unmounted from outside: dir=%s", mount.dir)
+                    await trio.to_thread.run_sync(_remove_state, mount.state_dir, limiter=self._limiter)
+                    await self._release(mount)
+
+    async def clean_up_crashed(self) -> None:
+        """Take away what mounts of a daemon that died have left: dead mount points, writable layers."""
+        for record in await trio.to_thread.run_sync(self._catalog.mounts, limiter=self._limiter):
+            log.info("left by a crash: image=%s dir=%s", record.image, record.dir)
+            await trio.to_thread.run_sync(_take_away, record.dir, record.kind, record.state_dir, limiter=self._limiter)
+            await trio.to_thread.run_sync(self._catalog.remove_mount, record.id, limiter=self._limiter)
+
+    # -- calls
+
+    async def _mount_image(self, args: dict[str, Any], connection: object, say: Say) -> dict[str, Any]:
+        name = _text(args, "image")
+        platform, plain_http = args.get("platform"), args.get("plain_http")
+        if not isinstance(platform, str | None) or not isinstance(plain_http, bool | None):
+            raise UsageError("mount_image: platform is a text and plain_http true or false")
+        image = await self._images.mount(name, platform, plain_http, say)
+        mount = Mount(uuid4().hex[:16], name, image, connection if args.get("lease") else None)
+        self._mounts[mount.id] = mount
+        self._note_change()
+        return {
+            "mount": mount.id,
+            "path": self._path_of(image),
+            "manifest_digest": image.manifest.digest,
+            "config": image.config.document,
+            "driver": "fuse",
+            "reason": "the only driver of this version",
+            "layers": [
+                {
+                    "digest": fact.layer.digest,
+                    "size": fact.layer.descriptor.size,
+                    "lazy": fact.lazy,
+                    "reason": fact.reason,
+                }
+                for fact in image.layers
+            ],
+            "notes": list(image.notes),
+            "size": image.size,
+        }
+
+    async def _attach(self, args: dict[str, Any]) -> dict[str, Any]:
+        mount = self._find_id(args)
+        kind = _text(args, "kind")
+        if kind not in KINDS:
+            raise UsageError(f"a mount can't be of kind {kind!r}")
+        mount.dir, mount.kind = _text(args, "dir"), kind
+        mount.state_dir = str(args.get("state_dir") or "")
+        if mount.state_dir and not _is_ours(self._settings, mount.state_dir):
+            raise UsageError(f"{mount.state_dir} is not in the store")
+        tree = mount.image.planted.name.decode()
+        record = MountRecord(
+            mount.id, mount.name, mount.image.manifest.digest, mount.dir, kind, mount.state_dir, os.getpid(), tree
+        )
+        await trio.to_thread.run_sync(self._catalog.set_mount, record, limiter=self._limiter)
+        return {}
+
+    def _found(self, mount: Mount) -> dict[str, Any]:
+        return {"mount": mount.id, "kind": mount.kind, "state_dir": mount.state_dir, "image": mount.name}
+
+    async def _release(self, mount: Mount) -> None:
+        if self._mounts.pop(mount.id, None) is None:
+            return
+        await self._images.release(mount.image)
+        if mount.dir:
+            try:
+                await trio.to_thread.run_sync(self._catalog.remove_mount, mount.id, limiter=self._limiter)
+            except LazyfsError as error:
+                log.warning("mount %s is not forgotten: %s", mount.dir, error)
+        self._note_change()
+
+    def _note_change(self) -> None:
+        self.changed.set()
+        self.changed = trio.Event()
+
+    def _find_id(self, args: dict[str, Any]) -> Mount:
+        mount = self._mounts.get(_text(args, "mount"))
+        if mount is None:
+            raise MountPointInvalid(_text(args, "mount"), "is no mount of this daemon")
+        return mount
+
+    def _find_dir(self, directory: str) -> Mount:
+        for mount in reversed(self._mounts.values()):
+            if mount.dir == directory:
+                return mount
+        raise MountPointInvalid(directory, "is no mount of lazyfs")
+
+
+def _text(args: dict[str, Any], name: str) -> str:
+    value = args.get(name)
+    if not isinstance(value, str) or not value:
+        raise UsageError(f"a control call lacks {name}")
+    return value
+
+
+def _is_ours(settings: Settings, path: str) -> bool:
+    """Tell whether a directory to be removed later lies where we keep such directories."""
+    clean = os.path.normpath(path)
+    return any(clean.startswith(f"{root}/") for root in (settings.root, settings.run))
+
+
+def _take_away(directory: str, kind: str, state_dir: str) -> None:
+    """Unmount a directory that shows an image, and remove its writable layer. Blocking; logs what fails."""
+    try:
+        found = mounts.top_at(os.fsencode(directory)) if directory and kind != "container" else None
+        if found is not None and (found.kind.startswith("fuse") or found.kind == "overlay"):
+            if os.geteuid() == 0:
+                mounts.umount(os.fsencode(directory), lazy=True)
+            else:
+                mounts.umount_user(os.fsencode(directory), lazy=True)
+    except (LazyfsError, OSError) as error:
+        log.warning("%s stays mounted: %s", directory, error)
+    _remove_state(state_dir)
+
+
+def _remove_state(state_dir: str) -> None:
+    if state_dir:
+        shutil.rmtree(state_dir, ignore_errors=True)

@@ -1,0 +1,242 @@
+"""A layer made ready to be served: TOC or whole blob, table, place in the store. Blocking; runs in worker threads."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+from lazyfs.child import run_job
+from lazyfs.chunks.catalog import Catalog
+from lazyfs.chunks.frames import read_exactly
+from lazyfs.chunks.layer import Check, ServedLayer
+from lazyfs.chunks.plain import PlainLayer, unpack_plain
+from lazyfs.chunks.source import LayerSource
+from lazyfs.chunks.spool import Spool
+from lazyfs.chunks.store import Store
+from lazyfs.chunks.whole import WholeCheck
+from lazyfs.config import Settings
+from lazyfs.errors import DiffIdMismatch, FooterInvalid, LayerQuarantined, StoreError, TableInvalid, TocInvalid
+from lazyfs.format.lazy import NotLazy, TocSource, read_toc, toc_source
+from lazyfs.format.table import FORM_PLAIN, FORM_ZSTD_CHUNKED, VERSION, LayerTable
+from lazyfs.oci import TOC_DIGEST, ZSTD_CHECKSUM, Descriptor
+from lazyfs.registry.repository import Repository
+from lazyfs.units import format_size
+
+log = logging.getLogger(__name__)
+
+_UNPACKED = "data.new"  # what the unpacker of a plain layer fills, until the store takes it over
+_REPORT = 8 << 20  # bytes between two remarks on a layer that is fetched in full
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """A layer that can be served. `reason`: why it is not lazy, empty when it is. `key` names its table's content."""
+
+    layer: ServedLayer
+    reason: str
+    key: str
+
+
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """A layer as an image names it."""
+
+    descriptor: Descriptor
+    diff_id: str
+    origin: str  # repository, for messages and the record
+
+
+class Preparer:
+    """Prepare layers. Thread-safe for different layers; one layer is prepared by one thread at a time."""
+
+    def __init__(self, store: Store, catalog: Catalog, settings: Settings) -> None:
+        self._store = store
+        self._catalog = catalog
+        self._settings = settings
+
+    def prepare(self, repository: Repository, wanted: Wanted, say: Callable[[str], None]) -> Prepared:
+        """Return the layer, from what the store has or from the registry. Blocking: one request where it is lazy.
+
+        Raise LayerQuarantined, DiffIdMismatch, RegistryError, TrustError, FormatError or StoreError.
+        """
+        digest = wanted.descriptor.digest
+        found = toc_source(wanted.descriptor, allow_unverified=self._settings.allow_unverified)
+        known = self._store.source(digest)
+        table = self._table(digest) if known is not None and self._usable(known, wanted, found) else None
+        tail = b""
+        if known is None or table is None:
+            known, table, tail = self._make(repository, wanted, found, say)
+        reason = found.reason if isinstance(found, NotLazy) else ""
+        if isinstance(found, TocSource) and known.form == "plain" and not known.verified:
+            reason = "its TOC can't be used"
+        return self._serve(repository, wanted, known, table, tail, reason)
+
+    # -- what the store has
+
+    def _usable(self, known: LayerSource, wanted: Wanted, found: TocSource | NotLazy) -> bool:
+        """Tell whether the stored table may serve this image's claims. Raise when the claims are known to be false."""
+        same_claims = known.diff_id == wanted.diff_id and _toc_claims(known.descriptor) == _toc_claims(
+            wanted.descriptor
+        )
+        if known.quarantine and same_claims:
+            raise LayerQuarantined(wanted.descriptor.digest, known.quarantine)
+        if known.verified and known.diff_id != wanted.diff_id:
+            raise DiffIdMismatch(wanted.descriptor.digest, wanted.diff_id, known.diff_id)
+        if known.quarantine:
+            return False
+        # A verified table is the layer whatever an image says of its TOC; an unverified one must be what it says.
+        return known.verified or (same_claims and isinstance(found, TocSource))
+
+    def _table(self, digest: str) -> LayerTable | None:
+        try:
+            return LayerTable(self._store.path(digest) / "table")
+        except (TableInvalid, StoreError) as error:
+            log.info("a layer table is made again: %s", error)
+            return None
+
+    # -- making it
+
+    def _make(
+        self, repository: Repository, wanted: Wanted, found: TocSource | NotLazy, say: Callable[[str], None]
+    ) -> tuple[LayerSource, LayerTable, bytes]:
+        if isinstance(found, TocSource):
+            try:
+                return self._make_lazy(repository, wanted, found)
+            except (FooterInvalid, TocInvalid) as error:
+                # A digest vouched for something that is no TOC that we read; the whole blob still has a diff ID.
+                log.warning("layer %s is not lazy: %s", wanted.descriptor.digest, error)
+                if not self._settings.allow_unverified:
+                    raise
+        return self._make_plain(repository, wanted, say)
+
+    def _make_lazy(
+        self, repository: Repository, wanted: Wanted, found: TocSource
+    ) -> tuple[LayerSource, LayerTable, bytes]:
+        digest = wanted.descriptor.digest
+        parts: dict[int, bytes] = {}
+
+        def fetch(blob_offset: int, size: int) -> bytes:
+            with repository.fetch(digest, blob_offset, size) as stream:
+                parts[blob_offset] = read_exactly(stream, size)
+            return parts[blob_offset]
+
+        toc = read_toc(found, fetch)
+        directory = self._store.path(digest)
+        self._store.write_toc(digest, toc.raw)
+        job = {
+            "toc": os.fspath(directory / "toc"),
+            "out": os.fspath(directory / "table"),
+            "form": FORM_ZSTD_CHUNKED,
+            "blob_size": wanted.descriptor.size,
+            "payload_end": toc.payload_end,
+        }
+        run_job({"tables": [job]})
+        source = LayerSource(wanted.descriptor, "zstd-chunked", wanted.origin, wanted.diff_id)
+        self._store.set_source(digest, source)
+        tail = b"".join(parts[at] for at in sorted(parts))
+        return source, LayerTable(directory / "table"), tail[-(wanted.descriptor.size - toc.payload_end) :]
+
+    def _make_plain(
+        self, repository: Repository, wanted: Wanted, say: Callable[[str], None]
+    ) -> tuple[LayerSource, LayerTable, bytes]:
+        digest = wanted.descriptor.digest
+        layer = self._plain_job(wanted.descriptor, wanted.diff_id)
+        self._unpack(repository, layer, say)
+        table = LayerTable(layer.table)
+        source = LayerSource(wanted.descriptor, "plain", wanted.origin, wanted.diff_id, verified=True)
+        self._store.set_source(digest, source)
+        opened = self._store.open_layer(digest, table)
+        try:
+            opened.adopt(_UNPACKED)
+        finally:
+            opened.close()
+        return source, table, b""
+
+    def _plain_job(self, descriptor: Descriptor, diff_id: str) -> PlainLayer:
+        directory = self._store.path(descriptor.digest)
+        return PlainLayer(descriptor.digest, descriptor.size, diff_id, directory / _UNPACKED, directory / "table")
+
+    def _unpack(self, repository: Repository, layer: PlainLayer, say: Callable[[str], None]) -> None:
+        done = 0
+
+        def on_bytes(size: int) -> None:
+            nonlocal done
+            before, done = done, done + size
+            if before // _REPORT != done // _REPORT:
+                say(f"layer {layer.blob_digest[7:19]}: {format_size(done)} of {format_size(layer.blob_size)}")
+
+        try:
+            unpack_plain(repository, layer, on_bytes)
+        except BaseException:
+            layer.data.unlink(missing_ok=True)
+            raise
+
+    # -- serving it
+
+    def _serve(
+        self,
+        repository: Repository,
+        wanted: Wanted,
+        known: LayerSource,
+        table: LayerTable,
+        tail: bytes,
+        reason: str,
+    ) -> Prepared:
+        digest = wanted.descriptor.digest
+        plain = table.form == FORM_PLAIN
+        number = self._catalog.number(f"layer:{digest}:plain" if plain else f"layer:{digest}")
+        self._catalog.add_layer(digest, wanted.descriptor.size, table.data_size)
+        opened = self._store.open_layer(digest, table)
+        served = ServedLayer(
+            number, wanted.descriptor, wanted.diff_id, table, opened, repository, verified=known.verified
+        )
+        if plain:
+            served.refill = partial(self._refill, served)
+        elif not known.verified:
+            begin = partial(WholeCheck, digest, wanted.diff_id, table, f"{digest} of {wanted.origin}")
+            served.check = Check(begin, Spool(self._store.path(digest)))
+            if tail:
+                served.check.spool.put(served.extents - 1, table.payload_end, tail)
+        form = "plain" if plain else _toc_claims(known.descriptor)
+        return Prepared(served, reason, f"{digest} {form} {VERSION}")
+
+    def _refill(self, served: ServedLayer) -> None:
+        """Fetch a plain layer again, because chunks of it were evicted or damaged. Blocking."""
+        job = self._plain_job(served.descriptor, served.diff_id)
+        # The table stays the one that is mapped: the same blob gives the same table.
+        job = dataclasses.replace(job, table=job.table.with_name("table.again"))
+        try:
+            self._unpack(served.repository, job, lambda text: None)
+        finally:
+            job.table.unlink(missing_ok=True)
+        served.store.adopt(_UNPACKED)
+
+    def tree_number(self, key: str) -> int:
+        """Return the number of a tree, given out and written down before the kernel hears of it. Blocking."""
+        return self._catalog.number(f"tree:{key}")
+
+    # -- verdicts
+
+    def set_verified(self, served: ServedLayer) -> None:
+        """Remember that a layer has passed its whole check. Blocking."""
+        self._update(served, verified=True, quarantine="")
+        self._catalog.set_verified(served.digest)
+
+    def set_quarantine(self, served: ServedLayer, reason: str) -> None:
+        """Remember that a layer is false, and drop its chunks. Blocking."""
+        self._update(served, verified=False, quarantine=reason)
+        self._catalog.set_quarantine(served.digest, reason)
+        served.store.forget()
+
+    def _update(self, served: ServedLayer, *, verified: bool, quarantine: str) -> None:
+        known = self._store.source(served.digest)
+        if known is not None:
+            self._store.set_source(served.digest, dataclasses.replace(known, verified=verified, quarantine=quarantine))
+
+
+def _toc_claims(descriptor: Descriptor) -> str:
+    return descriptor.annotations.get(TOC_DIGEST) or descriptor.annotations.get(ZSTD_CHECKSUM) or ""

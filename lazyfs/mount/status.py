@@ -1,0 +1,174 @@
+"""The object that `lazyfs status --json` prints, and the counters behind it."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections import Counter
+from dataclasses import asdict
+from typing import Any
+
+import lazyfs
+from lazyfs.chunks.memory import MemoryCache
+from lazyfs.chunks.read import ReadCounters
+from lazyfs.chunks.schedule import Priority, Scheduler
+from lazyfs.chunks.store import Store
+from lazyfs.config import Settings
+from lazyfs.errors import LazyfsError
+from lazyfs.mount.forest import Forest
+from lazyfs.mount.mounted import Mount
+from lazyfs.mount.operations import Operations
+from lazyfs.mount.session import Session
+from lazyfs.registry.hops import Hop
+
+
+class RequestCounters:
+    """Requests by host, and errors by class, since the start. Thread-safe."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._hosts: dict[str, dict[str, float]] = {}
+        self._kinds: Counter[str] = Counter()
+        self.errors: Counter[str] = Counter()
+
+    def note_hop(self, hop: Hop) -> None:
+        """Count a request."""
+        with self._lock:
+            host = self._hosts.setdefault(hop.host, {"requests": 0, "errors": 0, "ms": 0.0, "bytes": 0})
+            host["requests"] += 1
+            host["errors"] += not 200 <= hop.status < 400 and not (hop.status == 401 and hop.kind == "challenge")
+            host["ms"] += hop.seconds * 1000
+            host["bytes"] += hop.size
+            self._kinds[hop.kind] += 1
+
+    def note_error(self, error: LazyfsError) -> None:
+        """Count a failed fetch."""
+        with self._lock:
+            self.errors[type(error).__name__] += 1
+
+    def snapshot(self) -> dict[str, Any]:
+        """Return the numbers of this moment."""
+        with self._lock:
+            return {
+                "count": int(sum(host["requests"] for host in self._hosts.values())),
+                "errors": int(sum(host["errors"] for host in self._hosts.values())),
+                "by_host": {name: {**host, "ms": round(host["ms"], 1)} for name, host in self._hosts.items()},
+                "by_kind": dict(self._kinds),
+            }
+
+
+class StatusReport:
+    """Gathers the numbers of all parts of a daemon."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        forest: Forest,
+        operations: Operations,
+        session: Session,
+        store: Store,
+        memory: MemoryCache,
+        reads: ReadCounters,
+        scheduler: Scheduler,
+        requests: RequestCounters,
+    ) -> None:
+        self._settings = settings
+        self._forest = forest
+        self._operations = operations
+        self._session = session
+        self._store = store
+        self._memory = memory
+        self._reads = reads
+        self._scheduler = scheduler
+        self._requests = requests
+        self._began = time.monotonic()
+
+    async def report(self, mounts: list[Mount]) -> dict[str, Any]:
+        """Return the status object. Doesn't block: no part of it reads the mount."""
+        layers = {layer.digest: layer for layer in self._forest.layers()}
+        fetched = [sum(layer.bytes_by_priority[p] for layer in layers.values()) for p in Priority]
+        store = self._store.status()
+        reason = "the only driver of this version"
+        if self._session.reason:
+            reason += f"; {self._session.reason}"
+        return {
+            "daemon": {
+                "version": lazyfs.__version__,
+                "pid": os.getpid(),
+                "uptime": round(time.monotonic() - self._began, 1),
+                "memory": anonymous_memory(),
+                "driver": "fuse",
+                "reason": reason,
+                "root": os.fspath(self._settings.root),
+            },
+            "mounts": [self._mount(mount) for mount in mounts],
+            "bytes": {
+                "demand": fetched[Priority.DEMAND],
+                "prefetch": fetched[Priority.PREFETCH],
+                "background": fetched[Priority.BACKGROUND],
+                "from_memory": self._reads.from_memory,
+                "from_store": self._reads.from_store,
+                "from_other_layers": self._reads.from_other_layer,
+            },
+            "cache": {
+                "memory": asdict(self._memory.statistics()),
+                "store": {
+                    "size": store.used,
+                    "bound": store.bound,
+                    "damaged": store.damaged,
+                    "passed_by": bool(store.passing_by),
+                    "reason": store.passing_by,
+                    "evicted": store.evicted,
+                    "write_failures": store.write_failures,
+                },
+            },
+            "requests": self._requests.snapshot(),
+            "errors": dict(self._requests.errors + self._operations.failures),
+            "fuse": dict(self._operations.calls),
+            "hosts": {name: asdict(each) for name, each in self._scheduler.statistics().items()},
+        }
+
+    def _mount(self, mount: Mount) -> dict[str, Any]:
+        layers = []
+        fetched = 0
+        for fact in {fact.layer.digest: fact for fact in mount.image.layers}.values():
+            layer = fact.layer
+            got = layer.descriptor.size if layer.is_plain else sum(layer.bytes_by_priority)
+            fetched += min(got, layer.descriptor.size)
+            layers.append(
+                {
+                    "digest": layer.digest,
+                    "size": layer.descriptor.size,
+                    "lazy": fact.lazy,
+                    "reason": fact.reason,
+                    "present": layer.store.present_bytes,
+                    "complete": layer.store.complete,
+                    "verified": layer.verified,
+                    "quarantine": layer.quarantine,
+                    "bytes": dict(zip(("demand", "prefetch", "background"), layer.bytes_by_priority, strict=True)),
+                    "dropped_xattrs": layer.table.dropped_xattrs,
+                }
+            )
+        return {
+            "mount": mount.id,
+            "image": mount.name,
+            "manifest_digest": mount.image.manifest.digest,
+            "dir": mount.dir,
+            "kind": mount.kind,
+            "size": mount.image.size,
+            "share": round(fetched / mount.image.size, 4) if mount.image.size else 0.0,
+            "layers": layers,
+        }
+
+
+def anonymous_memory() -> int:
+    """Return this process's anonymous resident memory in bytes: what no file or cache backs."""
+    try:
+        with open("/proc/self/smaps_rollup") as handle:
+            for line in handle:
+                if line.startswith("Anonymous:"):
+                    return int(line.split()[1]) * 1024
+    except (OSError, ValueError, IndexError):
+        return 0
+    return 0
