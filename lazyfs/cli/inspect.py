@@ -249,6 +249,8 @@ def platforms(index: Index) -> list[str]:
 
 
 def _print(facts: dict[str, Any], layers: list[_Layer], whole: bool, out: Output) -> None:
+    from lazyfs.cli.output import count
+
     def row(name: str, value: object) -> None:
         out.line(f"{name:<11} {value}")
 
@@ -258,7 +260,7 @@ def _print(facts: dict[str, Any], layers: list[_Layer], whole: bool, out: Output
         row("index", f"{facts['index']['digest']} of {', '.join(facts['index']['platforms']) or 'unnamed platforms'}")
     row("platform", facts["platform"])
     lazy = sum(layer.lazy for layer in layers)
-    row("size", f"{format_size(facts['size'])} in {len(layers)} layers, {lazy} of them lazy")
+    row("size", f"{format_size(facts['size'])} in {count(len(layers))}, {lazy} of them lazy")
     config = facts["config"]
     row("config", config["digest"])
     for name in ("created", "user", "workdir", "entrypoint", "cmd", "ports", "volumes", "stop_signal"):
@@ -284,6 +286,9 @@ def _print_timing(recorder: _Recorder, seconds: float, out: Output) -> None:
         status = str(hop.status) if hop.status else "–"
         what = f"{hop.kind:<9}  {hop.host}  {hop.what}  {format_size(hop.size)}"
         out.line(f"  {hop.seconds * 1000:8.1f} ms  {status:>3}  {what}")
+    if not recorder.hops:
+        out.line("  none: the image lies in a directory")
+        return
     total = f"{len(recorder.hops)} requests, {recorder.sequential()} round trips in sequence"
     out.line(f"  {total}, {seconds * 1000:.1f} ms in all")
 

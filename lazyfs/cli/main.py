@@ -73,7 +73,7 @@ def main(argv: Sequence[str]) -> int:
         out = Output(json=bool(getattr(args, "json", False)), quiet=args.quiet)
         if args.config is not None:
             _use_config(args.config)
-        _set_up_log(args.verbose)
+        _set_up_log(name, args.verbose)
         code = int(args.run(args, out))
         sys.stdout.flush()
         return code
@@ -167,9 +167,9 @@ def _use_config(path: str) -> None:
     os.environ["LAZYFS_CONFIG"] = os.path.abspath(path)
 
 
-def _set_up_log(verbosity: int) -> None:
-    # Without -v a module that logs a warning imports logging by itself; then its lines need our shape too.
-    if verbosity or "logging" in sys.modules:
+def _set_up_log(name: str, verbosity: int) -> None:
+    # `run` is measured in milliseconds, and what it has to say without -v are remarks and errors, not log lines.
+    if verbosity or name != "run":
         from lazyfs import log
 
         log.set_up(verbosity)

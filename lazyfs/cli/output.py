@@ -174,6 +174,11 @@ class Output:
         self._drawn = len(shown)
 
 
+def count(number: int, noun: str = "layer") -> str:
+    """Return "1 layer" or "3 layers"."""
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
 def printable(text: str) -> str:
     """Return `text` with control characters and lone surrogates escaped, tabs and line ends kept.
 

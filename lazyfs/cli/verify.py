@@ -46,6 +46,7 @@ def add_parser(subparsers: Any) -> None:
 def run(args: argparse.Namespace, out: Output) -> int:
     """Verify one image. Blocking. Return 0, 6 when a promise was broken, else the code of the first other failure."""
     from lazyfs import reference as references
+    from lazyfs.cli.output import count
     from lazyfs.cli.side_by_side import side_by_side
     from lazyfs.registry.open import open_repository
     from lazyfs.registry.resolve import fetch_config, resolve_image
@@ -65,9 +66,9 @@ def run(args: argparse.Namespace, out: Output) -> int:
     errors = [result for result in results if isinstance(result, LazyfsError)]
     size = format_size(sum(layer.size for layer in layers))
     if errors:
-        out.line(f"{len(errors)} of {len(layers)} layers are not what they promise, or could not be read")
+        out.line(f"{len(errors)} of {count(len(layers))} not what promised, or not readable")
     else:
-        out.line(f"all {len(layers)} layers ({size}) are what they promise")
+        out.line(f"{count(len(layers))}, {size}: everything is what it promises")
     out.json(
         {
             "image": str(reference),
