@@ -12,10 +12,14 @@ from typing import TYPE_CHECKING, Any
 
 from lazyfs.cli import common, exit_codes
 from lazyfs.cli.output import Output
-from lazyfs.errors import ContainerFailed, DaemonFault, UsageError
+from lazyfs.errors import ContainerFailed, DaemonFault, LazyfsError, UsageError
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
     from lazyfs.config import Settings
+    from lazyfs.container.directory import ContainerDir
     from lazyfs.container.options import RunOptions
 
 _PATIENCE = 1.0  # seconds of a start without a word
@@ -57,29 +61,50 @@ def add_parser(subparsers: Any) -> None:
 
 def run(args: argparse.Namespace, out: Output) -> int:
     """Run the container; return its exit status, or docker's 125, 126, 127. Blocking. Raise LazyfsError."""
-    from lazyfs.container import directory, runtime, sweep
+    from lazyfs.container import runtime
 
     options = _options(args)
     settings = common.settings(args)
     runtime_path = runtime.find(args.runtime)
     try:
-        with contextlib.ExitStack() as stack:
-            place = directory.create(settings, args.name)
-            # The supervisor has the runtime forget the container; what a crash of it leaves is the next sweep's.
-            stack.callback(_discard, settings, place, out)
-            preload = _preload()
-            path, document = stack.enter_context(_mounted(args, settings, place, out))
-            preload.join()  # supervisor and threads don't mix: from the fork on there must be one thread
-            from lazyfs.container import launch
-
-            status = launch.run(settings, place, launch.Image(path, document), options, runtime_path)
+        status = _run(args, out, settings, options, runtime_path)
     except ContainerFailed as error:
         if error.status == exit_codes.RUN_FAILED:
             raise
         out.error(error.message)
         return error.status
-    sweep.sweep(settings)  # what others left; here, because before the start it would cost time
+    from lazyfs.container import directory
+
+    if directory.any_left(settings):  # after the run, because before the start it would cost time
+        from lazyfs.container import sweep
+
+        sweep.sweep(settings)
     return status
+
+
+def _run(args: argparse.Namespace, out: Output, settings: Settings, options: RunOptions, runtime_path: str) -> int:
+    preload = _preload()
+    with contextlib.ExitStack() as stack:
+        place, solo = None, None
+        if os.geteuid() != 0:
+            # The daemon mounts in the container's directory, so that goes last.
+            place = _claim(args, out, settings, stack)
+            solo = place.at("lower")
+            solo.mkdir(mode=0o700)
+        path, document = stack.enter_context(_mounted(args, out, settings, solo))
+        preload.join()  # from the supervisor's fork on there must be one thread
+        from lazyfs.container import launch
+
+        place = place or _claim(args, out, settings, stack)
+        return launch.run(settings, place, launch.Image(path, document), options, runtime_path)
+
+
+def _claim(args: argparse.Namespace, out: Output, settings: Settings, stack: contextlib.ExitStack) -> ContainerDir:
+    from lazyfs.container import directory
+
+    place = directory.create(settings, args.name)
+    stack.callback(_discard, settings, place, out)
+    return place
 
 
 def _options(args: argparse.Namespace) -> RunOptions:
@@ -112,14 +137,12 @@ def _preload() -> threading.Thread:
 
 
 @contextlib.contextmanager
-def _mounted(args: argparse.Namespace, settings: Settings, place: Any, out: Output) -> Any:
+def _mounted(
+    args: argparse.Namespace, out: Output, settings: Settings, solo: Path | None
+) -> Iterator[tuple[str, dict[str, Any]]]:
     """Have the daemon mount the image for as long as this context lasts; yield its directory and its image config."""
     from lazyfs import control_client
 
-    solo = None
-    if os.geteuid() != 0:
-        solo = place.at("lower")
-        solo.mkdir(mode=0o700)
     with control_client.open_daemon(settings, solo) as daemon:
         answer = daemon.call(
             "mount_image",
@@ -149,11 +172,10 @@ class _Events:
             self._out.note(text)
 
 
-def _discard(settings: Settings, place: Any, out: Output) -> None:
-    from lazyfs.container import sweep
-    from lazyfs.errors import LazyfsError
+def _discard(settings: Settings, place: ContainerDir, out: Output) -> None:
+    from lazyfs.container.discard import discard
 
     try:
-        sweep.discard(settings, place)
+        discard(settings, place)
     except LazyfsError as error:
         out.warn(f"container {place.identity} is not removed entirely: {error}")

@@ -11,7 +11,6 @@ import errno
 import hashlib
 import json
 import os
-import secrets
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -72,7 +71,7 @@ def forget(settings: Settings, directory: str) -> None:
 
 def new_state(settings: Settings) -> Path:
     """Make the directory of a writable layer. Blocking. Raise StoreFull or StoreBroken."""
-    path = settings.root / "rw" / secrets.token_hex(8)
+    path = settings.root / "rw" / os.urandom(8).hex()
     with _disk(path.parent):
         path.mkdir(mode=0o700, parents=True)
         for part in ("upper", "work"):

@@ -9,7 +9,6 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
-import secrets
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -48,7 +47,7 @@ def create(settings: Settings, name: str) -> ContainerDir:
     Raise UsageError when a container of that name runs, StoreFull or StoreBroken when the disk refuses.
     """
     base = home(settings)
-    identity = name or secrets.token_hex(8)
+    identity = name or os.urandom(8).hex()
     with _disk(base):
         base.mkdir(mode=0o700, parents=True, exist_ok=True)
         with _gate(base):
@@ -66,6 +65,14 @@ def create(settings: Settings, name: str) -> ContainerDir:
             # The upper directory becomes the container's "/" and must be searchable for all its users.
             (path / part).mkdir(mode=0o755)
         return ContainerDir(identity, path, lock)
+
+
+def any_left(settings: Settings) -> bool:
+    """Return whether there are container directories at all, living or not: whether a sweep may find something."""
+    try:
+        return any(entry.is_dir(follow_symlinks=False) for entry in os.scandir(home(settings)))
+    except OSError:
+        return False
 
 
 def leftovers(settings: Settings) -> Iterator[ContainerDir]:

@@ -15,7 +15,7 @@ from types import FrameType
 from typing import Any
 
 from lazyfs.config import Settings
-from lazyfs.container import bundle, host, namespaces, rootfs, supervisor, sweep, users
+from lazyfs.container import bundle, discard, host, namespaces, rootfs, supervisor, users
 from lazyfs.container.directory import ContainerDir
 from lazyfs.container.namespaces import Child
 from lazyfs.container.options import RunOptions, parse_image_defaults
@@ -68,7 +68,7 @@ def run(settings: Settings, place: ContainerDir, image: Image, options: RunOptio
         host=machine,
         binds=binds,
     )
-    runtime = Runtime(runtime_path, str(sweep.runtime_state(settings)), machine.rootless)
+    runtime = Runtime(runtime_path, str(discard.runtime_state(settings)), bool(machine.cgroup))
     _write_bundle(place.path, config, runtime)
     console = Console(place.path, terminal=options.terminal, interactive=options.interactive)
     try:
@@ -78,6 +78,7 @@ def run(settings: Settings, place: ContainerDir, image: Image, options: RunOptio
             place.identity,
             place.path,
             image.path,
+            machine.rootless,
             options.volumes,
             config["process"]["args"][0],
             runtime,
@@ -85,7 +86,7 @@ def run(settings: Settings, place: ContainerDir, image: Image, options: RunOptio
             defaults.stop_signal,
             console.container_ends,
         )
-        sweep.note_runtime(place, runtime)
+        discard.note_runtime(place, runtime)
         child = namespaces.spawn(
             lambda report: supervisor.supervise(plan, report), maps, (*console.container_ends, place.lock)
         )

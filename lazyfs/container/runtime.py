@@ -23,16 +23,17 @@ _FORBIDDEN = re.compile(
 
 @dataclass(frozen=True, slots=True)
 class Runtime:
-    """A runtime program and where it keeps its state. `rootless`: it is to go on without control groups."""
+    """A runtime program and where it keeps its state. `cgroups`: whether it is to make control groups."""
 
     path: str
     state: str
-    rootless: bool
+    cgroups: bool
 
     def _base(self) -> list[str]:
         argv = [self.path, "--root", self.state]
-        if self.rootless and "crun" not in os.path.basename(self.path):
-            argv += ["--rootless", "true"]
+        if not self.cgroups:
+            # runc takes what it needs for that out of this flag; crun has a flag for just that.
+            argv += ["--cgroup-manager=disabled"] if "crun" in os.path.basename(self.path) else ["--rootless", "true"]
         return argv
 
     def run_argv(self, identity: str, bundle: str, terminal: bool) -> list[str]:

@@ -29,6 +29,7 @@ class Plan:
     identity: str
     directory: Path
     lower: str
+    rootless: bool
     volumes: tuple[Volume, ...]
     command: str  # the container's argv[0], for messages
     runtime: runtime.Runtime
@@ -47,7 +48,7 @@ def supervise(plan: Plan, report: Report) -> int:
     os.umask(0o022)
     mounts.follow_host()
     rootfs.stage_volumes(plan.volumes, plan.directory)
-    rootfs.mount_overlay(plan.lower, plan.directory, rootless=plan.runtime.rootless)
+    rootfs.mount_overlay(plan.lower, plan.directory, rootless=plan.rootless)
     # The runtime finds itself and the container by pid, and ours are other numbers than the host's.
     mounts.mount(b"proc", b"/proc", "proc", mounts.MS_NOSUID | mounts.MS_NODEV | mounts.MS_NOEXEC)
     signals = _Signals(plan.stop_signal)
