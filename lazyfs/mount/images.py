@@ -6,7 +6,7 @@ import fnmatch
 import logging
 import os
 from collections.abc import Awaitable, Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -129,8 +129,9 @@ class Images:
             if resolved.stale
             else []
         )
+        tails = self._preparer.begin_tails(repository, manifest, self._pool)
         config = await self._in_thread(resolved.config.result)
-        prepared = await self._prepare_all(repository, manifest, config, say)
+        prepared = await self._prepare_all(repository, manifest, config, tails, say)
         try:
             planted = await self._plant(prepared)
         except BaseException:
@@ -180,12 +181,18 @@ class Images:
     # -- layers
 
     async def _prepare_all(
-        self, repository: Repository, manifest: Manifest, config: ImageConfig, say: Callable[[str], None]
+        self,
+        repository: Repository,
+        manifest: Manifest,
+        config: ImageConfig,
+        tails: dict[str, Future[bytes]],
+        say: Callable[[str], None],
     ) -> list[Prepared]:
         found: dict[int, Prepared] = {}
 
         async def one(number: int) -> None:
-            wanted = Wanted(manifest.layers[number], config.diff_ids[number], repository.name)
+            layer = manifest.layers[number]
+            wanted = Wanted(layer, config.diff_ids[number], repository.name, tails.get(layer.digest))
             found[number] = await self._hold(repository, wanted, say)
 
         try:

@@ -6,6 +6,7 @@ import dataclasses
 import logging
 import os
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 
@@ -22,7 +23,7 @@ from lazyfs.config import Settings
 from lazyfs.errors import DiffIdMismatch, FooterInvalid, LayerQuarantined, StoreError, TableInvalid, TocInvalid
 from lazyfs.format.lazy import NotLazy, TocSource, read_toc, toc_source
 from lazyfs.format.table import FORM_PLAIN, FORM_ZSTD_CHUNKED, VERSION, LayerTable
-from lazyfs.oci import TOC_DIGEST, ZSTD_CHECKSUM, Descriptor
+from lazyfs.oci import TOC_DIGEST, ZSTD_CHECKSUM, Descriptor, Manifest
 from lazyfs.registry.repository import Repository
 from lazyfs.units import format_size
 
@@ -48,6 +49,7 @@ class Wanted:
     descriptor: Descriptor
     diff_id: str
     origin: str  # repository, for messages and the record
+    tail: Future[bytes] | None = None  # the blob's last bytes, on their way since the manifest was there
 
 
 class Preparer:
@@ -57,6 +59,21 @@ class Preparer:
         self._store = store
         self._catalog = catalog
         self._settings = settings
+
+    def begin_tails(
+        self, repository: Repository, manifest: Manifest, pool: ThreadPoolExecutor
+    ) -> dict[str, Future[bytes]]:
+        """Start fetching the tails of layers that this node has no table of, beside the image config. By blob digest.
+
+        All documents behind the manifest cost one round trip together that way. Doesn't block.
+        """
+        tails: dict[str, Future[bytes]] = {}
+        for layer in manifest.layers:
+            found = toc_source(layer, allow_unverified=self._settings.allow_unverified)
+            table = self._settings.root / "layers" / "sha256" / layer.digest[7:] / "table"
+            if isinstance(found, TocSource) and layer.digest not in tails and not table.exists():
+                tails[layer.digest] = pool.submit(_fetch, repository, layer.digest, found.blob_offset, found.size)
+        return tails
 
     def prepare(self, repository: Repository, wanted: Wanted, say: Callable[[str], None]) -> Prepared:
         """Return the layer, from what the store has or from the registry. Blocking: one request where it is lazy.
@@ -120,8 +137,10 @@ class Preparer:
         parts: dict[int, bytes] = {}
 
         def fetch(blob_offset: int, size: int) -> bytes:
-            with repository.fetch(digest, blob_offset, size) as stream:
-                parts[blob_offset] = read_exactly(stream, size)
+            if wanted.tail is not None and (blob_offset, size) == (found.blob_offset, found.size):
+                parts[blob_offset] = wanted.tail.result()
+            else:
+                parts[blob_offset] = _fetch(repository, digest, blob_offset, size)
             return parts[blob_offset]
 
         toc = read_toc(found, fetch)
@@ -236,6 +255,11 @@ class Preparer:
         known = self._store.source(served.digest)
         if known is not None:
             self._store.set_source(served.digest, dataclasses.replace(known, verified=verified, quarantine=quarantine))
+
+
+def _fetch(repository: Repository, digest: str, blob_offset: int, size: int) -> bytes:
+    with repository.fetch(digest, blob_offset, size) as stream:
+        return read_exactly(stream, size)
 
 
 def _toc_claims(descriptor: Descriptor) -> str:
