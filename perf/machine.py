@@ -1,0 +1,31 @@
+"""Facts about the machine that a measurement was taken on, to stand beside its figures."""
+
+from __future__ import annotations
+
+import os
+import platform
+from pathlib import Path
+from typing import Any
+
+
+def facts() -> dict[str, Any]:
+    """Return CPU model, cores, memory (bytes), kernel and Python; "" or 0 where /proc does not tell."""
+    return {
+        "cpu": _field("/proc/cpuinfo", "model name"),
+        "cores": len(os.sched_getaffinity(0)),
+        "memory": int(_field("/proc/meminfo", "MemTotal").split()[0] or 0) * 1024,
+        "kernel": platform.release(),
+        "python": platform.python_version(),
+    }
+
+
+def _field(path: str, name: str) -> str:
+    try:
+        text = Path(path).read_text()
+    except OSError:
+        return "0"
+    for line in text.splitlines():
+        key, _, value = line.partition(":")
+        if key.strip() == name:
+            return value.strip()
+    return "0"
