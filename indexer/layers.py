@@ -9,6 +9,7 @@ import hashlib
 import threading
 import time
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -167,12 +168,11 @@ def _untouched(
 
 def _drain(pump: Pump, blob: BlobSource) -> None:
     """Read the rest of a layer whose content is wrong, for its digest."""
-    try:
+    with suppress(FrameInvalid):
         for _ in pump:
             pass
-    except FrameInvalid:
-        for _ in blob.blocks():  # the thread of the pump has ended with that error
-            pass
+    for _ in blob.blocks():  # what damaged compression left unread; the pump's thread has ended
+        pass
 
 
 def _raise_first(futures: list[Future[DoneLayer]]) -> None:

@@ -176,12 +176,13 @@ class Pump:
         self._blocks = blocks
         self._cancelled = cancelled
         self._ready: queue.Queue[bytes | BaseException | None] = queue.Queue(_DEPTH)
+        self._ended = False  # the last thing was taken out of the queue; nothing will come any more
         self._thread = threading.Thread(target=self._run, name="source", daemon=True)
         self._thread.start()
 
     def __iter__(self) -> Iterator[bytes]:
-        """Yield the blocks. Raise what the iterator raised, or Interrupted within a moment of cancellation."""
-        while True:
+        """Yield the blocks not yet taken. Raise what the iterator raised, or Interrupted soon after cancellation."""
+        while not self._ended:
             try:
                 block = self._ready.get(timeout=_POLL)
             except queue.Empty:
@@ -189,8 +190,10 @@ class Pump:
                     raise Interrupted("the conversion was cancelled") from None
                 continue
             if isinstance(block, BaseException):
+                self._ended = True
                 raise block
             if block is None:
+                self._ended = True
                 return
             if self._cancelled.is_set():
                 raise Interrupted("the conversion was cancelled")

@@ -157,10 +157,12 @@ def test_the_pump_hands_on_blocks_and_errors_in_order() -> None:
         raise FrameInvalid("broken")
 
     got = []
+    pump = Pump(blocks(), threading.Event())
     with pytest.raises(FrameInvalid, match="broken"):
-        for block in Pump(blocks(), threading.Event()):
+        for block in pump:
             got.append(block)
     assert got == [b"a", b"b"]
+    assert list(pump) == []  # asked again after its end, it must not wait for more
 
 
 def test_a_cancelled_pump_ends_although_its_source_hangs() -> None:
