@@ -55,7 +55,8 @@ class TarCheck:
         # By row, while what the tar has at its path is what the row says: where the inode's headers and content start.
         self._start = array("q", [_NOT_SEEN]) * table.rows
         self._payload = array("q", [_NOT_SEEN]) * table.rows
-        self._opaque: set[int] = set()  # directories whose marker came
+        self._opaque: set[int] = set()  # directories that hold an opaque marker
+        self._removed: set[int] = set()  # directories with a whiteout beside them, which makes them opaque too
         self._held: dict[bytes, _Held] = {}
         self._held_below: Counter[bytes] = Counter()  # directory -> held entries anywhere under it
         self._parents: dict[bytes, tuple[bytes, int | None]] = {}  # as written -> as resolved, and its row
@@ -85,6 +86,7 @@ class TarCheck:
         if linked:
             target = self._target(entry)
             if target is None:
+                self._replace(path, row)
                 self._hold(path, row, _Held(entry, start, payload, "is a hard link to nothing in the tar", linked))
                 return
             entry, start, payload = replace(target.entry, path=path), target.start, target.payload
@@ -135,8 +137,9 @@ class TarCheck:
     def _mark(self, path: bytes, name: bytes, parent_row: int | None, entry: Entry, start: int) -> None:
         """Take a whiteout or an opaque marker; as in the table, a whiteout beside a directory makes that opaque."""
         table = self._table
+        marked = self._removed
         if name == OPAQUE_MARKER:
-            row = parent_row
+            row, marked = parent_row, self._opaque
         elif name.startswith(OPAQUE_MARKER[:8]) or name == WHITEOUT_PREFIX:
             return  # aufs's own bookkeeping
         else:
@@ -148,7 +151,7 @@ class TarCheck:
         elif table.kind[row] == Kind.WHITEOUT:
             self._settle(path, row, start, start)
         elif table.flags[row] & FLAG_OPAQUE:
-            self._opaque.add(row)
+            marked.add(row)
             self._forget(path)
         else:
             self._hold(path, None, _Held(entry, start, start, "makes a directory opaque in the tar and not in the TOC"))
@@ -276,6 +279,8 @@ class TarCheck:
                 at = todo.pop()
                 self._start[at] = _NOT_SEEN
                 self._opaque.discard(at)
+                if at != row:
+                    self._removed.discard(at)
                 children = self._table.children(at)
                 self._kill_budget -= len(children) + 1
                 if self._kill_budget < 0:
@@ -299,7 +304,7 @@ class TarCheck:
             kind, flags, start = table.kind[row], table.flags[row], self._start[row]
             if start == _NOT_SEEN and not flags & FLAG_IMPLICIT:
                 raise self._mismatch(table.path_of(row), "is in the TOC and not in the tar")
-            if flags & FLAG_OPAQUE and row not in self._opaque:
+            if flags & FLAG_OPAQUE and row not in self._opaque and row not in self._removed:
                 raise self._mismatch(table.path_of(row), "is opaque in the TOC and not in the tar")
             if kind == Kind.HARDLINK:
                 if start != self._start[table.inode(row)]:

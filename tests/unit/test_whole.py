@@ -142,6 +142,7 @@ REWRITTEN = {
     ),
     "whiteouts": tar_of(whiteout("old"), whiteout("d/old"), file("d/new", b"1"), opaque("o"), dir_("o")),
     "a whiteout beside what it removes": tar_of(whiteout("a"), file("a", b"1"), whiteout("d"), file("d/x", b"2")),
+    "a whiteout, a file, a directory": tar_of(whiteout("a"), file("a"), dir_("a")),
     "a whiteout twice": tar_of(whiteout("a"), whiteout("a")),
     "an opaque root": tar_of(file(".wh..wh..opq"), file("a", b"1")),
     "aufs leftovers": tar_of(file(".wh..wh.aufs"), file("a", b"1")),
