@@ -281,6 +281,8 @@ def _print(facts: dict[str, Any], layers: list[_Layer], whole: bool, out: Output
 
 
 def _print_timing(recorder: _Recorder, seconds: float, out: Output) -> None:
+    from lazyfs.cli.output import count
+
     out.line("requests")
     for _, hop in sorted(recorder.hops, key=lambda item: item[1].started):
         status = str(hop.status) if hop.status else "–"
@@ -289,7 +291,7 @@ def _print_timing(recorder: _Recorder, seconds: float, out: Output) -> None:
     if not recorder.hops:
         out.line("  none: the image lies in a directory")
         return
-    total = f"{len(recorder.hops)} requests, {recorder.sequential()} round trips in sequence"
+    total = f"{count(len(recorder.hops), 'request')}, {count(recorder.sequential(), 'round trip')} in sequence"
     out.line(f"  {total}, {seconds * 1000:.1f} ms in all")
 
 

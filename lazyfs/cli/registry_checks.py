@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from lazyfs import reference as references
 from lazyfs.cli import common
 from lazyfs.cli.host_checks import Check, State
+from lazyfs.cli.output import count
 from lazyfs.errors import BadAnswer, LazyfsError, RegistryError
 from lazyfs.format.lazy import NotLazy, toc_source
 from lazyfs.registry.open import open_repository
@@ -57,7 +58,7 @@ def _manifest(
     total = sum(hop.seconds for hop in hops)
     return [
         Check("registry", State.OK, f"{where} answers, {login}"),
-        Check("image", State.OK, f"{resolved.digest}, {len(hops)} requests, {total * 1000:.0f} ms"),
+        Check("image", State.OK, f"{resolved.digest}, {count(len(hops), 'request')}, {total * 1000:.0f} ms"),
     ], resolved.manifest
 
 

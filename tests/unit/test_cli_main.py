@@ -239,6 +239,21 @@ def test_help_imports_no_command() -> None:
     assert done.stderr == "['lazyfs.cli.exit_codes', 'lazyfs.cli.main', 'lazyfs.cli.output']\n"
 
 
+def test_run_loads_nothing_heavy() -> None:
+    """The time to the container's first instruction is the product; what the daemon needs is the daemon's to load."""
+    code = (
+        "import sys\n"
+        "from lazyfs.cli.main import main\n"
+        "main(['run', '--help'])\n"
+        "import lazyfs.config, lazyfs.control_client, lazyfs.container.launch, lazyfs.container.directory\n"
+        "import lazyfs.container.runtime\n"
+        "heavy = {'requests', 'urllib3', 'ssl', 'trio', 'pyfuse3', 'zstandard', 'msgspec', 'sqlite3', 'asyncio'}\n"
+        "print(sorted(heavy & set(sys.modules)), file=sys.stderr)\n"
+    )
+    done = _python(code)
+    assert (done.returncode, done.stderr) == (0, "[]\n")
+
+
 def test_a_reader_that_goes_away_is_no_error() -> None:
     """`lazyfs --help | true`: quiet, whatever the moment at which the pipe breaks."""
     end, start = os.pipe()

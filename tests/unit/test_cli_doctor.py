@@ -1,0 +1,166 @@
+"""`lazyfs doctor`: each finding is true of the machine it looks at, and comes with the way to mend it."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import stat
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from lazyfs.cli import host_checks
+from lazyfs.cli.host_checks import Check, State
+from lazyfs.cli.main import main
+from lazyfs.config import Settings, load
+from lazyfs.errors import MountFailed
+from tests.helpers.blobs import zstd_chunked_layer
+from tests.helpers.fake_registry import FakeRegistry, Fault
+from tests.helpers.tars import file, tar_of
+
+
+@pytest.fixture
+def settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Settings:
+    monkeypatch.setenv("LAZYFS_CONFIG", str(tmp_path / "none.toml"))
+    monkeypatch.setenv("LAZYFS_ROOT", str(tmp_path / "root"))
+    monkeypatch.setenv("LAZYFS_RUN", str(tmp_path / "run"))
+    monkeypatch.setenv("DOCKER_CONFIG", str(tmp_path))
+    return load()
+
+
+def findings(settings: Settings) -> dict[str, Check]:
+    return {check.name: check for check in host_checks.all_checks(settings)}
+
+
+def test_looking_leaves_nothing_behind(settings: Settings, tmp_path: Path) -> None:
+    mounts = Path("/proc/self/mounts").read_text()
+    findings(settings)
+    assert list(tmp_path.iterdir()) == []
+    assert Path("/proc/self/mounts").read_text() == mounts
+
+
+def test_what_is_wrong_says_how_to_mend_it(settings: Settings) -> None:
+    assert all(check.mend for check in findings(settings).values() if check.state is not State.OK)
+
+
+def test_packages_are_found_with_their_versions(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+    import zstandard
+
+    assert findings(settings)["zstandard"] == Check("zstandard", State.OK, zstandard.__version__)
+    monkeypatch.setitem(__import__("sys").modules, "pyfuse3", None)
+    missing = findings(settings)["pyfuse3"]
+    assert missing.state is State.FAIL and "lazyfs[mount]" in missing.mend
+
+
+@pytest.mark.parametrize(
+    ("spoil", "state", "words"),
+    [
+        (lambda root: None, State.OK, "will be made"),
+        (lambda root: root.mkdir(mode=0o700), State.OK, ""),
+        (lambda root: (root.mkdir(), root.chmod(0o777)), State.FAIL, "can be written by others"),
+        (lambda root: root.write_text(""), State.FAIL, "is no directory"),
+        (lambda root: root.symlink_to("/does/not/exist"), State.FAIL, "No such file"),
+    ],
+    ids=["absent", "good", "open", "file", "dangling"],
+)
+def test_the_stores_directory(settings: Settings, spoil: Callable[[Path], object], state: State, words: str) -> None:
+    spoil(settings.root)
+    check = findings(settings)["store"]
+    assert check.state is state and words in check.text
+
+
+def test_a_store_of_somebody_else(settings: Settings) -> None:
+    settings.root.mkdir()
+    check = host_checks._store_directory(settings, os.geteuid() + 1)
+    assert check.state is State.FAIL and f"belongs to user {os.geteuid()}" in check.text
+
+
+def test_a_low_limit_of_open_files(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(resource, "getrlimit", lambda which: (256, 1024))
+    check = findings(settings)["open files"]
+    assert check.state is State.WARN and "1024" in check.text
+
+
+def test_an_old_kernel(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("platform.release", lambda: "4.19.0-generic")
+    assert findings(settings)["kernel"].state is State.WARN
+
+
+def test_no_runtime(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("shutil.which", lambda name, path=None: None)
+    assert findings(settings)["container runtime"].state is State.FAIL
+
+
+def test_secrets_of_proxies_are_not_printed(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HTTPS_PROXY", "http://user:secret@proxy.test:3128")
+    monkeypatch.setenv("NO_PROXY", "localhost")
+    texts = [check.text for check in host_checks.all_checks(settings) if check.name == "proxy"]
+    assert any("http://proxy.test:3128" in text for text in texts)
+    assert not any("secret" in text or "user" in text for text in texts)
+    assert host_checks.without_secret("proxy.test:3128") == "proxy.test:3128"
+
+
+def test_work_in_a_child_reports_what_went_wrong() -> None:
+    def fail() -> None:
+        raise MountFailed("can't mount x: Operation not permitted", errno=1)
+
+    def vanish() -> None:
+        os._exit(9)
+
+    assert host_checks._in_child(lambda: None) == ""
+    assert host_checks._in_child(fail) == "can't mount x: Operation not permitted"
+    assert "9" in host_checks._in_child(vanish)
+
+
+def test_the_fuse_device_as_it_is(settings: Settings) -> None:
+    check = findings(settings)["/dev/fuse"]
+    there = os.path.exists("/dev/fuse") and stat.S_ISCHR(os.stat("/dev/fuse").st_mode)
+    if check.state is State.OK:
+        assert there
+    else:
+        assert "chmod" in check.mend or "modprobe" in check.mend
+
+
+def test_the_command_exits_8_when_something_needed_is_missing(
+    settings: Settings, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings.root.write_text("")
+    assert main(["doctor", "--json"]) == 8
+    told = json.loads(capsys.readouterr().out)
+    assert told["ok"] is False
+    (store,) = (check for check in told["checks"] if check["name"] == "store")
+    assert (store["state"], store["mend"]) == ("fail", "choose another --root")
+    assert main(["doctor"]) == 8
+    assert "-> choose another --root" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("fault", "name", "state"),
+    [
+        (None, "ranges", "ok"),
+        (Fault.IGNORE_RANGE, "ranges", "fail"),
+        (Fault.STATUS, "registry", "fail"),
+    ],
+)
+def test_the_registry_of_an_image(
+    settings: Settings, capsys: pytest.CaptureFixture[str], fault: Fault | None, name: str, state: str
+) -> None:
+    with FakeRegistry(auth="bearer", anonymous=True) as registry:
+        layer = zstd_chunked_layer(tar_of(file("a", b"x" * 100_000)))
+        image = registry.add_image("app", "1", [(layer.blob, layer.annotations, layer.media_type)])
+        if fault is not None:
+            registry.fault(fault, status=403, path="/blobs/" if fault is Fault.IGNORE_RANGE else "")
+        main(["doctor", "--json", "--platform", "linux/amd64", image.reference])
+    checks = {check["name"]: check for check in json.loads(capsys.readouterr().out)["checks"]}
+    assert checks[name]["state"] == state
+    if fault is None:
+        assert "with a token" in checks["registry"]["text"]
+        assert checks["layers"]["text"] == "1 of 1 can be lazy"
+        assert "ms" in checks["latency"]["text"]
+
+
+def test_an_image_that_cannot_be_parsed_is_a_finding(settings: Settings, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["doctor", "ftp://x"]) == 8
+    assert "unknown transport" in capsys.readouterr().out
