@@ -92,6 +92,7 @@ class Daemon:
             images = Images(
                 settings,
                 forest,
+                scheduler,
                 filler,
                 donors,
                 memory,

@@ -20,6 +20,7 @@ from lazyfs.child import run_job
 from lazyfs.chunks.fill import Filler
 from lazyfs.chunks.layer import ServedLayer
 from lazyfs.chunks.memory import MemoryCache
+from lazyfs.chunks.schedule import Scheduler
 from lazyfs.chunks.single_flight import SingleFlight
 from lazyfs.config import Settings
 from lazyfs.errors import LayerQuarantined, LazyfsError, StoreBroken, TableInvalid
@@ -77,6 +78,7 @@ class Images:
         self,
         settings: Settings,
         forest: Forest,
+        scheduler: Scheduler,
         filler: Filler,
         donors: Donors,
         memory: MemoryCache,
@@ -87,6 +89,7 @@ class Images:
     ) -> None:
         self._settings = settings
         self._forest = forest
+        self._scheduler = scheduler
         self._filler = filler
         self._donors = donors
         self._memory = memory
@@ -281,6 +284,8 @@ class Images:
         self._forest.plant(planted)
         ours.append(planted)
         for one in prepared:
+            # Whoever mounts an image is about to read from it: the first second belongs to that.
+            self._scheduler.note_demand(one.layer.host)
             self._start_background(one.layer)
         return planted
 
