@@ -110,7 +110,11 @@ def test_a_plain_layer_that_might_have_a_toc_is_no_fault(
     registry: FakeRegistry, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("LAZYFS_ALLOW_UNVERIFIED", "true")
-    plain = (zstandard.compress(tar_of(file("b", b"y" * 5000))), {}, oci.OCI_LAYER_ZSTD)
+    plain: tuple[bytes, dict[str, str], str] = (
+        zstandard.compress(tar_of(file("b", b"y" * 5000))),
+        {},
+        oci.OCI_LAYER_ZSTD,
+    )
     untrusted = annotated(lazy_layer("c"), TOC_DIGEST=None, ZSTD_CHECKSUM=None)
     image = registry.add_image("app", "1", [plain, pushed(untrusted)], CONFIG)
     first, second = inspect_json(capsys, "--files", image.reference)["layers"]

@@ -26,9 +26,9 @@ class Terminal(io.StringIO):
         return True
 
 
-def streams(**how: bool) -> tuple[Output, io.StringIO, io.StringIO]:
+def streams(json: bool = False) -> tuple[Output, io.StringIO, io.StringIO]:
     stdout, stderr = io.StringIO(), io.StringIO()
-    return Output(stdout=stdout, stderr=stderr, **how), stdout, stderr
+    return Output(json, stdout=stdout, stderr=stderr), stdout, stderr
 
 
 def test_results_go_to_stdout_and_the_rest_to_stderr() -> None:
