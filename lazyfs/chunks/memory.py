@@ -94,6 +94,11 @@ class MemoryCache:
 
     def _shrink(self, target: int) -> None:
         while self._size > target:
-            _, data = self._entries.popitem(True)
+            # not popitem: it leaks a reference to the value (lru-dict 1.4.1), and so every byte that passes through
+            oldest = self._entries.peek_last_item()
+            if oldest is None:
+                return
+            key, data = oldest
+            del self._entries[key]
             self._size -= len(data) + OVERHEAD
             self._evicted += 1

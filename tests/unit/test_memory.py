@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 
 from hypothesis import given
@@ -108,3 +109,14 @@ def test_threads_leave_the_account_right() -> None:
     assert found.size <= BOUND
     cache.resize(0)
     assert cache.statistics().size == 0
+
+
+def test_what_is_pushed_out_is_freed() -> None:
+    cache = MemoryCache(BOUND)
+    first = bytes(bytearray(1000))
+    references = sys.getrefcount(first)
+    cache.put((0, 0), first)
+    for chunk in range(1, 2 * BOUND // 1000):
+        cache.put((0, chunk), bytes(1000))
+    assert cache.get((0, 0)) is None
+    assert sys.getrefcount(first) == references
