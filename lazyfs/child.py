@@ -1,7 +1,7 @@
 """The short-lived process that turns TOCs into layer tables and tables into a tree.
 
 Parsing half a million entries takes hundreds of megabytes; a process that ends gives them back, a daemon does not. It
-gets one job as a JSON object on standard input and answers with one on standard output:
+gets jobs as JSON objects on standard input, one a line, and answers each with one on standard output:
 
     {"tables": [{"toc": PATH, "out": PATH, "form": N, "blob_size": N, "payload_end": N}], "tree": {"tables": [PATH], "out": PATH}}
     {"ok": true}    or    {"error": {"class": "TocInvalid", "message": "…"}}
@@ -10,9 +10,13 @@ gets one job as a JSON object on standard input and answers with one on standard
 from __future__ import annotations
 
 import json
+import os
 import resource
+import select
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -21,26 +25,108 @@ from lazyfs.errors import LazyfsError, StoreBroken, TocInvalid
 
 MEMORY = 4 << 30  # bytes of address space: a TOC of half a million entries takes a fifth of it
 TIMEOUT = 120.0  # seconds
+_FIRST_WAIT = 60.0  # seconds that a process started ahead of need waits for its job
+_NEXT_WAIT = 3.0  # seconds after which a process without further jobs ends, and gives its memory back
+_GRACE = 5.0  # seconds that a process may take to end
+
+
+class Builder:
+    """Runs jobs in child processes; one that is idle is kept for a few seconds, because starting costs 0.1 s.
+
+    Thread-safe: jobs that come at once get a process each. `warm` starts one ahead of need.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._idle: subprocess.Popen[bytes] | None = None
+
+    def warm(self) -> None:
+        """Start a process that imports what it needs while its job is still on the way. Doesn't block."""
+        with self._lock:
+            if self._idle is None:
+                self._idle = _spawn()
+
+    def run(self, job: dict[str, Any], *, timeout: float = TIMEOUT) -> None:
+        """Run `job` and wait for it. Blocking: at most `timeout` seconds.
+
+        Raise what the child raised (FormatError, StoreError), or TocInvalid when it died of its limits.
+        """
+        with self._lock:
+            child, self._idle = self._idle, None
+        answer = _ask(child, job, timeout) if child is not None else b""
+        if not answer:  # there was none, or it ended for want of work just now
+            child = _spawn()
+            answer = _ask(child, job, timeout)
+        assert child is not None
+        if answer:
+            with self._lock:
+                if self._idle is None:
+                    self._idle, child = child, None
+        complaint, status = _end(child) if child is not None else (b"", 0)
+        read_answer(answer, complaint, status)
+
+    def close(self) -> None:
+        """End the idle process."""
+        with self._lock:
+            child, self._idle = self._idle, None
+        if child is not None:
+            _end(child)
 
 
 def run_job(job: dict[str, Any], *, timeout: float = TIMEOUT) -> None:
-    """Run `job` in a child process and wait for it. Blocking: at most `timeout` seconds.
-
-    Raise what the child raised (FormatError, StoreError), or TocInvalid when it died of its limits.
-    """
+    """Run one job in a process of its own. Blocking; errors as `Builder.run`."""
+    builder = Builder()
     try:
-        done = subprocess.run(
+        builder.run(job, timeout=timeout)
+    finally:
+        builder.close()
+
+
+def _spawn() -> subprocess.Popen[bytes]:
+    try:
+        return subprocess.Popen(
             [sys.executable, "-m", "lazyfs.child"],
-            input=json.dumps(job).encode(),
-            capture_output=True,
-            timeout=timeout,
-            check=False,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
         )
-    except subprocess.TimeoutExpired:
-        raise TocInvalid(f"its TOC took more than {timeout:.0f} s to read") from None
     except OSError as error:
         raise StoreBroken(f"the table builder can't be started: {error.strerror}") from None
-    read_answer(done.stdout, done.stderr, done.returncode)
+
+
+def _ask(child: subprocess.Popen[bytes], job: dict[str, Any], timeout: float) -> bytes:
+    """Return the child's answer line; b"" when it died. Raise TocInvalid when it takes too long."""
+    assert child.stdin is not None and child.stdout is not None
+    try:
+        child.stdin.write(json.dumps(job).encode() + b"\n")
+        child.stdin.flush()
+    except BrokenPipeError:
+        return b""
+    answer, deadline = b"", time.monotonic() + timeout
+    while not answer.endswith(b"\n"):
+        left = deadline - time.monotonic()
+        if left <= 0 or not select.select([child.stdout], [], [], left)[0]:
+            child.kill()
+            _end(child)
+            raise TocInvalid(f"its TOC took more than {timeout:.0f} s to read")
+        part = os.read(child.stdout.fileno(), 1 << 16)
+        if not part:
+            return b""
+        answer += part
+    return answer
+
+
+def _end(child: subprocess.Popen[bytes]) -> tuple[bytes, int]:
+    """Close a child's pipes and reap it. Return its last words and its exit status."""
+    try:
+        _, complaint = child.communicate(timeout=_GRACE)
+    except subprocess.TimeoutExpired:
+        child.kill()
+        _, complaint = child.communicate()
+    except BrokenPipeError:
+        child.wait()
+        complaint = b""
+    return complaint, child.returncode
 
 
 def read_answer(answer: bytes, complaint: bytes, status: int) -> None:
@@ -75,21 +161,31 @@ def _perform(job: dict[str, Any]) -> None:
         build_tree(Path(tree["out"]), [LayerTable(Path(path)) for path in tree["tables"]])
 
 
+def _answer(line: str) -> dict[str, Any]:
+    try:
+        _perform(json.loads(line))
+        return {"ok": True}
+    except LazyfsError as error:
+        return refuse(error)
+    except MemoryError:
+        return refuse(TocInvalid(f"the TOC needs more than {MEMORY >> 30} GiB to read"))
+    except OSError as error:
+        return refuse(StoreBroken(f"a table can't be built: {error}"))
+
+
 def main() -> int:
-    """Do the job on standard input. Exit status 0 whether it succeeded or not: the answer says which."""
+    """Do the jobs on standard input, one a line, until there is none for a while. The answers say how each went."""
+    from lazyfs.format import table_build, toc  # noqa: F401  while the first job is still on its way
+
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    answer: dict[str, Any]
-    try:
-        _perform(json.load(sys.stdin))
-        answer = {"ok": True}
-    except LazyfsError as error:
-        answer = refuse(error)
-    except MemoryError:
-        answer = refuse(TocInvalid(f"the TOC needs more than {MEMORY >> 30} GiB to read"))
-    except OSError as error:
-        answer = refuse(StoreBroken(f"a table can't be built: {error}"))
-    json.dump(answer, sys.stdout)
+    patience = _FIRST_WAIT
+    while select.select([sys.stdin], [], [], patience)[0]:
+        line = sys.stdin.readline()
+        if not line:
+            break
+        print(json.dumps(_answer(line)), flush=True)
+        patience = _NEXT_WAIT
     return 0
 
 

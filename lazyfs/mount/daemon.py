@@ -83,6 +83,7 @@ class Daemon:
         memory = MemoryCache(settings.memory_size)
         donors = Donors(catalog, store)
         preparer = Preparer(store, catalog, settings)
+        preparer.builder.warm()
         squash = Owner(os.geteuid(), os.getegid()) if os.geteuid() != 0 else None
         forest = Forest(solo=self._solo is not None, squash=squash)
         async with trio.open_nursery() as nursery:

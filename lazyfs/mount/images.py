@@ -16,7 +16,6 @@ import trio
 
 from lazyfs import oci
 from lazyfs import reference as references
-from lazyfs.child import run_job
 from lazyfs.chunks.fill import Filler
 from lazyfs.chunks.layer import ServedLayer
 from lazyfs.chunks.memory import MemoryCache
@@ -166,6 +165,7 @@ class Images:
         for planted in self._forest.trees():
             await self._drop(self._forest.uproot(planted))
         await self._in_thread(self._donors.close)
+        await self._in_thread(self._preparer.builder.close)
         self._pool.shutdown(wait=False, cancel_futures=True)
         self._transport.close()
 
@@ -298,7 +298,7 @@ class Images:
         except TableInvalid:
             _make_room(directory)
         tables = [os.fspath(one.layer.table.path) for one in prepared]
-        run_job({"tree": {"tables": tables, "out": os.fspath(path)}})
+        self._preparer.builder.run({"tree": {"tables": tables, "out": os.fspath(path)}})
         return Tree(path), number
 
     async def _release(self, planted: Planted) -> None:

@@ -10,7 +10,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 
-from lazyfs.child import run_job
+from lazyfs.child import Builder
 from lazyfs.chunks.catalog import Catalog
 from lazyfs.chunks.frames import read_exactly
 from lazyfs.chunks.layer import Check, ServedLayer
@@ -59,6 +59,7 @@ class Preparer:
         self._store = store
         self._catalog = catalog
         self._settings = settings
+        self.builder = Builder()
 
     def begin_tails(
         self, repository: Repository, manifest: Manifest, pool: ThreadPoolExecutor
@@ -153,7 +154,7 @@ class Preparer:
             "blob_size": wanted.descriptor.size,
             "payload_end": toc.payload_end,
         }
-        run_job({"tables": [job]})
+        self.builder.run({"tables": [job]})
         source = LayerSource(wanted.descriptor, "zstd-chunked", wanted.origin, wanted.diff_id)
         self._store.set_source(digest, source)
         tail = b"".join(parts[at] for at in sorted(parts))
