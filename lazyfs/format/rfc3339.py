@@ -38,6 +38,8 @@ def parse_time(text: str) -> int:
         raise TocInvalid(f"{text[:60]!r} is a time of day that never is")
     seconds = days * 86400 + int(hour) * 3600 + int(minute) * 60 + int(second)
     if sign:
+        if int(zone_hour) > 23 or int(zone_minute) > 59:
+            raise TocInvalid(f"{text[:60]!r} is of a time zone that can't be")
         shift = int(zone_hour) * 3600 + int(zone_minute) * 60
         seconds += -shift if sign == "+" else shift
     return seconds * SECOND + (int(fraction.ljust(9, "0")) if fraction else 0)
