@@ -103,7 +103,7 @@ def test_an_image_and_its_report(registry: FakeRegistry, options: ConvertOptions
 
 
 def test_docker_images_become_oci_images(registry: FakeRegistry, options: ConvertOptions) -> None:
-    layer = (gzip.compress(BASE), {}, oci.DOCKER_LAYER_GZIP)
+    layer: tuple[bytes, dict[str, str], str] = (gzip.compress(BASE), {}, oci.DOCKER_LAYER_GZIP)
     image = registry.add_image("app", "1", [layer], manifest_type=oci.DOCKER_MANIFEST)
     convert(image.reference, f"{registry.host}/app:lazy", options)
     manifest, _ = result_of(registry, "app", "lazy")
