@@ -108,7 +108,7 @@ def test_no_vague_module_names(path: Path) -> None:
 
 
 def test_the_daemon_takes_of_containers_only_mounts_and_the_sweep() -> None:
-    """What a container is made of is the command line's business; the daemon only mounts, and removes what crashes left."""
+    """What a container is made of is the command line's business; the daemon mounts, and sweeps what crashes left."""
     for path in sorted((ROOT / "lazyfs" / "mount").rglob("*.py")):
         taken = {module for _, module in imports_of(path) if module.startswith("lazyfs.container")}
         assert taken <= {"lazyfs.container.mounts", "lazyfs.container.sweep"}, f"{path} imports {taken}"
