@@ -7,6 +7,7 @@ these share the store.
 from __future__ import annotations
 
 import argparse
+import ctypes
 import json
 import logging
 import os
@@ -47,6 +48,7 @@ from lazyfs.mount.status import RequestCounters, StatusReport
 log = logging.getLogger(__name__)
 
 _FILES = 65536  # open files wanted; about four a layer
+_M_ARENA_MAX = -8  # mallopt(3)
 _SWITCH = 0.0005  # seconds after which a thread gives up the interpreter: a waiting read is worth more than throughput
 
 
@@ -198,6 +200,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     logs.set_up(args.verbose + 1)
     _raise_limits()
+    _one_arena()
     sys.setswitchinterval(_SWITCH)
     daemon: Daemon | None = None
     try:
@@ -231,6 +234,13 @@ def _raise_limits() -> None:
     except (ValueError, OSError) as error:
         log.info("the limit of open files stays: %s", error)
     os.umask(0o077)
+
+
+def _one_arena() -> None:
+    """Keep glibc from giving each thread a heap of its own: freed chunks stay in them, 40 MB of 110 (measured)."""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # other C libraries have none, and no arenas
+    if mallopt is not None:
+        mallopt(ctypes.c_int(_M_ARENA_MAX), ctypes.c_int(1))
 
 
 def entry() -> NoReturn:
