@@ -95,4 +95,4 @@ def _tell_daemon(settings: Settings, known: Attached) -> None:
         contextlib.suppress(DaemonUnreachable, DaemonFault, MountPointInvalid),
         control_client.open_daemon(settings, solo, start=False) as daemon,
     ):
-        daemon.call("release", mount=int(known.mount) if known.mount.isdigit() else known.mount)
+        daemon.call("release", mount=known.mount)

@@ -36,7 +36,7 @@ class StandIn:
             raise ManifestMissing("stand-in", f"{args['image']} is not in the registry")
         on_event("resolving")
         return {
-            "mount": 7,
+            "mount": "7",
             "path": args["image"],
             "manifest_digest": "sha256:" + "0" * 64,
             "config": {"config": json.loads(os.environ.get("STAND_IN_CONFIG", "{}"))},

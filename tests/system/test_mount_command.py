@@ -76,7 +76,7 @@ def test_read_only_mount_and_umount(lazyfs: Lazyfs) -> None:
     assert lazyfs.clean()
     assert [call["call"] for call in lazyfs.calls()] == ["mount_image", "attach", "release"]
     attach = lazyfs.calls()[1]
-    assert (attach["mount"], attach["dir"], attach["kind"], attach["state_dir"]) == (7, str(lazyfs.dir), "ro", "")
+    assert (attach["mount"], attach["dir"], attach["kind"], attach["state_dir"]) == ("7", str(lazyfs.dir), "ro", "")
 
 
 def test_writable_mount_drops_its_writes(lazyfs: Lazyfs) -> None:
@@ -91,7 +91,7 @@ def test_writable_mount_drops_its_writes(lazyfs: Lazyfs) -> None:
 
 def test_json(lazyfs: Lazyfs) -> None:
     told = json.loads(lazyfs.mount("--json").stdout)
-    assert (told["dir"], told["kind"], told["mount"], told["driver"]) == (str(lazyfs.dir), "ro", 7, "fuse")
+    assert (told["dir"], told["kind"], told["mount"], told["driver"]) == (str(lazyfs.dir), "ro", "7", "fuse")
     assert json.loads(lazyfs.run("umount", "--json", lazyfs.dir).stdout)["dir"] == str(lazyfs.dir)
 
 
@@ -102,7 +102,7 @@ def test_failure_leaves_nothing(lazyfs: Lazyfs, refused: str, options: tuple[str
     assert (done.returncode, f"refuses {refused}" in done.stderr) == (3, True)
     assert lazyfs.clean()
     if refused == "attach":
-        assert lazyfs.calls()[-1] == {"call": "release", "mount": 7}
+        assert lazyfs.calls()[-1] == {"call": "release", "mount": "7"}
 
 
 def test_mount_points_that_cannot_be(lazyfs: Lazyfs) -> None:

@@ -17,30 +17,17 @@ from pathlib import Path
 
 import pytest
 
-_PROGRAMS = ("sh", "cat", "id", "sleep", "env", "stat", "touch", "mkdir", "readlink", "stty", "tty", "head", "chown")
+from tests.helpers import small_image
+
 _DEADLINE = 60.0  # seconds that a container may take on a busy machine
 _ORDINARY = 1000
 
 
 @pytest.fixture(scope="session")
 def image(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A root file system with a few programs of this machine and the libraries that they need."""
+    """A root file system with a few programs."""
     root = tmp_path_factory.mktemp("image") / "rootfs"
-    for part in ("usr/bin", "etc", "root", "tmp"):
-        (root / part).mkdir(parents=True)
-    for program in _PROGRAMS:
-        path = shutil.which(program)
-        assert path is not None
-        shutil.copy2(os.path.realpath(path), root / "usr/bin" / program)
-        listed = subprocess.run(["ldd", path], capture_output=True, text=True, check=True).stdout
-        for library in re.findall(r"(/\S+) \(0x", listed):
-            target = root / library.lstrip("/")
-            target.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy2(os.path.realpath(library), target)
-    (root / "bin").symlink_to("usr/bin")
-    (root / "etc/passwd").write_text("root:x:0:0::/root:/bin/sh\nweb:x:33:34::/srv:/bin/sh\n")
-    (root / "etc/group").write_text("root:x:0:\nweb:x:34:\nlogs:x:77:other,web\n")
-    (root / "etc/plain").write_text("no program\n")
+    small_image.make_tree(root)
     return root
 
 

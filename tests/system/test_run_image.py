@@ -1,0 +1,125 @@
+"""run, mount and umount of a converted image with the real daemon and a real runc, as root."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from lazyfs.container import mounts
+from tests.helpers import small_image
+
+_DEADLINE = 60.0  # seconds that anything may take on a busy machine
+
+
+@pytest.fixture(scope="session")
+def image(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A converted image in an OCI layout."""
+    place = tmp_path_factory.mktemp("images")
+    small_image.make_tree(place / "tree")
+    source = small_image.make_layout(place / "tree", place / "plain", {"Cmd": ["cat", "/etc/plain"], "User": "web"})
+    target = f"oci:{place / 'lazy'}:small"
+    subprocess.run([sys.executable, "-m", "lazyfs", "convert", source, target], check=True, timeout=_DEADLINE)
+    return target
+
+
+class Lazyfs:
+    """The command line on a store of its own."""
+
+    def __init__(self, place: Path) -> None:
+        self.place = place
+        self.environment = {**os.environ, "LAZYFS_ROOT": f"{place}/store", "LAZYFS_RUN": f"{place}/run"}
+
+    def start(self, *words: str | Path) -> subprocess.Popen[str]:
+        argv = [sys.executable, "-m", "lazyfs", *map(str, words)]
+        pipe = subprocess.PIPE
+        return subprocess.Popen(argv, stdin=pipe, stdout=pipe, stderr=pipe, text=True, env=self.environment)
+
+    def run(self, *words: str | Path) -> tuple[int, str, str]:
+        process = self.start(*words)
+        out, err = process.communicate(timeout=_DEADLINE)
+        if err:
+            print(err)  # pytest shows it with a failure
+        return process.returncode, out, err
+
+    def daemon(self) -> int:
+        """Return the pid of the running daemon."""
+        code, out, _ = self.run("status", "--json")
+        pid = int(json.loads(out)["daemon"]["pid"])
+        assert code == 0 and pid > 1  # 0 would mean our own process group to kill()
+        return pid
+
+    def idle(self) -> bool:
+        """Whether no mount of ours is left, and so no daemon."""
+        return not mounts.below(os.fsencode(self.place)) and not (self.place / "run/lazyfsd.sock").exists()
+
+
+@pytest.fixture
+def lazyfs(tmp_path: Path) -> Iterator[Lazyfs]:
+    command = Lazyfs(tmp_path)
+    yield command
+    until(command.idle)  # a daemon started by a command ends with its last mount
+    assert [path.name for path in tmp_path.glob("store/containers/*")] in ([], [".lock"])
+
+
+def until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + _DEADLINE
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def test_run(lazyfs: Lazyfs, image: str) -> None:
+    assert lazyfs.run("run", image)[:2] == (0, "no program\n")
+    assert lazyfs.run("run", "--rm", image, "sh", "-c", "id -u; exit 3")[:2] == (3, "33\n")
+
+
+def test_missing_image_is_told(lazyfs: Lazyfs, image: str) -> None:
+    code, _, err = lazyfs.run("run", image + "er", "true")
+    assert (code, "Traceback" in err, err.startswith("lazyfs: ")) == (125, False, True)
+
+
+def test_killed_command_ends_the_container_and_the_lease(lazyfs: Lazyfs, image: str) -> None:
+    process = lazyfs.start("run", "-i", image, "sh", "-c", "echo ready; cat")
+    assert process.stdout is not None
+    line = process.stdout.readline()
+    assert line == "ready\n", process.communicate(timeout=_DEADLINE)
+    process.send_signal(signal.SIGKILL)
+    process.communicate(timeout=_DEADLINE)
+    until(lazyfs.idle)
+    assert lazyfs.run("run", image)[0] == 0  # sweeps
+
+
+def test_mounts_and_containers_share_a_daemon(lazyfs: Lazyfs, image: str, tmp_path: Path) -> None:
+    plain, writable = tmp_path / "plain", tmp_path / "writable"
+    plain.mkdir()
+    writable.mkdir()
+    assert lazyfs.run("mount", image, plain)[0] == 0
+    pid = lazyfs.daemon()
+    assert lazyfs.run("mount", "--rw", image, writable)[0] == 0
+    assert lazyfs.run("run", image)[:2] == (0, "no program\n")
+    (writable / "etc/plain").write_text("changed\n")
+    assert (plain / "etc/plain").read_text() == "no program\n"
+    assert lazyfs.daemon() == pid
+    assert lazyfs.run("umount", writable)[0] == 0
+    assert lazyfs.run("umount", plain)[0] == 0
+    assert list(writable.iterdir()) == []
+
+
+def test_umount_after_the_daemon_was_killed(lazyfs: Lazyfs, image: str, tmp_path: Path) -> None:
+    writable = tmp_path / "writable"
+    writable.mkdir()
+    assert lazyfs.run("mount", "--rw", image, writable)[0] == 0
+    os.kill(lazyfs.daemon(), signal.SIGKILL)
+    code, _, err = lazyfs.run("umount", writable)
+    assert (code, err) == (0, "")
+    assert list(tmp_path.glob("store/rw/*")) == []
+    # The dead daemon's session stays mounted until the next daemon takes its place, and ends with that one.
+    assert lazyfs.run("run", image)[0] == 0
