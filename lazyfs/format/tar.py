@@ -390,7 +390,8 @@ def _sparse_version(records: dict[bytes, bytes]) -> bool | None:
 
 
 def _xattrs(records: dict[bytes, bytes]) -> tuple[tuple[bytes, bytes], ...]:
-    found = sorted((key[len(_XATTR) :], value) for key, value in records.items() if key.startswith(_XATTR))
+    # An empty value means "none" in a PAX record: Go's archive/tar, and so every full unpack, leaves it out.
+    found = sorted((key[len(_XATTR) :], value) for key, value in records.items() if value and key.startswith(_XATTR))
     if not found:
         return ()
     if sum(len(key) + len(value) for key, value in found) > MAX_XATTRS:

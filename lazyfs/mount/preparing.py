@@ -20,7 +20,7 @@ from lazyfs.chunks.spool import Spool
 from lazyfs.chunks.store import Store
 from lazyfs.chunks.whole import WholeCheck
 from lazyfs.config import Settings
-from lazyfs.errors import DiffIdMismatch, FooterInvalid, LayerQuarantined, StoreError, TableInvalid, TocInvalid
+from lazyfs.errors import DiffIdMismatch, FormatError, LayerQuarantined, StoreError, TableInvalid
 from lazyfs.format.lazy import NotLazy, TocSource, read_toc, toc_source
 from lazyfs.format.table import FORM_PLAIN, FORM_ZSTD_CHUNKED, VERSION, LayerTable
 from lazyfs.oci import TOC_DIGEST, ZSTD_CHECKSUM, Descriptor, Manifest
@@ -89,7 +89,7 @@ class Preparer:
         if known is None or table is None:
             known, table, tail = self._make(repository, wanted, found, say)
         reason = found.reason if isinstance(found, NotLazy) else ""
-        if isinstance(found, TocSource) and known.form == "plain" and not known.verified:
+        if isinstance(found, TocSource) and table.form == FORM_PLAIN:
             reason = "its TOC can't be used"
         return self._serve(repository, wanted, known, table, tail, reason)
 
@@ -124,11 +124,9 @@ class Preparer:
         if isinstance(found, TocSource):
             try:
                 return self._make_lazy(repository, wanted, found)
-            except (FooterInvalid, TocInvalid) as error:
-                # A digest vouched for something that is no TOC that we read; the whole blob still has a diff ID.
+            except FormatError as error:
+                # A digest vouched for something that is no TOC that we read. The whole blob still has a diff ID.
                 log.warning("layer %s is not lazy: %s", wanted.descriptor.digest, error)
-                if not self._settings.allow_unverified:
-                    raise
         return self._make_plain(repository, wanted, say)
 
     def _make_lazy(

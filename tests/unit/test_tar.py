@@ -107,9 +107,9 @@ def test_times_survive(ns: int) -> None:
     assert one(file("f", mtime_ns=ns)).entry.mtime_ns == ns
 
 
-def test_xattrs_are_bytes_and_sorted() -> None:
-    xattrs = {"user.b": b"\0\xff=\n", "security.capability": tars.capability(), "user.empty": b""}
-    entry = one(file("f", xattrs=xattrs)).entry  # type: ignore[arg-type]
+def test_xattrs_are_bytes_and_sorted_and_empty_ones_left_out() -> None:
+    xattrs = {"user.b": b"\0\xff=\n", "security.capability": tars.capability()}
+    entry = one(file("f", xattrs={**xattrs, "user.empty": b""})).entry  # type: ignore[arg-type]
     assert entry.xattrs == tuple(sorted((key.encode(), value) for key, value in xattrs.items()))
 
 
