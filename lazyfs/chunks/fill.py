@@ -7,27 +7,31 @@ its blob digest, its diff ID and its tar headers are held against what was promi
 from __future__ import annotations
 
 import logging
+from bisect import bisect_left
 from collections import deque
 from functools import partial
 
 import trio
 
-from lazyfs.chunks.frames import decode_extent, read_exactly
+from lazyfs.chunks.frames import decoder, needed, read_exactly
 from lazyfs.chunks.layer import Check, ServedLayer
-from lazyfs.chunks.remote import Remote
+from lazyfs.chunks.remote import MAX_FRAMES, Remote
 from lazyfs.chunks.schedule import Priority, Scheduler
 from lazyfs.errors import FrameInvalid, LazyfsError, TrustError
 from lazyfs.format.codec import MAX_FRAME
-from lazyfs.units import MiB
+from lazyfs.units import KiB, MiB
 
 log = logging.getLogger(__name__)
 
 SEGMENT = 4 * MiB  # compressed bytes of one background request while nobody reads
+_SMALL = 256 * KiB  # compressed bytes of one while somebody does
+_LOOK = 256  # frames looked at in one go: the loop has readers to serve
+_PIECE = 8 * MiB  # compressed bytes of an extent that does not go through the spool, in one request
+_LARGEST = MAX_FRAME + MAX_FRAME // 128 + MiB  # compressed bytes that a frame of MAX_FRAME may take
 _AHEAD = 2  # requests under way: while one is decoded the next one crosses the network
 _PAUSE = 5.0  # seconds before a failed fill is tried again, growing to _LONG_PAUSE
 _LONG_PAUSE = 60.0
 _CALM = 1.0  # seconds that background waits for running demand reads before its next small request
-_EXTENT_BOUND = MAX_FRAME  # bytes that one extent may decode to
 _CHECK_THREADS = 2
 
 
@@ -41,13 +45,9 @@ class Filler:
 
     async def prefetch(self, layer: ServedLayer) -> None:
         """Bring the frames before the landmark, in few large requests. Errors are left to the readers."""
-        table = layer.table
-        stop = 0
-        while stop < table.frame_count and table.frame_blob_offset[stop] < table.landmark:
-            stop += 1
+        stop = bisect_left(layer.table.frame_blob_offset, layer.table.landmark)
         try:
-            for first, end in self._segments(layer, 0, stop, SEGMENT):
-                await self._remote.bring(layer, first, end, Priority.PREFETCH)
+            await self._bring_missing(layer, stop, Priority.PREFETCH)
         except LazyfsError as error:
             log.warning("prefetch gave up: layer=%s error=%s", layer.digest, error)
 
@@ -64,13 +64,16 @@ class Filler:
                 else:
                     await self._complete(layer)
                 return ""
-            except (TrustError, FrameInvalid) as error:
-                if layer.check is None or layer.check.restarts:
-                    return error.message
-                log.warning("the whole check begins again: layer=%s error=%s", layer.digest, error)
-                layer.check.restart()
-                continue
             except LazyfsError as error:
+                if layer.quarantine:
+                    return layer.quarantine
+                # A layer that has passed is not made false by what its registry sends now.
+                if layer.check is not None and isinstance(error, (TrustError, FrameInvalid)):
+                    if layer.check.restarts:
+                        return error.message
+                    log.warning("the whole check begins again: layer=%s error=%s", layer.digest, error)
+                    layer.check.restart()
+                    continue
                 log.warning("fill paused for %.0f s: layer=%s error=%s", pause, layer.digest, error)
             await trio.sleep(pause)
             pause = min(2 * pause, _LONG_PAUSE)
@@ -94,20 +97,30 @@ class Filler:
 
     async def _complete(self, layer: ServedLayer) -> None:
         """Bring what is missing of a layer that has passed its check before."""
-        if layer.is_plain:
-            return
+        if not layer.is_plain and not layer.store.complete:
+            await self._bring_missing(layer, layer.table.frame_count, Priority.BACKGROUND)
+
+    async def _bring_missing(self, layer: ServedLayer, stop: int, priority: Priority) -> None:
+        """Bring the missing frames before `stop` in few requests."""
         at = 0
-        while at < layer.table.frame_count:
-            quiet = self._scheduler.is_quiet(layer.host)
-            if not quiet:
-                await self._scheduler.until_calm(layer.host, trio.current_time() + _CALM)
-            runs = self._segments(layer, at, min(at + 256, layer.table.frame_count), SEGMENT if quiet else 1)
-            if not runs:
-                at = min(at + 256, layer.table.frame_count)
-                await trio.lowlevel.checkpoint()
-                continue
-            await self._remote.bring(layer, *runs[0], Priority.BACKGROUND)
-            at = runs[0][1]
+        while at < stop:
+            size = SEGMENT
+            if priority is Priority.BACKGROUND:
+                size = await self._step_back(layer)
+            end = min(at + _LOOK, stop)
+            runs = self._segments(layer, at, end, size)
+            if runs:
+                await self._remote.bring(layer, *runs[0], priority)
+                end = runs[0][1]
+            at = end
+            await trio.lowlevel.checkpoint()
+
+    async def _step_back(self, layer: ServedLayer) -> int:
+        """Wait a moment for running demand reads. Return the size of the next background request (bytes)."""
+        if self._scheduler.is_quiet(layer.host):
+            return SEGMENT
+        await self._scheduler.until_calm(layer.host, trio.current_time() + _CALM)
+        return _SMALL
 
     # -- the whole check
 
@@ -117,8 +130,9 @@ class Filler:
         try:
             async with trio.open_nursery() as nursery:
                 while check.next < layer.extents:
+                    ahead = max(ahead, check.next)
                     while len(coming) < (_AHEAD if self._scheduler.is_quiet(layer.host) else 1):
-                        stop = self._segment_end(layer, check, ahead)
+                        stop = self._segment_end(layer, ahead)
                         if stop == ahead:
                             break
                         coming.append(stop)
@@ -138,30 +152,32 @@ class Filler:
         layer.verified = True
         check.spool.close()
 
-    def _segment_end(self, layer: ServedLayer, check: Check, first: int) -> int:
+    def _segment_end(self, layer: ServedLayer, first: int) -> int:
         """Return where the next request of the check ends (extent numbers)."""
-        size = SEGMENT if self._scheduler.is_quiet(layer.host) else 1
+        size = SEGMENT if self._scheduler.is_quiet(layer.host) else _SMALL
         stop, total = first, 0
-        while stop < layer.extents and (total == 0 or total + layer.extent(stop)[1] <= size):
+        while (
+            stop < layer.extents and stop - first < MAX_FRAMES and (not total or total + layer.extent(stop)[1] <= size)
+        ):
             total += layer.extent(stop)[1]
             stop += 1
         return stop
 
     async def _bring_extents(self, layer: ServedLayer, check: Check, first: int, stop: int) -> None:
         """Have the frames among extents [first, stop) fetched; the spool gets them on the way."""
-        if not self._scheduler.is_quiet(layer.host):
-            await self._scheduler.until_calm(layer.host, trio.current_time() + _CALM)
-        frames = [extent - 1 for extent in range(max(first, 1), min(stop, layer.extents - 1))]
-        at = 0
-        while at < len(frames):
-            if check.spool.has(frames[at] + 1):
-                at += 1
-                continue
-            end = at + 1
-            while end < len(frames) and not check.spool.has(frames[end] + 1):
+        await self._step_back(layer)
+        at, stop = max(first, 1), min(stop, layer.extents - 1)
+
+        def wanted(extent: int) -> bool:
+            return extent >= check.next and not check.spool.has(extent) and is_spooled(layer, extent)
+
+        while at < stop:
+            end = at
+            while end < stop and wanted(end):
                 end += 1
-            await self._remote.bring(layer, frames[at], frames[end - 1] + 1, Priority.BACKGROUND)
-            at = end
+            if end > at:
+                await self._remote.bring(layer, at - 1, end - 1, Priority.BACKGROUND)
+            at = max(end, at + 1)
 
     async def _feed(self, layer: ServedLayer, check: Check) -> bool:
         """Feed the check with what the spool has of the next extents. Return whether it had the next one."""
@@ -169,18 +185,35 @@ class Filler:
 
     async def _one_extent(self, layer: ServedLayer, check: Check, extent: int) -> None:
         """Bring one extent that the spool does not have: lead and tail, or one that the disk would not keep."""
-        if 0 < extent < layer.extents - 1:
+        if 0 < extent < layer.extents - 1 and is_at_start(layer, check):
             await self._bring_extents(layer, check, extent, extent + 1)
             if check.spool.has(extent):
                 return
         offset, size = layer.extent(extent)
-        if not size:
-            data = b""
-        else:
+        end, rest = offset + size, b""
+        # Not from `offset`: another try goes on where the last one stopped.
+        while (at := check.whole.blob_offset + len(rest)) < end:
             ticket = self._scheduler.ticket(layer.host, Priority.BACKGROUND)
-            data = await self._scheduler.run(ticket, partial(_fetch_bytes, layer, offset, size))
-            layer.bytes_by_priority[Priority.BACKGROUND] += size
-        await trio.to_thread.run_sync(partial(feed_extent, layer, check, extent, data), limiter=self._limiter)
+            piece = min(_PIECE, end - at)
+            rest += await self._scheduler.run(ticket, partial(_fetch_bytes, layer, at, piece))
+            layer.bytes_by_priority[Priority.BACKGROUND] += piece
+            if extent == layer.extents - 1:
+                await trio.to_thread.run_sync(check.whole.feed_tail, rest, limiter=self._limiter)
+                rest = b""
+            else:
+                feed = partial(feed_frames, check, rest, at + piece == end)
+                rest = await trio.to_thread.run_sync(feed, limiter=self._limiter)
+        check.next = extent + 1
+
+
+def is_spooled(layer: ServedLayer, extent: int) -> bool:
+    """Tell whether whoever fetches the frame of an extent fetches all of the extent, so that the spool gets it."""
+    return needed(layer.table, extent - 1) == layer.extent(extent)[1]
+
+
+def is_at_start(layer: ServedLayer, check: Check) -> bool:
+    """Tell whether the check has seen nothing yet of its next extent, rather than the pieces before a failed one."""
+    return check.whole.blob_offset == layer.extent(check.next)[0]
 
 
 def _fetch_bytes(layer: ServedLayer, blob_offset: int, size: int) -> bytes:
@@ -189,22 +222,38 @@ def _fetch_bytes(layer: ServedLayer, blob_offset: int, size: int) -> bytes:
 
 
 def feed_spooled(layer: ServedLayer, check: Check) -> bool:
-    """Give the check all extents that the spool has in a row from its next one. Blocking. Tell whether any was."""
-    fed = False
-    while check.next < layer.extents and check.spool.has(check.next):
+    """Give the check extents that the spool has in a row from its next one, up to SEGMENT bytes. Blocking.
+
+    Tell whether any was. Raise FrameInvalid.
+    """
+    fed = 0
+    while check.next < layer.extents and fed < SEGMENT and is_at_start(layer, check):
         extent = check.next
         data = check.spool.take(extent)
         if data is None:
             break
-        feed_extent(layer, check, extent, data)
-        fed = True
-    return fed
+        if extent == layer.extents - 1:
+            check.whole.feed_tail(data)
+        else:
+            feed_frames(check, data, True)
+        check.next = extent + 1
+        fed += max(len(data), 1)
+    return fed > 0
 
 
-def feed_extent(layer: ServedLayer, check: Check, extent: int, data: bytes) -> None:
-    """Give the check one extent's compressed bytes and go on to the next. Blocking. Raise TrustError, FrameInvalid."""
-    if extent == layer.extents - 1:
-        check.whole.feed_tail(data)
-    elif data:
-        check.whole.feed_frame(data, decode_extent(data, bound=_EXTENT_BOUND))
-    check.next = extent + 1
+def feed_frames(check: Check, data: bytes, last: bool) -> bytes:
+    """Give the check the whole frames in `data`, which begins with one; return what is left. Blocking.
+
+    `last`: nothing follows. Raise FrameInvalid for something else than frames, or one that decodes to over MAX_FRAME.
+    """
+    view = memoryview(data)
+    while view:
+        try:
+            decoded, used = decoder().decode_first(view, MAX_FRAME)
+        except FrameInvalid:
+            if last or len(view) > _LARGEST:
+                raise
+            break  # most likely it ends in the next piece
+        check.whole.feed_frame(view[:used], decoded)
+        view = view[used:]
+    return bytes(view)

@@ -50,6 +50,12 @@ def read_exactly(stream: ByteStream, size: int) -> bytes:
     return b"".join(parts)
 
 
+def pass_over(stream: ByteStream, size: int) -> None:
+    """Read and drop `size` bytes. Blocking; raises RegistryError."""
+    while size > 0:
+        size -= len(stream.read(min(size, _READ)))
+
+
 def decode_extent(data: bytes, *, bound: int) -> bytes:
     """Decode all frames of an extent: a payload frame and frames of headers behind it. At most `bound` bytes come out.
 
@@ -107,34 +113,60 @@ def frame_bound(table: LayerTable, frame: int) -> int:
     return int(max(ends, default=0)) + _SLACK
 
 
+@dataclass(frozen=True, slots=True)
+class Fetched:
+    """What came of a request whose body arrived whole: how it went, and the frames whose bytes were wrong."""
+
+    sample: Sample
+    damaged: dict[int, DigestMismatch | FrameInvalid]
+
+
+def needed(table: LayerTable, frame: int) -> int:
+    """Return how many compressed bytes at a frame's start hold all of it, whatever else its extent brings behind it.
+
+    zstd makes nothing larger by more than 1/256 and a header a block: an extent may be gigabytes of files that no name
+    leads to, and neither memory nor a reader has room for them.
+    """
+    bound = frame_bound(table, frame)
+    return min(int(table.frame_blob_end[frame] - table.frame_blob_offset[frame]), bound + (bound >> 7) + _READ)
+
+
 def fetch_frames(
     layer: ServedLayer,
     first: int,
     stop: int,
     deadline: float,
     deliver: Callable[[int, dict[int, bytes]], None],
-    note: Callable[[Sample], None],
-) -> None:
+) -> Fetched:
     """Fetch frames [first, stop) with one range request; call `deliver(frame, chunks)` as each is decoded and verified.
 
     Blocking, to be run in a worker thread; `deadline` is a `time.monotonic()` value. Chunks are delivered before they
-    are written to the store, so that no reader waits for the disk. Raise RegistryError, DigestMismatch or FrameInvalid;
+    are written to the store, so that no reader waits for the disk; when the next frame is delivered, or this returns,
+    they are written. A frame with wrong bytes is passed over: its neighbours are no worse for it. Raise RegistryError;
     frames delivered before that are good.
     """
     table = layer.table
     start = table.frame_blob_offset[first]
-    size = table.frame_blob_end[stop - 1] - start
+    size = table.frame_blob_offset[stop - 1] + needed(table, stop - 1) - start
+    damaged: dict[int, DigestMismatch | FrameInvalid] = {}
     began = time.monotonic()
     with layer.repository.fetch(layer.digest, start, size, deadline=deadline) as stream:
         first_byte = time.monotonic() - began
         for frame in range(first, stop):
-            data = read_exactly(stream, table.frame_blob_end[frame] - table.frame_blob_offset[frame])
-            decoded, _ = decoder().decode_first(data, frame_bound(table, frame))
-            chunks = frame_chunks(layer, frame, decoded)
+            extent = table.frame_blob_end[frame] - table.frame_blob_offset[frame]
+            data = read_exactly(stream, needed(table, frame))
+            if frame + 1 < stop:
+                pass_over(stream, extent - len(data))
+            try:
+                decoded, _ = decoder().decode_first(data, frame_bound(table, frame))
+                chunks = frame_chunks(layer, frame, decoded)
+            except (DigestMismatch, FrameInvalid) as error:
+                damaged[frame] = error
+                continue
             check = layer.check
-            if check is not None and check.next <= frame + 1:
+            if check is not None and check.next <= frame + 1 and len(data) == extent:
                 # Before the delivery: whoever waits for the frame on behalf of the check looks here next.
                 check.spool.put(frame + 1, table.frame_blob_offset[frame], data)
             deliver(frame, chunks)
             store_chunks(layer, chunks)
-    note(Sample(first_byte, size, time.monotonic() - began - first_byte))
+    return Fetched(Sample(first_byte, size, time.monotonic() - began - first_byte), damaged)

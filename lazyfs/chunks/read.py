@@ -16,9 +16,10 @@ from lazyfs.chunks.memory import MemoryCache
 from lazyfs.chunks.remote import Remote
 from lazyfs.chunks.schedule import Priority
 from lazyfs.chunks.single_flight import SingleFlight
-from lazyfs.errors import BlobMissing
+from lazyfs.errors import BlobMissing, LazyfsError
 from lazyfs.format.table import NO_FRAME, Place
 
+_TASKS = 64  # chunks of one read looked for side by side: a layer may have chunks of one byte
 _DISK_THREADS = 8  # reads and hashes of the store side by side; the disk and two cores want no more
 
 
@@ -67,30 +68,59 @@ class Reader:
             if place.size == len(data):
                 return data
             return memoryview(data)[place.offset : place.offset + place.size]
-        parts: list[bytes | memoryview] = [b""] * len(places)
-
-        async def one(number: int, place: Place) -> None:
-            data = await self.chunk(layer, place.chunk, Priority.DEMAND, last)
-            parts[number] = memoryview(data)[place.offset : place.offset + place.size]
-
-        try:
-            async with trio.open_nursery() as nursery:
-                for number, place in enumerate(places):
-                    nursery.start_soon(one, number, place)
-        except* Exception as group:
-            raise _first(group) from None
+        parts: list[bytes | memoryview] = []
+        for at in range(0, len(places), _TASKS):
+            parts += await self._side_by_side(layer, places[at : at + _TASKS], last)
         return b"".join(parts)
 
-    async def chunk(self, layer: ServedLayer, chunk: int, priority: Priority, last_chunk: int) -> bytes:
-        """Return one verified chunk. `last_chunk`: the last of the file that is read, where read-ahead ends."""
-        data = self._memory.get((layer.number, chunk))
+    async def _side_by_side(self, layer: ServedLayer, places: list[Place], last: int) -> list[memoryview]:
+        read = places[0].chunk, places[-1].chunk
+        found: dict[Place, memoryview] = {}
+        failed: list[LazyfsError] = []
+
+        async def one(place: Place) -> None:
+            try:
+                data = await self.chunk(layer, place.chunk, Priority.DEMAND, last, read)
+            except LazyfsError as error:
+                # Not raised here: a reader that is cancelled at the same moment would get a group of both.
+                failed.append(error)
+                nursery.cancel_scope.cancel()
+            else:
+                found[place] = memoryview(data)[place.offset : place.offset + place.size]
+
+        async with trio.open_nursery() as nursery:
+            for place in places:
+                nursery.start_soon(one, place)
+        if failed:
+            raise failed[0]
+        return [found[place] for place in places]
+
+    async def chunk(
+        self, layer: ServedLayer, chunk: int, priority: Priority, last_chunk: int, read: tuple[int, int] | None = None
+    ) -> bytes:
+        """Return one verified chunk. `last_chunk`: the last of the file that is read, where read-ahead ends.
+
+        `read`: first and last chunk of the read that this one is part of, see `Remote.get`.
+        """
+        key = layer.number, chunk
+        data = self._memory.get(key)
         if data is not None:
             self.counters.from_memory += len(data)
             self._remote.note_read(layer, chunk)
             return data
-        return await self._single.run((layer.number, chunk), partial(self._find, layer, chunk, priority, last_chunk))
+        began = trio.current_time()
+        while True:
+            joined = key in self._single
+            try:
+                return await self._single.run(key, partial(self._find, layer, chunk, priority, last_chunk, read))
+            except LazyfsError as error:
+                # Whoever came first has run out of its time; ours is longer by what we came later.
+                if not joined or not error.temporary or self._remote.is_over(began):
+                    raise
 
-    async def _find(self, layer: ServedLayer, chunk: int, priority: Priority, last_chunk: int) -> bytes:
+    async def _find(
+        self, layer: ServedLayer, chunk: int, priority: Priority, last_chunk: int, read: tuple[int, int] | None
+    ) -> bytes:
         data: bytes | None = None
         if layer.store.has(chunk):
             data = await trio.to_thread.run_sync(layer.store.read, chunk, limiter=self.counters.limiter)
@@ -100,21 +130,23 @@ class Reader:
         if data is None and layer.is_plain:
             data = await self._refill(layer, chunk)
         if data is None and layer.table.chunk_frame[chunk] != NO_FRAME:
-            data = await self._from_afar(layer, chunk, priority, last_chunk)
+            data = await self._from_afar(layer, chunk, priority, last_chunk, read)
         if data is None:
             raise BlobMissing(layer.host, f"a hole of layer {layer.digest} is not what its TOC says")
         layer.ensure_readable()  # the whole check may have ended meanwhile
         self._memory.put((layer.number, chunk), data)
         return data
 
-    async def _from_afar(self, layer: ServedLayer, chunk: int, priority: Priority, last_chunk: int) -> bytes:
+    async def _from_afar(
+        self, layer: ServedLayer, chunk: int, priority: Priority, last_chunk: int, read: tuple[int, int] | None
+    ) -> bytes:
         digest = layer.table.chunk_digest(chunk)
         data = await trio.to_thread.run_sync(self._donors, layer, digest, limiter=self.counters.limiter)
         if data is not None and len(data) == layer.table.chunk_size[chunk]:
             self.counters.from_other_layer += len(data)
             await trio.to_thread.run_sync(layer.store.write, chunk, data, limiter=self.counters.limiter)
             return data
-        data = await self._remote.get(layer, chunk, priority, last_chunk)
+        data = await self._remote.get(layer, chunk, priority, last_chunk, read)
         self.counters.from_registry += len(data)
         return data
 
@@ -128,12 +160,3 @@ class Reader:
     async def _run_refill(self, refill: Callable[[], object]) -> bytes:
         await trio.to_thread.run_sync(refill, limiter=self.counters.limiter)
         return b"done"
-
-
-def _first(group: BaseExceptionGroup[Exception]) -> Exception:
-    """Return the first leaf of a group of errors: a reader can be told one reason only."""
-    error: BaseException = group
-    while isinstance(error, BaseExceptionGroup):
-        error = error.exceptions[0]
-    assert isinstance(error, Exception)
-    return error

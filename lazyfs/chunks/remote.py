@@ -9,38 +9,67 @@ from __future__ import annotations
 import logging
 import random
 import time
-from collections import OrderedDict
+from bisect import bisect_right
+from collections import OrderedDict, deque
 from collections.abc import Callable
-from functools import partial
 
 import trio
 
-from lazyfs.chunks.frames import Sample, fetch_frames
+from lazyfs.chunks.frames import Fetched, fetch_frames
 from lazyfs.chunks.layer import ServedLayer
 from lazyfs.chunks.schedule import Priority, Scheduler, Ticket
-from lazyfs.errors import DaemonFault, DigestMismatch, FrameInvalid, LazyfsError, ReadDeadline
+from lazyfs.errors import DaemonFault, LazyfsError, ReadDeadline
+from lazyfs.format.table import NO_FRAME
+from lazyfs.registry.repository import Repository
 from lazyfs.units import KiB, MiB
 
 log = logging.getLogger(__name__)
 
 WINDOW = 4 * MiB  # compressed bytes of the largest read-ahead; two are under way at most while reads are sequential
 _FIRST_WINDOW = 512 * KiB  # compressed bytes of the first read-ahead after two reads in order
+MAX_FRAMES = 512  # of one request: tiny frames must not hold up the loop, nor pile up as flights
 _STREAMS = 64  # sequential readers remembered, node-wide
 _BACKOFF = (0.2, 0.5, 1.0, 2.0, 5.0)  # seconds between tries, with jitter
 _DAMAGED_TRIES = 2  # wrong bytes are fetched again once: a bad mirror or a flipped bit on the way; then they are real
 _FOREVER = 10 * 365 * 86400.0  # seconds, where read_timeout is 0
 
 
+class _Fetch:
+    """One request for neighbouring frames, tried until all have landed: how urgent, and since when."""
+
+    __slots__ = ("flights", "hurry", "priority", "repository", "ticket")
+
+    def __init__(self, layer: ServedLayer, first: int, stop: int, priority: Priority, ticket: Ticket) -> None:
+        self.priority = priority
+        self.ticket = ticket  # of the try that waits or runs
+        self.repository: Repository = layer.repository
+        self.hurry = trio.Event()  # somebody more urgent has turned up: no time for a pause
+        # By frame; those that are in the store drop out, for they hold decoded bytes.
+        self.flights = {frame: _Flight(self) for frame in range(first, stop)}
+
+    def missing(self) -> tuple[int, int] | None:
+        """The first frame that has not landed, and the one behind the last."""
+        left = [frame for frame, flight in self.flights.items() if not flight.done.is_set()]
+        return (left[0], left[-1] + 1) if left else None
+
+    def promote(self, priority: Priority) -> None:
+        if priority < self.priority:
+            self.priority = priority
+            self.ticket.promote(priority)
+            self.hurry.set()
+
+
 class _Flight:
-    """One frame on its way. `chunks` holds the result while somebody may still look at it."""
+    """One frame on its way. It stays findable until its chunks are in the store, so that nobody fetches it twice."""
 
-    __slots__ = ("chunks", "done", "error", "ticket")
+    __slots__ = ("chunks", "done", "error", "fetch", "tries")
 
-    def __init__(self, ticket: Ticket) -> None:
-        self.ticket = ticket
+    def __init__(self, fetch: _Fetch) -> None:
+        self.fetch = fetch
         self.done = trio.Event()
         self.chunks: dict[int, bytes] = {}
         self.error: LazyfsError | None = None
+        self.tries = 0  # that brought wrong bytes
 
 
 class Remote:
@@ -66,28 +95,41 @@ class Remote:
         # (layer, frame whose reading triggers the next window) -> (first frame of it, stop at, window)
         self._marks: OrderedDict[tuple[int, int], tuple[int, int, int]] = OrderedDict()
 
-    async def get(self, layer: ServedLayer, chunk: int, priority: Priority, last_chunk: int) -> bytes:
+    async def get(
+        self, layer: ServedLayer, chunk: int, priority: Priority, last_chunk: int, read: tuple[int, int] | None = None
+    ) -> bytes:
         """Return a chunk's verified bytes from its registry. `last_chunk`: the last one of the file being read.
 
-        A checkpoint. Raise ReadDeadline after read_timeout, else what the fetch raised.
+        `read`: the first and last chunk of the same read, all fetched with one request where none is here. A
+        checkpoint. Raise ReadDeadline after read_timeout, else what the fetch raised.
         """
-        frame = layer.table.chunk_frame[chunk]
+        table = layer.table
+        frame = table.chunk_frame[chunk]
+        give_up = trio.current_time() + self._timeout
+        limit = _frame_at(layer, last_chunk) + 1
+        span = (frame, frame) if read is None else (_frame_at(layer, read[0]), _frame_at(layer, read[1]))
         if priority is Priority.DEMAND:
             self._scheduler.note_demand(layer.host)
-        flight = self._flights.get((layer.number, frame))
-        if flight is None:
-            flight = self._depart(layer, frame, priority, layer.table.chunk_frame[last_chunk] + 1)
-        else:
-            flight.ticket.promote(priority)
-        if priority is Priority.DEMAND:
-            self._read_on(layer, frame)
-        with trio.move_on_after(self._timeout):
-            await flight.done.wait()
-        if not flight.done.is_set():
-            raise ReadDeadline(self._timeout, f"layer {layer.digest} from {layer.host}")
-        if flight.error is not None:
-            raise flight.error
-        return flight.chunks[chunk]
+        while True:
+            flight = self._flights.get((layer.number, frame))
+            joined = flight is not None
+            if flight is None:
+                flight = self._depart(layer, frame, priority, limit, span)
+            else:
+                flight.fetch.promote(priority)
+            if priority is Priority.DEMAND:
+                self._read_on(layer, frame)
+            with trio.move_on_at(give_up):
+                await flight.done.wait()
+            if not flight.done.is_set():
+                raise ReadDeadline(self._timeout, f"layer {layer.digest} from {layer.host}")
+            if flight.error is None:
+                return flight.chunks[chunk]
+            # Who joined a flight of somebody else's has a time of its own, and perhaps another registry.
+            other = flight.error.temporary or flight.fetch.repository is not layer.repository
+            if not joined or not other or trio.current_time() >= give_up:
+                raise flight.error
+            layer.ensure_readable()
 
     def note_read(self, layer: ServedLayer, chunk: int) -> None:
         """Tell that a reader took a chunk that was here already: a stream of reads may want its next window."""
@@ -99,23 +141,29 @@ class Remote:
 
         Raise what the first failed fetch raised.
         """
-        waiting = []
+        waiting: deque[_Flight] = deque()
         at = first
         while at < stop:
             flight = self._flights.get((layer.number, at))
             if flight is not None:
+                flight.fetch.promote(priority)
                 waiting.append(flight)
                 at += 1
                 continue
             end = at + 1
-            while end < stop and (layer.number, end) not in self._flights:
+            while end < min(stop, at + MAX_FRAMES) and (layer.number, end) not in self._flights:
                 end += 1
-            waiting += self._launch(layer, at, end, priority)
+            waiting.extend(self._launch(layer, at, end, priority).flights.values())
             at = end
-        for flight in waiting:
+        while waiting:
+            flight = waiting.popleft()
             await flight.done.wait()
             if flight.error is not None:
                 raise flight.error
+
+    def is_over(self, began: float) -> bool:
+        """Tell whether a reader that began to wait at `began` (trio clock) has waited for as long as readers may."""
+        return trio.current_time() >= began + self._timeout
 
     def in_flight(self) -> int:
         """Return the number of frames on their way."""
@@ -123,25 +171,29 @@ class Remote:
 
     # -- windows
 
-    def _depart(self, layer: ServedLayer, frame: int, priority: Priority, limit: int) -> _Flight:
-        window = self._streams.pop((layer.number, frame), 0)
-        stop = self._reach(layer, frame, window, limit)
-        flights = self._launch(layer, frame, stop, priority)
-        self._remember(layer, frame, stop, limit, window)
-        return flights[0]
+    def _depart(self, layer: ServedLayer, frame: int, priority: Priority, limit: int, span: tuple[int, int]) -> _Flight:
+        first = frame
+        while first > span[0] and self._wanted(layer, first - 1):
+            first -= 1
+        window = self._streams.pop((layer.number, first), 0)
+        stop = self._reach(layer, first, window, limit, max(frame, span[1]))
+        fetch = self._launch(layer, first, stop, priority)
+        self._remember(layer, first, stop, limit, window)
+        return fetch.flights[frame]
 
-    def _reach(self, layer: ServedLayer, frame: int, window: int, limit: int) -> int:
-        """Return where a request that begins at `frame` ends: at `window` bytes, a frame that is here, or `limit`."""
+    def _wanted(self, layer: ServedLayer, frame: int) -> bool:
+        return (layer.number, frame) not in self._flights and layer.frame_missing(frame)
+
+    def _reach(self, layer: ServedLayer, first: int, window: int, limit: int, through: int) -> int:
+        """Return where a request that begins at `first` ends: behind `through` or at `window` bytes, whichever is more.
+
+        Before that at a frame that is here, or at `limit`.
+        """
         table = layer.table
-        end = table.frame_blob_offset[frame] + window
-        stop = frame + 1
-        limit = min(limit, table.frame_count)
-        while (
-            stop < limit
-            and table.frame_blob_end[stop] <= end
-            and (layer.number, stop) not in self._flights
-            and layer.frame_missing(stop)
-        ):
+        end = table.frame_blob_offset[first] + window
+        limit = min(limit, table.frame_count, first + MAX_FRAMES)
+        stop = first + 1
+        while stop < limit and (stop <= through or table.frame_blob_end[stop] <= end) and self._wanted(layer, stop):
             stop += 1
         return stop
 
@@ -165,83 +217,109 @@ class Remote:
         if (layer.number, first) in self._flights or not layer.frame_missing(first):
             return
         self._streams.pop((layer.number, first), None)
-        stop = self._reach(layer, first, window, limit)
+        stop = self._reach(layer, first, window, limit, first)
         self._launch(layer, first, stop, Priority.DEMAND)
         self._remember(layer, first, stop, limit, window)
 
     # -- flights
 
-    def _launch(self, layer: ServedLayer, first: int, stop: int, priority: Priority) -> list[_Flight]:
-        ticket = self._scheduler.ticket(layer.host, priority)
-        flights = [_Flight(ticket) for _ in range(first, stop)]
-        for frame, flight in enumerate(flights, first):
+    def _launch(self, layer: ServedLayer, first: int, stop: int, priority: Priority) -> _Fetch:
+        fetch = _Fetch(layer, first, stop, priority, self._scheduler.ticket(layer.host, priority))
+        for frame, flight in fetch.flights.items():
             self._flights[layer.number, frame] = flight
-        self._nursery.start_soon(self._fly, layer, first, flights)
-        return flights
+        self._nursery.start_soon(self._fly, layer, fetch)
+        return fetch
 
-    async def _fly(self, layer: ServedLayer, first: int, flights: list[_Flight]) -> None:
+    async def _fly(self, layer: ServedLayer, fetch: _Fetch) -> None:
         error: LazyfsError = ReadDeadline(self._timeout)
         try:
-            error = await self._try(layer, first, flights) or error
+            error = await self._try(layer, fetch) or error
         except Exception as bug:  # a bug here must fail these reads, not the daemon and every other image with it
             log.exception("fetch of layer %s broke", layer.digest)
             error = DaemonFault(f"the fetch of layer {layer.digest} broke: {type(bug).__name__}")
             self._on_error(error)
         finally:
-            for frame, flight in enumerate(flights, first):
+            for frame, flight in list(fetch.flights.items()):
                 if not flight.done.is_set():
                     flight.error = error
-                    self._land(layer, frame, flight)
+                self._forget(layer, fetch, frame)
+                flight.done.set()
 
-    async def _try(self, layer: ServedLayer, first: int, flights: list[_Flight]) -> LazyfsError | None:
+    async def _try(self, layer: ServedLayer, fetch: _Fetch) -> LazyfsError | None:
         """Fetch until all flights have landed. Return why some did not: an error that another try won't mend."""
-        deadline = time.monotonic() + self._timeout
-        token = trio.lowlevel.current_trio_token()
-        damaged = tries = 0
-
-        def deliver(frame: int, chunks: dict[int, bytes]) -> None:
-            token.run_sync_soon(self._arrive, layer, frame, flights[frame - first], chunks, flights[0].ticket.priority)
-
-        def note(sample: Sample) -> None:
-            token.run_sync_soon(self._scheduler.observe, layer.host, sample.first_byte, sample.size, sample.seconds)
-
-        while True:
-            start = next((i for i, flight in enumerate(flights) if not flight.done.is_set()), None)
-            if start is None:
-                return None
-            ticket = flights[start].ticket
-            if ticket.entered:  # a ticket serves one run
-                ticket = self._scheduler.ticket(layer.host, ticket.priority)
-                for flight in flights[start:]:
-                    flight.ticket = ticket
-            job = partial(fetch_frames, layer, first + start, first + len(flights), deadline, deliver, note)
+        end = time.monotonic() + self._timeout
+        tries = 0
+        while (left := fetch.missing()) is not None:
+            if tries:
+                # A ticket serves one run.
+                fetch.ticket = self._scheduler.ticket(layer.host, fetch.priority)
             try:
                 layer.ensure_readable()
-                await self._scheduler.run(ticket, job)
-                await trio.lowlevel.checkpoint()  # deliveries are queued behind us; let them land
-                continue
+                fetched = await self._scheduler.run(fetch.ticket, self._job(layer, fetch, left, end))
             except LazyfsError as error:
                 self._on_error(error)
-                damaged += isinstance(error, (DigestMismatch, FrameInvalid))
-                give_up = damaged >= _DAMAGED_TRIES if damaged else not error.temporary
-                wait = getattr(error, "retry_after", 0.0) or _BACKOFF[min(tries, len(_BACKOFF) - 1)]
-                wait *= random.uniform(0.8, 1.2)
-                tries += 1
-                if give_up or time.monotonic() + wait >= deadline:
+                asked = float(getattr(error, "retry_after", 0.0))
+                wait = (asked or _BACKOFF[min(tries, len(_BACKOFF) - 1)]) * random.uniform(1.0, 1.2)
+                if not error.temporary or time.monotonic() + wait >= end:
                     return error
                 log.info("fetch failed, again in %.1f s: layer=%s error=%s", wait, layer.digest, error)
-            await trio.sleep(wait)
+                fetch.hurry = trio.Event()
+                with trio.move_on_after(wait):
+                    await (trio.sleep_forever() if asked else fetch.hurry.wait())
+            else:
+                sample = fetched.sample
+                self._scheduler.observe(layer.host, sample.first_byte, sample.size, sample.seconds)
+                self._blame(layer, fetch, fetched)
+            tries += 1
+        return None
+
+    def _job(self, layer: ServedLayer, fetch: _Fetch, left: tuple[int, int], end: float) -> Callable[[], Fetched]:
+        token = trio.lowlevel.current_trio_token()
+        ticket = fetch.ticket
+
+        def deliver(frame: int, chunks: dict[int, bytes]) -> None:
+            token.run_sync_soon(self._arrive, layer, fetch, frame, chunks, ticket.priority)
+
+        def job() -> Fetched:
+            # What nobody waits for may have waited long for its turn: its time runs from now.
+            deadline = end if ticket.priority is Priority.DEMAND else max(end, time.monotonic() + self._timeout)
+            return fetch_frames(layer, *left, deadline, deliver)
+
+        return job
+
+    def _blame(self, layer: ServedLayer, fetch: _Fetch, fetched: Fetched) -> None:
+        """Give up frames that came with wrong bytes too often; the others in the same request go on."""
+        for frame, error in fetched.damaged.items():
+            flight = fetch.flights.get(frame)
+            if flight is None or flight.done.is_set():
+                continue  # it was here before, and came along because it lies between others
+            self._on_error(error)
+            flight.tries += 1
+            if flight.tries >= _DAMAGED_TRIES:
+                flight.error = error
+                self._forget(layer, fetch, frame)
+                flight.done.set()
 
     def _arrive(
-        self, layer: ServedLayer, frame: int, flight: _Flight, chunks: dict[int, bytes], priority: Priority
+        self, layer: ServedLayer, fetch: _Fetch, frame: int, chunks: dict[int, bytes], priority: Priority
     ) -> None:
         table = layer.table
         layer.bytes_by_priority[priority] += table.frame_blob_end[frame] - table.frame_blob_offset[frame]
-        if not flight.done.is_set():
+        flight = fetch.flights.get(frame)
+        if flight is not None and not flight.done.is_set():
             flight.chunks = chunks
-            self._land(layer, frame, flight)
+            flight.done.set()
+        before = fetch.flights.get(frame - 1)
+        if before is not None and before.done.is_set():
+            self._forget(layer, fetch, frame - 1)  # it is in the store by now, see fetch_frames
 
-    def _land(self, layer: ServedLayer, frame: int, flight: _Flight) -> None:
-        if self._flights.get((layer.number, frame)) is flight:
-            del self._flights[layer.number, frame]
-        flight.done.set()
+    def _forget(self, layer: ServedLayer, fetch: _Fetch, frame: int) -> None:
+        del fetch.flights[frame]
+        del self._flights[layer.number, frame]
+
+
+def _frame_at(layer: ServedLayer, chunk: int) -> int:
+    """Return the frame of a chunk; for a hole the last frame before it."""
+    table = layer.table
+    frame = int(table.chunk_frame[chunk])
+    return frame if frame != NO_FRAME else max(0, bisect_right(table.frame_first_chunk, chunk) - 1)

@@ -20,6 +20,9 @@ T = TypeVar("T")
 QUIET = 1.0  # seconds without demand after which background may use the whole link
 _SMOOTHING = 0.3  # weight of the newest sample in the moving averages
 _PATIENCE = 0.02  # seconds between looks while background waits for running demand reads
+# Threads for each connection: those of cancelled jobs run on until their own deadline and must not stop new ones, nor
+# pile up without a bound.
+_THREADS = 4
 
 
 class Priority(IntEnum):
@@ -33,20 +36,22 @@ class Priority(IntEnum):
 class Ticket:
     """A job's place in the queue of a host. `promote` moves it forward while it waits."""
 
-    __slots__ = ("_host", "entered", "granted", "priority")
+    __slots__ = ("_host", "entered", "granted", "priority", "queued")
 
     def __init__(self, host: _Host, priority: Priority) -> None:
         self._host = host
         self.priority = priority
         self.granted = trio.Event()
-        self.entered = False
+        self.queued = False  # `run` was called
+        self.entered = False  # it has left the queue: runs, is over, or was cancelled
 
     def promote(self, priority: Priority) -> None:
-        """Raise the priority of a job that still waits. One that runs is left alone."""
+        """Raise the priority of a job that waits or is to come. One that runs is left alone."""
         if priority < self.priority and not self.entered:
             self.priority = priority
-            self._host.push(self)
-            self._host.grant()
+            if self.queued:  # a slot for a job that nobody runs yet would never come back
+                self._host.push(self)
+                self._host.grant()
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +76,7 @@ class _Host:
         self.last_demand = float("-inf")
         self.round_trip = 0.0
         self.rate = 0.0
-        self.limiter = trio.CapacityLimiter(self._connections)
+        self.limiter = trio.CapacityLimiter(_THREADS * self._connections)
 
     @property
     def quiet(self) -> bool:
@@ -156,6 +161,7 @@ class Scheduler:
         Cancelling the wait gives the place back; a job that runs is abandoned only by its own deadline.
         """
         host = ticket._host
+        ticket.queued = True
         host.push(ticket)
         host.grant()
         try:
@@ -164,6 +170,7 @@ class Scheduler:
             if ticket.granted.is_set():
                 self._leave(host, ticket)
             ticket.entered = True
+            host.grant()  # drops it from the head of the queue
             raise
         try:
             # A job stalled in a request must not hold up the end of the daemon; its own deadline ends the thread.

@@ -33,6 +33,10 @@ class SingleFlight(Generic[K, V]):
     def __len__(self) -> int:
         return len(self._flights)
 
+    def __contains__(self, key: K) -> bool:
+        """Tell whether a computation of `key` is under way."""
+        return key in self._flights
+
     async def run(self, key: K, compute: Callable[[], Awaitable[V]]) -> V:
         """Return `compute()`'s result, computing it at most once at a time. A checkpoint where it waits."""
         while True:
