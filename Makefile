@@ -25,7 +25,7 @@ test: lint
 lint: venv
 	.venv/bin/ruff check lazyfs indexer tests perf
 	.venv/bin/ruff format --check lazyfs indexer tests perf
-	.venv/bin/mypy
+	.venv/bin/mypy -p lazyfs -p indexer -p perf
 
 venv: debs .venv/stamp
 

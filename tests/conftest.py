@@ -39,6 +39,7 @@ def pytest_configure(config: pytest.Config) -> None:
     # Short, because Unix sockets lie below it; on disk, because overlayfs takes no overlay as its upper directory.
     config.stash[_TOP] = Path(tempfile.mkdtemp(prefix="lazyfs-test-", dir="/var/tmp"))
     config.stash[_TOP].chmod(0o755)  # tests run as other users too
+    config.add_cleanup(lambda: shutil.rmtree(config.stash[_TOP], ignore_errors=True))
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -102,7 +103,6 @@ def _leftovers(config: pytest.Config) -> list[str]:
     for directory in (config.stash[_TOP], basetemp):
         if directory is not None:
             left += [f"mount {point}" for point in real.unmount_below(directory)]
-    shutil.rmtree(config.stash[_TOP], ignore_errors=True)
     return left
 
 
