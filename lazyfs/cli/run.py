@@ -150,6 +150,8 @@ def _mounted(
             platform=args.platform,
             plain_http=args.plain_http,
             lease=True,
+            entrypoint=args.entrypoint,
+            command=args.command_line,
             on_event=_Events(out).say,
         )
         path, document = answer.get("path"), answer.get("config")

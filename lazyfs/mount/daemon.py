@@ -34,6 +34,7 @@ from lazyfs.config import Settings
 from lazyfs.container import sweep
 from lazyfs.control_client import prepare_run, socket_of
 from lazyfs.errors import DaemonFault, LazyfsError
+from lazyfs.mount.ahead import Ahead
 from lazyfs.mount.control import ControlServer
 from lazyfs.mount.donors import Donors
 from lazyfs.mount.forest import Forest, Owner
@@ -96,6 +97,7 @@ class Daemon:
                 settings,
                 forest,
                 scheduler,
+                Ahead(reader, remote),
                 filler,
                 donors,
                 memory,

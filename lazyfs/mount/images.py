@@ -23,6 +23,7 @@ from lazyfs.chunks.schedule import Scheduler
 from lazyfs.chunks.single_flight import SingleFlight
 from lazyfs.config import Settings
 from lazyfs.errors import LayerQuarantined, LazyfsError, StoreBroken, TableInvalid
+from lazyfs.mount.ahead import Ahead, command_of
 from lazyfs.mount.donors import Donors
 from lazyfs.mount.forest import Forest, Planted
 from lazyfs.mount.preparing import Prepared, Preparer, Wanted
@@ -78,6 +79,7 @@ class Images:
         settings: Settings,
         forest: Forest,
         scheduler: Scheduler,
+        ahead: Ahead,
         filler: Filler,
         donors: Donors,
         memory: MemoryCache,
@@ -89,6 +91,7 @@ class Images:
         self._settings = settings
         self._forest = forest
         self._scheduler = scheduler
+        self._ahead = ahead
         self._filler = filler
         self._donors = donors
         self._memory = memory
@@ -153,6 +156,11 @@ class Images:
                     f"{fact.reason}: fetched in full and checked"
                 )
         return MountedImage(reference, manifest, config, planted, facts, tuple(notes))
+
+    def expect_exec(self, image: MountedImage, entrypoint: str | None, command: list[str]) -> None:
+        """Begin to fetch what a container of the image will execute. Doesn't wait."""
+        words = command_of(image.config.process, entrypoint, command)
+        self._nursery.start_soon(self._guard, "ahead", partial(self._ahead.run, image.planted, words))
 
     async def release(self, image: MountedImage) -> None:
         """Give one mount of an image back; with the last one its tree and layers go. A checkpoint."""

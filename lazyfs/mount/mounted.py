@@ -125,6 +125,11 @@ class Mounted:
         image = await self._images.mount(name, platform, plain_http, say)
         mount = Mount(uuid4().hex[:16], name, image, connection if args.get("lease") else None)
         self._mounts[mount.id] = mount
+        if args.get("command") is not None:
+            entrypoint, command = args.get("entrypoint"), args["command"]
+            if not isinstance(entrypoint, str | None) or not _is_words(command):
+                raise UsageError("mount_image: command is a list of texts and entrypoint a text")
+            self._images.expect_exec(image, entrypoint, command)
         self._note_change()
         return {
             "mount": mount.id,
@@ -198,6 +203,10 @@ def _text(args: dict[str, Any], name: str) -> str:
     if not isinstance(value, str) or not value:
         raise UsageError(f"a control call lacks {name}")
     return value
+
+
+def _is_words(value: object) -> bool:
+    return isinstance(value, list) and all(isinstance(word, str) for word in value)
 
 
 def _is_ours(settings: Settings, path: str) -> bool:
