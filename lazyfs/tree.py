@@ -18,11 +18,12 @@ from pathlib import Path
 from lazyfs.errors import TableInvalid, TocInvalid
 from lazyfs.format.columns import Columns, write_columns
 from lazyfs.format.entry import Kind
-from lazyfs.format.table import FLAG_IMPLICIT, FLAG_OPAQUE, LayerTable, child_row, name_of
+from lazyfs.format.table import FLAG_IMPLICIT, FLAG_OPAQUE, FLAG_REPLACES, LayerTable, child_row, name_of
 
 MAGIC = b"LZFTREE\0"
-VERSION = 1
-_MAX_SYMLINKS = 40
+VERSION = 2
+_MAX_SYMLINKS = 40  # the kernel's own limit for one path
+_MAX_FOLLOWED = 10_000_000  # parts of symlinks' targets walked for one chain: seconds, where sane ones need none
 _COLUMNS = {"parent": "I", "kind": "B", "layer": "H", "source": "I", "nlink": "I", "own": "B", "inode": "I",
             "first_child": "I", "child_count": "I"}  # fmt: skip
 
@@ -110,69 +111,101 @@ def build_tree(path: Path, tables: Sequence[LayerTable]) -> None:
 
     Raise StoreFull or StoreBroken when the file can't be written, TocInvalid for a layer that no unpack could apply.
     """
-    root = _Dir(0, 0, None)
-    for number, table in enumerate(tables):
-        if number and not table.flags[0] & FLAG_IMPLICIT:
-            root.layer, root.row = number, 0
-        _apply(root, number, tables)
-    _write(path, root, tables)
+    chain = _Chain(tables)
+    for number in range(len(tables)):
+        chain.apply(number)
+    _write(path, chain.root, tables)
 
 
-def _apply(root: _Dir, number: int, tables: Sequence[LayerTable]) -> None:
-    """Unpack one layer over what the lower ones left."""
-    table = tables[number]
-    todo: list[tuple[_Dir, int]] = [(root, 0)]
-    while todo:
-        here, row = todo.pop()
-        if table.flags[row] & FLAG_OPAQUE:
-            here.children.clear()
-        for child in table.children(row):
-            name, kind = table.name(child), table.kind[child]
-            if kind == Kind.WHITEOUT:
-                here.children.pop(name, None)
-            elif kind != Kind.DIR:
-                here.children[name] = (number, child)
+class _Chain:
+    """The directories that the layers applied so far have left."""
+
+    def __init__(self, tables: Sequence[LayerTable]) -> None:
+        self.root = _Dir(0, 0, None)
+        self._tables = tables
+        self._followed = 0
+
+    def apply(self, number: int) -> None:
+        """Unpack one layer over what the lower ones left."""
+        table = self._tables[number]
+        if not table.flags[0] & FLAG_IMPLICIT:
+            self.root.layer, self.root.row = number, 0
+        todo: list[tuple[_Dir, int]] = [(self.root, 0)]
+        while todo:
+            here, row = todo.pop()
+            if table.flags[row] & FLAG_OPAQUE:
+                here.children.clear()
+            for child in table.children(row):
+                name, kind = table.name(child), table.kind[child]
+                if kind == Kind.WHITEOUT:
+                    here.children.pop(name, None)
+                elif kind != Kind.DIR:
+                    here.children[name] = (number, child)
+                else:
+                    todo.append((self._directory(here, name, number, child), child))
+
+    def _directory(self, here: _Dir, name: bytes, number: int, row: int) -> _Dir:
+        """Return the directory that a layer's directory row comes to, made where there is none."""
+        flags = self._tables[number].flags[row]
+        found = None if flags & FLAG_REPLACES else here.children.get(name)
+        implicit = bool(flags & FLAG_IMPLICIT)
+        if isinstance(found, tuple) and implicit:
+            found = self._follow(here, found, number, row)
+        if not isinstance(found, _Dir):
+            found = here.children[name] = _Dir(number, row, here)
+        elif not implicit:
+            found.layer, found.row = number, row
+        return found
+
+    def _follow(self, here: _Dir, leaf: tuple[int, int], number: int, row: int) -> _Dir | None:
+        """Return the directory that a symlink leads to inside the root, made where it is missing (as by mkdir -p).
+
+        None when `leaf` is no symlink, or leads to something that is no directory: then the new directory replaces it.
+        New directories get the attributes of the implicit directory `row` of layer `number`.
+        """
+        at = here
+        missing: list[bytes] = []
+        step: _Dir | tuple[int, int] | None = leaf
+        todo: list[bytes] = []
+        links = 0
+        while True:
+            if isinstance(step, tuple):
+                table = self._tables[step[0]]
+                inode = table.inode(step[1])
+                if table.kind[inode] != Kind.SYMLINK:
+                    return None
+                target = table.link(inode)
+                parts = target.split(b"/")
+                links += 1
+                self._followed += len(parts)
+                if links > _MAX_SYMLINKS:
+                    raise TocInvalid("a layer writes below a cycle of symbolic links")
+                if self._followed > _MAX_FOLLOWED:
+                    raise TocInvalid("a layer writes too often through symbolic links")
+                if target.startswith(b"/"):
+                    at = self.root
+                todo.extend(reversed(parts))
+            elif step is not None:
+                at = step
+            step = at
+            if not todo:
+                break
+            part = todo.pop()
+            if part in (b"", b"."):
+                continue
+            if part == b"..":
+                if missing:
+                    missing.pop()
+                else:
+                    step = at.parent or at
+            elif missing or part not in at.children:
+                missing.append(part)
             else:
-                found = here.children.get(name)
-                implicit = bool(table.flags[child] & FLAG_IMPLICIT)
-                if isinstance(found, tuple) and implicit:
-                    found = _follow(root, here, found, tables)
-                if not isinstance(found, _Dir):
-                    found = here.children[name] = _Dir(number, child, here)
-                elif not implicit:
-                    found.layer, found.row = number, child
-                todo.append((found, child))
-
-
-def _follow(root: _Dir, here: _Dir, leaf: tuple[int, int], tables: Sequence[LayerTable]) -> _Dir | None:
-    """Return the directory that a symlink leads to inside the root; None when `leaf` is no such symlink."""
-    todo: list[bytes] = []
-    followed = 0
-    at: _Dir = here
-    step: _Dir | tuple[int, int] | None = leaf
-    while True:
-        if isinstance(step, tuple):
-            table = tables[step[0]]
-            row = table.inode(step[1])
-            if table.kind[row] != Kind.SYMLINK:
-                return None
-            followed += 1
-            if followed > _MAX_SYMLINKS:
-                raise TocInvalid("a layer writes below a cycle of symbolic links")
-            target = table.link(row)
-            if target.startswith(b"/"):
-                at = root
-            todo.extend(target.split(b"/")[::-1])
-        elif step is None:
-            return None
-        else:
-            at = step
-        while todo and todo[-1] in (b"", b"."):
-            todo.pop()
-        if not todo:
-            return at
-        part = todo.pop()
-        step = (at.parent or at) if part == b".." else at.children.get(part)
+                step = at.children[part]
+        for part in missing:
+            made = at.children[part] = _Dir(number, row, at)
+            at = made
+        return at
 
 
 def _write(path: Path, root: _Dir, tables: Sequence[LayerTable]) -> None:

@@ -1,8 +1,10 @@
 """Files of typed columns: written once by the child process, mapped by everybody else, never parsed.
 
-    magic 8 | version u32 | number of columns u32 | sha256 of all behind the header (32) | total size u64 | pad to 64
+    magic 8 | version u32 | number of columns u32 | sha256 (32) | total size u64 | pad to 64
     per column: name 24 | typecode 1 | pad 7 | offset u64 | size u64                                  (48 bytes each)
     the columns' bytes, each on an 8-byte boundary, in the machine's order (little endian only)
+
+The sha256 is that of the whole file with zeros in its own place.
 
 Mapped columns cost no anonymous memory and no Python object a row; a restart parses nothing. The digest is checked when
 the file is opened, because a cache file is not to be trusted more than the disk it lies on.
@@ -25,6 +27,7 @@ _HEAD = struct.Struct("<8sII32sQ8x")
 _COLUMN = struct.Struct("<24sc7xQQ")
 _SIZES = {"B": 1, "H": 2, "I": 4, "Q": 8, "q": 8}
 _MAX_COLUMNS = 64
+_DIGEST_AT = 16  # bytes in front of the digest
 
 Column = array | bytes | bytearray  # type: ignore[type-arg]
 
@@ -50,7 +53,10 @@ def write_columns(path: Path, magic: bytes, version: int, columns: Mapping[str, 
     body[: _COLUMN.size * len(columns)] = b"".join(directory)
     for start, view in parts:
         body[start - _HEAD.size : start - _HEAD.size + len(view)] = view
-    head = _HEAD.pack(magic, version, len(columns), hashlib.sha256(body).digest(), offset)
+    blank = _HEAD.pack(magic, version, len(columns), b"", offset)
+    whole = hashlib.sha256(blank)
+    whole.update(body)
+    head = _HEAD.pack(magic, version, len(columns), whole.digest(), offset)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         with open(temporary, "wb", opener=_private) as handle:
@@ -92,12 +98,16 @@ class Columns:
             raise
 
     def _check(self, magic: bytes, version: int, size: int) -> dict[str, tuple[str, int, int]]:
-        found_magic, found_version, count, body_digest, total = _HEAD.unpack_from(self._map)
+        found_magic, found_version, count, digest, total = _HEAD.unpack_from(self._map)
         if found_magic != magic or found_version != version or total != size or count > _MAX_COLUMNS:
             raise TableInvalid(f"{self.path} is of another kind or version, or cut short")
-        with memoryview(self._map) as whole, whole[_HEAD.size :] as body:
-            if hashlib.sha256(body).digest() != body_digest:
-                raise TableInvalid(f"{self.path} is damaged")
+        found = hashlib.sha256(self._map[:_DIGEST_AT] + bytes(len(digest)))
+        with memoryview(self._map) as whole, whole[_DIGEST_AT + len(digest) :] as rest:
+            found.update(rest)
+        if found.digest() != digest:
+            raise TableInvalid(f"{self.path} is damaged")
+        if _HEAD.size + count * _COLUMN.size > size:
+            raise TableInvalid(f"{self.path} has a broken column")
         directory = {}
         for number in range(count):
             name, typecode, offset, length = _COLUMN.unpack_from(self._map, _HEAD.size + number * _COLUMN.size)

@@ -19,10 +19,11 @@ from lazyfs.format.columns import Columns
 from lazyfs.format.entry import Kind
 
 MAGIC = b"LZFLAYER"
-VERSION = 1
+VERSION = 2
 NO_FRAME = 0xFFFFFFFF  # a chunk that is a hole, or a chunk of a plain layer: no frame to fetch
 FLAG_OPAQUE = 1  # a directory that hides what lower layers have under it
 FLAG_IMPLICIT = 2  # a directory that no entry names; a lower layer's attributes show through
+FLAG_REPLACES = 4  # a directory that stands where the layer removed one: opaque, and nothing shows through
 FORM_PLAIN = 0  # no TOC in the blob: made by unpacking the whole layer
 FORM_ZSTD_CHUNKED = 1
 

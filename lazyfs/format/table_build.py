@@ -27,6 +27,7 @@ from lazyfs.format.table import (
     CHUNK_COLUMNS,
     FLAG_IMPLICIT,
     FLAG_OPAQUE,
+    FLAG_REPLACES,
     FORM_PLAIN,
     MAGIC,
     META,
@@ -38,6 +39,8 @@ from lazyfs.format.table import (
 from lazyfs.units import align
 
 _MAX_DATA = 1 << 46  # bytes of data space: far above any layer, far below what overflows an offset
+_MAX_HEAP = 1 << 30  # bytes of distinct extended attributes, and of names; the column of offsets ends at 4 GiB
+_MAX_XATTRS = 0xFFFF  # of one entry; more doesn't fit into the count
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,7 +142,7 @@ def _grow(survivors: list[Live[list[Chunk]]]) -> tuple[_Node, int]:
             entry = survivors[number].entry
             node.children[name] = _Node(Entry(entry.path, Kind.WHITEOUT, 0, 0, 0, entry.mtime_ns), number)
         elif beside.kind is Kind.DIR:
-            beside.flags |= FLAG_OPAQUE  # the layer removed the old directory and made a new one
+            beside.flags |= FLAG_OPAQUE | FLAG_REPLACES
     return root, landmark
 
 
@@ -198,6 +201,8 @@ def _fill_rows(
     links_to: dict[int, int] = {}
     for row, (node, parent, name) in enumerate(rows):
         names += name
+        if len(names) > _MAX_HEAP:
+            raise TocInvalid(f"the layer has more than {_MAX_HEAP} bytes of names")
         name_end.append(len(names))
         col["parent"][row], col["flags"][row], col["kind"][row] = parent, node.flags, node.kind
         if node.kind is Kind.DIR:
@@ -217,6 +222,8 @@ def _fill_rows(
         kept = tuple(pair for pair in entry.xattrs if not pair[0].startswith(DROPPED_XATTRS))
         dropped += len(entry.xattrs) - len(kept)
         if kept:
+            if len(kept) > _MAX_XATTRS or len(xattr_heap.data) > _MAX_HEAP:
+                raise TocInvalid(f"{entry.path[:200]!r} is one too many for its extended attributes")
             col["xattr"][row] = xattr_heap.add(pack_xattrs(kept)) + 1
         if entry.kind is Kind.REG:
             col["size"][row] = entry.size
@@ -253,6 +260,9 @@ def _fill_chunks(
     data_offset = 0
     for number, live in enumerate(survivors):
         row = row_of.get(number)
+        end = live.tag[-1].offset + live.tag[-1].size if live.tag else 0
+        if live.entry.kind is Kind.REG and end != live.entry.size:
+            raise TocInvalid(f"{live.entry.path[:200]!r} has chunks up to {end} of its {live.entry.size} bytes")
         if row is None or live.entry.kind is not Kind.REG or rows[row][0].kind is not Kind.REG or not live.tag:
             continue  # markers and landmarks have content too, and nobody can read it
         # A plain layer was written to its data space before anybody knew which of its names survive.

@@ -35,13 +35,14 @@ class Unpacker:
     count: int = 0  # entries so far
     lower: set[bytes] = field(default_factory=set)  # real paths that lower layers left
     _made: set[bytes] = field(default_factory=set)  # real paths of this layer's entries
+    _parents: set[bytes] = field(default_factory=set)  # real paths in which this layer's entries lie
     _cleared: set[bytes] = field(default_factory=set)  # lower directories that something else has replaced
     _through: list[tuple[bytes, bytes]] = field(default_factory=list)  # (lower symlink followed, where it led)
 
     def layer(self, entries: Iterable[Entry]) -> None:
         """Unpack one layer. Raise Refused or Ambiguous; then the tree is of no use."""
         self.lower = set(self._paths())
-        self._made, self._cleared, self._through = set(), set(), []
+        self._made, self._parents, self._cleared, self._through = set(), set(), set(), []
         for entry in entries:
             self.count += 1
             try:
@@ -77,12 +78,14 @@ class Unpacker:
         self._make_parents(parent)
         path = parent + b"/" + name if parent else name
         if name == OPAQUE_MARKER:
+            self._parents.add(parent)
             for child in os.listdir(self._at(parent)):
-                self._remove(parent + b"/" + child if parent else child)
+                self._hide(parent + b"/" + child if parent else child)
             return
         if name.startswith(WHITEOUT_PREFIX):
             gone = name[len(WHITEOUT_PREFIX) :]
-            self._remove(parent + b"/" + gone if parent else gone)
+            self._hide(parent + b"/" + gone if parent else gone)
+            self._parents.add(parent)
             return
         found = self._kind(path)
         if found is not None and not (found is Kind.DIR and entry.kind is Kind.DIR):
@@ -92,6 +95,7 @@ class Unpacker:
             found = None
         if entry.kind is Kind.DIR and path in self._cleared:
             raise Ambiguous(path)
+        self._parents.add(parent)
         self._make(entry, path, found)
         if any(real == path and path in self._made for _, real in self._through):
             raise Ambiguous(path)
@@ -129,6 +133,11 @@ class Unpacker:
         except (FileNotFoundError, NotADirectoryError):
             return None
         return Kind.DIR if stat.S_ISDIR(mode) else Kind.SYMLINK if stat.S_ISLNK(mode) else Kind.REG
+
+    def _hide(self, path: bytes) -> None:
+        if any(_within(one, path) for one in (*self._parents, *self._made)):
+            raise Ambiguous(path)  # a whiteout behind what it would hide or not hide
+        self._remove(path)
 
     def _remove(self, path: bytes) -> None:
         if self._kind(path) is Kind.DIR:
