@@ -87,7 +87,7 @@ def _coerce(name: str, value: Any, where: str) -> Any:
         elif kind == "Path":
             good = Path(str(value)).expanduser().absolute()
         elif kind == "bool":
-            good = value if isinstance(value, bool) else {"1": True, "true": True, "0": False, "false": False}[str(value)]
+            good = {"1": True, "true": True, "0": False, "false": False}[str(value).lower()]
         elif kind == "int":
             good = int(value)
         elif kind == "float":

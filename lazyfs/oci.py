@@ -148,9 +148,7 @@ def parse_descriptor(value: object, what: str) -> Descriptor:
         raise DocumentInvalid(f"{what} has no media type")
     digests.parse(value.get("digest", ""), f"{what}'s digest")
     platform_raw = value.get("platform")
-    platform = (
-        {k: v for k, v in platform_raw.items() if isinstance(v, str)} if isinstance(platform_raw, dict) else {}
-    )
+    platform = {k: v for k, v in platform_raw.items() if isinstance(v, str)} if isinstance(platform_raw, dict) else {}
     urls_raw = value.get("urls") or ()
     urls = tuple(u for u in urls_raw if isinstance(u, str)) if isinstance(urls_raw, list) else ()
     return Descriptor(
@@ -209,9 +207,7 @@ def parse_config(raw: bytes) -> ImageConfig:
         found = value.get(key, "")
         return found if isinstance(found, str) else ""
 
-    return ImageConfig(
-        word("os"), word("architecture"), word("variant"), tuple(diff_ids), value, raw, digests.of(raw)
-    )
+    return ImageConfig(word("os"), word("architecture"), word("variant"), tuple(diff_ids), value, raw, digests.of(raw))
 
 
 def is_index(media_type: str, raw: bytes) -> bool:
@@ -221,8 +217,15 @@ def is_index(media_type: str, raw: bytes) -> bool:
     return "manifests" in load_json(raw, "manifest or index")
 
 
-_MACHINES = {"x86_64": "amd64", "amd64": "amd64", "aarch64": "arm64", "arm64": "arm64", "i686": "386", "i386": "386",
-             "armv7l": "arm/v7", "armv6l": "arm/v6", "ppc64le": "ppc64le", "s390x": "s390x", "riscv64": "riscv64"}  # fmt: skip
+# What uname(2) says, where the OCI name is another word.
+_MACHINES = {
+    "x86_64": "amd64",
+    "aarch64": "arm64",
+    "i686": "386",
+    "i386": "386",
+    "armv7l": "arm/v7",
+    "armv6l": "arm/v6",
+}
 
 
 def host_platform() -> str:

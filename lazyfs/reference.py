@@ -1,6 +1,6 @@
 """Image references as skopeo users write them, parsed once into frozen values.
 
-    docker://HOST/REPO:TAG    docker://HOST/REPO@sha256:…    HOST/REPO:TAG    debian    oci:DIR    oci:DIR:REF
+docker://HOST/REPO:TAG    docker://HOST/REPO@sha256:…    HOST/REPO:TAG    debian    oci:DIR    oci:DIR:REF
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _KNOWN_TRANSPORTS = ("containers-storage:", "docker-daemon:", "docker-archive:",
 
 @dataclass(frozen=True, slots=True)
 class Reference:
-    """One image. `transport` "docker": `host`, `repository`, and `tag` or `digest`; "oci": `path`, and `tag` or `digest`.
+    """One image. `transport` "docker": `host`, `repository`, `tag` or `digest`; "oci": `path`, `tag` or `digest`.
 
     Both `tag` and `digest` may be set (NAME:TAG@DIGEST): the digest wins. In an OCI layout an empty tag means "the only
     image in it".

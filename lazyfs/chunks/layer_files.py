@@ -292,9 +292,9 @@ class LayerFiles:
         )
 
     def adopt(self, name: str) -> int:
-        """Put the file `name` of the layer's directory, which holds every chunk, in the place of `data`. Return its size.
+        """Put the file `name` of the layer's directory, which holds every chunk, in the place of `data`.
 
-        Raise OSError. Readers that are inside a read keep the old file until they return.
+        Return the bytes it takes on disk. Raise OSError. Readers inside a read keep the old file until they return.
         """
         with self.lock:
             new = open_file(self._directory, name, create=False)

@@ -89,7 +89,7 @@ class _Zstd:
 
 
 def open_stream(stream: Readable) -> Readable:
-    """Return a stream of the decompressed bytes. Blocking: reads the first bytes at once. read() raises FrameInvalid."""
+    """Return a stream of the decompressed bytes; its read() raises FrameInvalid. Blocking: reads the first bytes."""
     head = b""
     while len(head) < 4 and (more := stream.read(4 - len(head))):
         head += more
