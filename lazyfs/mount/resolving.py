@@ -14,7 +14,7 @@ from lazyfs.errors import LazyfsError, ManifestMissing, RegistryError, StoreErro
 from lazyfs.oci import ImageConfig, Manifest
 from lazyfs.reference import Reference
 from lazyfs.registry.repository import Repository
-from lazyfs.registry.resolve import fetch_config, resolve_image
+from lazyfs.registry.resolve import check_config, fetch_config, resolve_image
 
 log = logging.getLogger(__name__)
 
@@ -82,9 +82,7 @@ class Resolver:
     def _config(self, repository: Repository, manifest: Manifest, platform: str) -> ImageConfig:
         raw = self._catalog.document(manifest.config.digest)
         if raw is not None:
-            config = oci.parse_config(raw)
-            if len(config.diff_ids) == len(manifest.layers):
-                return config
+            return check_config(oci.parse_config(raw), manifest, platform)
         config = fetch_config(repository, manifest, platform=platform, deadline=time.monotonic() + _PATIENCE)
         try:
             self._catalog.put_document(config.raw)

@@ -66,7 +66,11 @@ def fetch_config(
 
     With `platform` an image for another operating system or architecture raises PlatformMissing.
     """
-    config = oci.parse_config(repository.blob(manifest.config, deadline=deadline))
+    return check_config(oci.parse_config(repository.blob(manifest.config, deadline=deadline)), manifest, platform)
+
+
+def check_config(config: ImageConfig, manifest: Manifest, platform: str | None) -> ImageConfig:
+    """Return `config` if it fits the manifest's layers and is for `platform` (None: any). Raise as `fetch_config`."""
     if len(config.diff_ids) != len(manifest.layers):
         raise DocumentInvalid(
             f"image config {config.digest} has {len(config.diff_ids)} diff IDs for {len(manifest.layers)} layers"
