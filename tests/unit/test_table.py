@@ -272,7 +272,6 @@ def test_facts_come_back(tmp_path: Path) -> None:
             [(regular(b"f", 1), [Chunk(0, 1, 50, 0, b"d" * 32)]), (regular(b"g", 1), [Chunk(0, 1, 10, 0, b"d" * 32)])],
             "'g' is not in blob order",
         ),
-        ([(regular(b"f", 1 << 47), [Chunk(0, 1 << 47, 0, 0, b"d" * 32)])], "more than"),
     ],
 )
 def test_contradictions_are_refused(tmp_path: Path, pairs: list[tuple[Entry, list[Chunk]]], reason: str) -> None:
@@ -293,6 +292,10 @@ def test_heaps_are_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     many = tuple((b"user.%05d" % i, b"") for i in range(66_000))
     with pytest.raises(TocInvalid, match="extended attributes"):
         table_at(tmp_path / "table", [Entry(b"f", Kind.REG, 0o644, 0, 0, 0, xattrs=many)])
+    monkeypatch.setattr(table_build, "_MAX_DATA", 4096)
+    chunks = {b"f": [Chunk(0, 4097, 0, 0, b"d" * 32)]}
+    with pytest.raises(TocInvalid, match="claims more than 4096 bytes"):
+        table_at(tmp_path / "table", [regular(b"f", 4097)], chunks)
     monkeypatch.setattr(table_build, "_MAX_HEAP", 1000)
     with pytest.raises(TocInvalid, match="bytes of names"):
         table_at(tmp_path / "table", [entry(b"%0200d" % i) for i in range(10)])
