@@ -61,8 +61,7 @@ class Filler:
             try:
                 if layer.check is not None:
                     await self._check(layer, layer.check)
-                else:
-                    await self._complete(layer)
+                await self._complete(layer)
                 return ""
             except LazyfsError as error:
                 if layer.quarantine:
@@ -101,7 +100,7 @@ class Filler:
             await self._bring_missing(layer, layer.table.frame_count, Priority.BACKGROUND)
 
     async def _bring_missing(self, layer: ServedLayer, stop: int, priority: Priority) -> None:
-        """Bring the missing frames before `stop` in few requests."""
+        """Bring the missing frames before `stop` in few requests, as long as the store keeps them."""
         at = 0
         while at < stop:
             size = SEGMENT
@@ -112,6 +111,8 @@ class Filler:
             if runs:
                 await self._remote.bring(layer, *runs[0], priority)
                 end = runs[0][1]
+                if layer.frame_missing(end - 1):
+                    return
             at = end
             await trio.lowlevel.checkpoint()
 
@@ -131,7 +132,7 @@ class Filler:
             async with trio.open_nursery() as nursery:
                 while check.next < layer.extents:
                     ahead = max(ahead, check.next)
-                    while len(coming) < (_AHEAD if self._scheduler.is_quiet(layer.host) else 1):
+                    while check.spool.works and len(coming) < (_AHEAD if self._scheduler.is_quiet(layer.host) else 1):
                         stop = self._segment_end(layer, ahead)
                         if stop == ahead:
                             break
@@ -185,7 +186,7 @@ class Filler:
 
     async def _one_extent(self, layer: ServedLayer, check: Check, extent: int) -> None:
         """Bring one extent that the spool does not have: lead and tail, or one that the disk would not keep."""
-        if 0 < extent < layer.extents - 1 and is_at_start(layer, check):
+        if 0 < extent < layer.extents - 1 and check.spool.works and is_at_start(layer, check):
             await self._bring_extents(layer, check, extent, extent + 1)
             if check.spool.has(extent):
                 return

@@ -141,11 +141,18 @@ class Reader:
         self, layer: ServedLayer, chunk: int, priority: Priority, last_chunk: int, read: tuple[int, int] | None
     ) -> bytes:
         digest = layer.table.chunk_digest(chunk)
-        data = await trio.to_thread.run_sync(self._donors, layer, digest, limiter=self.counters.limiter)
+        data: bytes | None = None
+        if not self._remote.is_coming(layer, chunk):
+            data = await trio.to_thread.run_sync(self._donors, layer, digest, limiter=self.counters.limiter)
         if data is not None and len(data) == layer.table.chunk_size[chunk]:
             self.counters.from_other_layer += len(data)
             await trio.to_thread.run_sync(layer.store.write, chunk, data, limiter=self.counters.limiter)
             return data
+        while layer.store.has(chunk):  # it came and was written while we looked elsewhere
+            data = await trio.to_thread.run_sync(layer.store.read, chunk, limiter=self.counters.limiter)
+            if data is not None:
+                self.counters.from_store += len(data)
+                return data
         data = await self._remote.get(layer, chunk, priority, last_chunk, read)
         self.counters.from_registry += len(data)
         return data

@@ -15,7 +15,7 @@ from collections.abc import Callable
 
 import trio
 
-from lazyfs.chunks.frames import Fetched, fetch_frames
+from lazyfs.chunks.frames import Fetched, fetch_frames, needed
 from lazyfs.chunks.layer import ServedLayer
 from lazyfs.chunks.schedule import Priority, Scheduler, Ticket
 from lazyfs.errors import DaemonFault, LazyfsError, ReadDeadline
@@ -37,13 +37,14 @@ _FOREVER = 10 * 365 * 86400.0  # seconds, where read_timeout is 0
 class _Fetch:
     """One request for neighbouring frames, tried until all have landed: how urgent, and since when."""
 
-    __slots__ = ("flights", "hurry", "priority", "repository", "ticket")
+    __slots__ = ("flights", "hurry", "over", "priority", "repository", "ticket")
 
     def __init__(self, layer: ServedLayer, first: int, stop: int, priority: Priority, ticket: Ticket) -> None:
         self.priority = priority
         self.ticket = ticket  # of the try that waits or runs
         self.repository: Repository = layer.repository
         self.hurry = trio.Event()  # somebody more urgent has turned up: no time for a pause
+        self.over = trio.Event()
         # By frame; those that are in the store drop out, for they hold decoded bytes.
         self.flights = {frame: _Flight(self) for frame in range(first, stop)}
 
@@ -137,7 +138,9 @@ class Remote:
             self._read_on(layer, layer.table.chunk_frame[chunk])
 
     async def bring(self, layer: ServedLayer, first: int, stop: int, priority: Priority) -> None:
-        """Fetch frames [first, stop) as one request, except those under way, and wait for all of them. A checkpoint.
+        """Fetch frames [first, stop) as one request, except those under way; wait until all are in the store.
+
+        As far as the disk keeps them. A checkpoint.
 
         Raise what the first failed fetch raised.
         """
@@ -160,6 +163,12 @@ class Remote:
             await flight.done.wait()
             if flight.error is not None:
                 raise flight.error
+            if not waiting or waiting[0].fetch is not flight.fetch:
+                await flight.fetch.over.wait()
+
+    def is_coming(self, layer: ServedLayer, chunk: int) -> bool:
+        """Tell whether a chunk is on its way, or has arrived and is being written to the store."""
+        return (layer.number, layer.table.chunk_frame[chunk]) in self._flights
 
     def is_over(self, began: float) -> bool:
         """Tell whether a reader that began to wait at `began` (trio clock) has waited for as long as readers may."""
@@ -244,6 +253,7 @@ class Remote:
                     flight.error = error
                 self._forget(layer, fetch, frame)
                 flight.done.set()
+            fetch.over.set()
 
     async def _try(self, layer: ServedLayer, fetch: _Fetch) -> LazyfsError | None:
         """Fetch until all flights have landed. Return why some did not: an error that another try won't mend."""
@@ -278,7 +288,8 @@ class Remote:
         ticket = fetch.ticket
 
         def deliver(frame: int, chunks: dict[int, bytes]) -> None:
-            token.run_sync_soon(self._arrive, layer, fetch, frame, chunks, ticket.priority)
+            size = needed(layer.table, frame)
+            token.run_sync_soon(self._arrive, layer, fetch, frame, chunks, size, ticket.priority)
 
         def job() -> Fetched:
             # What nobody waits for may have waited long for its turn: its time runs from now.
@@ -301,10 +312,10 @@ class Remote:
                 flight.done.set()
 
     def _arrive(
-        self, layer: ServedLayer, fetch: _Fetch, frame: int, chunks: dict[int, bytes], priority: Priority
+        self, layer: ServedLayer, fetch: _Fetch, frame: int, chunks: dict[int, bytes], size: int, priority: Priority
     ) -> None:
-        table = layer.table
-        layer.bytes_by_priority[priority] += table.frame_blob_end[frame] - table.frame_blob_offset[frame]
+        """Let a frame of `size` compressed bytes land. The loop calls it, perhaps late, and would die of an error."""
+        layer.bytes_by_priority[priority] += size
         flight = fetch.flights.get(frame)
         if flight is not None and not flight.done.is_set():
             flight.chunks = chunks
@@ -314,8 +325,9 @@ class Remote:
             self._forget(layer, fetch, frame - 1)  # it is in the store by now, see fetch_frames
 
     def _forget(self, layer: ServedLayer, fetch: _Fetch, frame: int) -> None:
-        del fetch.flights[frame]
-        del self._flights[layer.number, frame]
+        flight = fetch.flights.pop(frame, None)
+        if flight is not None and self._flights.get((layer.number, frame)) is flight:
+            del self._flights[layer.number, frame]
 
 
 def _frame_at(layer: ServedLayer, chunk: int) -> int:

@@ -44,22 +44,26 @@ class Spool:
         # file under its hands.
         self._file: OwnedFd | None = None
         self._punches = True
+        self.works = True  # False: something could not be kept, and there is no use in bringing more here
         try:
             with tempfile.TemporaryFile(dir=directory) as handle:
                 self._file = OwnedFd(os.dup(handle.fileno()))
         except OSError as error:
+            self.works = False
             log.warning("no spool in %s, early bytes will be fetched twice: %s", directory, error)
 
     def put(self, extent: int, blob_offset: int, data: bytes | memoryview) -> bool:
         """Keep an extent. False: the disk would not."""
         file = self._file
-        if file is None:
+        if file is None or not self.works:
             return False
         try:
             done = os.pwrite(file.number, data, blob_offset) == len(data)
         except OSError:
             done = False
-        if done:
+        if not done:
+            self.works = False
+        else:
             place = _Place(blob_offset, len(data), zlib.crc32(data))
             with self._lock:
                 if self._file is file:
@@ -79,13 +83,17 @@ class Spool:
         try:
             data = os.pread(file.number, place.size, place.blob_offset)
         except OSError:
+            self.works = False
             return None
         if self._punches:
             try:
                 punch_hole(file.number, place.blob_offset, place.size)
             except OSError:
                 self._punches = False  # the file system can't; the space comes back at the end
-        return data if len(data) == place.size and zlib.crc32(data) == place.checksum else None
+        if len(data) == place.size and zlib.crc32(data) == place.checksum:
+            return data
+        self.works = False
+        return None
 
     def clear(self) -> None:
         """Forget all extents."""
