@@ -50,6 +50,7 @@ log = logging.getLogger(__name__)
 
 _FILES = 65536  # open files wanted; about four a layer
 _M_ARENA_MAX = -8  # mallopt(3)
+_LAST_WORDS = 0.1  # seconds
 _SWITCH = 0.0005  # seconds after which a thread gives up the interpreter: a waiting read is worth more than throughput
 
 
@@ -62,6 +63,7 @@ class Daemon:
         self._until_idle = until_idle
         self._ready_fd = ready_fd
         self._scope = trio.CancelScope()
+        self._stop = trio.Event()  # a client asked for the end
 
     async def run(self) -> None:
         """Serve until stopped. Raise LazyfsError when it can't start."""
@@ -112,7 +114,7 @@ class Daemon:
             report = StatusReport(
                 settings, forest, operations, session, store, memory, reader.counters, scheduler, requests
             )
-            mounted = Mounted(settings, images, catalog, self._path_of, report.report, self._scope.cancel)
+            mounted = Mounted(settings, images, catalog, self._path_of, report.report, self._stop.set)
             server = ControlServer(socket_of(settings, self._solo), mounted)
             session.open()
             try:
@@ -139,6 +141,7 @@ class Daemon:
             nursery.start_soon(server.serve)
             nursery.start_soon(mounted.watch_table)
             nursery.start_soon(self._watch_idle, server, mounted)
+            nursery.start_soon(self._watch_stop)
             log.info("ready: root=%s session=%s", self._settings.root, self._solo or self._settings.session)
             self._report({"ok": True})
             if self._solo is None:
@@ -160,6 +163,12 @@ class Daemon:
             async for number in signals:
                 log.info("stopping: %s", signal.Signals(number).name)
                 self._scope.cancel()
+
+    async def _watch_stop(self) -> None:
+        await self._stop.wait()
+        await trio.sleep(_LAST_WORDS)  # whoever asked wants an answer
+        log.info("stopping: asked to")
+        self._scope.cancel()
 
     async def _watch_idle(self, server: ControlServer, mounted: Mounted) -> None:
         """End the daemon some seconds after its last mount and client, where a command started it."""
