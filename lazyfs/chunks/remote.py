@@ -31,6 +31,7 @@ MAX_FRAMES = 512  # of one request: tiny frames must not hold up the loop, nor p
 _STREAMS = 64  # sequential readers remembered, node-wide
 _BACKOFF = (0.2, 0.5, 1.0, 2.0, 5.0)  # seconds between tries, with jitter
 _DAMAGED_TRIES = 2  # wrong bytes are fetched again once: a bad mirror or a flipped bit on the way; then they are real
+_LONGEST_TRY = 300.0  # seconds of one request; frames that came before its end stay
 _FOREVER = 10 * 365 * 86400.0  # seconds, where read_timeout is 0
 
 
@@ -292,8 +293,11 @@ class Remote:
             token.run_sync_soon(self._arrive, layer, fetch, frame, chunks, size, ticket.priority)
 
         def job() -> Fetched:
-            # What nobody waits for may have waited long for its turn: its time runs from now.
-            deadline = end if ticket.priority is Priority.DEMAND else max(end, time.monotonic() + self._timeout)
+            # One try must leave time for another: a server that drips is not known by a pause between two bytes. What
+            # nobody waits for may have waited long for its turn: its time runs from now.
+            deadline = time.monotonic() + min(self._timeout / 2, _LONGEST_TRY)
+            if ticket.priority is Priority.DEMAND:
+                deadline = min(deadline, end)
             return fetch_frames(layer, *left, deadline, deliver)
 
         return job
