@@ -23,7 +23,7 @@ class Settings:
     """Everything that can be set, with its default. Sizes are bytes, times seconds."""
 
     root: Path  # the store; survives restarts
-    run: Path  # sockets, the session's mount, containers in flight; does not survive a reboot
+    run: Path  # sockets and the session's mount; does not survive a reboot
     store_size: int = 20 * GiB  # bound of the chunk store on disk
     memory_size: int = 16 * MiB  # bound of decoded chunks held in memory
     read_timeout: float = 300.0  # a read fails with EIO after this; 0: never
@@ -44,10 +44,6 @@ class Settings:
     def session(self) -> Path:
         """Where the daemon's one FUSE session is mounted."""
         return self.run / "mnt"
-
-    @property
-    def containers(self) -> Path:
-        return self.run / "containers"
 
 
 def _default_root(euid: int) -> Path:
