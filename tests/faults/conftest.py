@@ -1,0 +1,17 @@
+"""A daemon of the test's own."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.helpers.daemon import Node
+
+
+@pytest.fixture
+def node(scratch: Path) -> Iterator[Node]:
+    """Yield a store and its daemon, not yet started; whatever it leaves behind fails the test."""
+    with Node(scratch) as one:
+        yield one
