@@ -4,16 +4,17 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from lazyfs.reference import Reference
-from lazyfs.registry.client import RemoteRepository
 from lazyfs.registry.credentials import config_path
-from lazyfs.registry.exchange import Exchange, Timeouts
 from lazyfs.registry.hops import OnHop
 from lazyfs.registry.layout import LayoutRepository
 from lazyfs.registry.repository import Repository
 from lazyfs.registry.retry import RetryPolicy
-from lazyfs.registry.transport import Transport
+
+if TYPE_CHECKING:
+    from lazyfs.registry.transport import Transport
 
 # The host in Docker Hub's references is not the one that serves its API.
 _HUB, _HUB_API = "docker.io", "registry-1.docker.io"
@@ -44,6 +45,11 @@ def open_repository(reference: Reference, options: OpenOptions | None = None) ->
     options = options or OpenOptions()
     if reference.transport == "oci":
         return LayoutRepository(Path(reference.path))
+    # Only here: an OCI layout needs no HTTP library, and importing one takes a fifth of a second.
+    from lazyfs.registry.client import RemoteRepository
+    from lazyfs.registry.exchange import Exchange, Timeouts
+    from lazyfs.registry.transport import Transport
+
     plain = reference.is_loopback if options.plain_http is None else options.plain_http
     host = _HUB_API if reference.host == _HUB else reference.host
     transport = options.transport or Transport()
