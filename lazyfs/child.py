@@ -13,6 +13,7 @@ import json
 import os
 import resource
 import select
+import signal
 import subprocess
 import sys
 import threading
@@ -21,13 +22,14 @@ from pathlib import Path
 from typing import Any
 
 from lazyfs.answer import decode_error, encode_error
-from lazyfs.errors import LazyfsError, StoreBroken, TocInvalid
+from lazyfs.errors import FormatError, LazyfsError, StoreBroken, TocInvalid
 
 MEMORY = 4 << 30  # bytes of address space: a TOC of half a million entries takes a fifth of it
 TIMEOUT = 120.0  # seconds
 _FIRST_WAIT = 60.0  # seconds that a process started ahead of need waits for its job
 _NEXT_WAIT = 3.0  # seconds after which a process without further jobs ends, and gives its memory back
 _GRACE = 5.0  # seconds that a process may take to end
+_MAX_ANSWER = 1 << 20  # bytes; an answer is one sentence
 
 
 class Builder:
@@ -58,7 +60,7 @@ class Builder:
             child = _spawn()
             answer = _ask(child, job, timeout)
         assert child is not None
-        if answer:
+        if _is_answer(answer):
             with self._lock:
                 if self._idle is None:
                     self._idle, child = child, None
@@ -82,10 +84,20 @@ def run_job(job: dict[str, Any], *, timeout: float = TIMEOUT) -> None:
         builder.close()
 
 
+def command(module: str, *words: str) -> list[str]:
+    """Return the command line that runs a module's `main`: the one of this installation, whatever the directory.
+
+    `python -m` would import from the current directory first, and that may be anybody's.
+    """
+    place = str(Path(__file__).parents[1])
+    code = f"import sys; sys.path.append({place!r}); from {module} import main; sys.exit(main())"
+    return [sys.executable, "-P", "-c", code, *words]
+
+
 def _spawn() -> subprocess.Popen[bytes]:
     try:
         return subprocess.Popen(
-            [sys.executable, "-m", "lazyfs.child"],
+            command("lazyfs.child"),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -103,7 +115,7 @@ def _ask(child: subprocess.Popen[bytes], job: dict[str, Any], timeout: float) ->
     except BrokenPipeError:
         return b""
     answer, deadline = b"", time.monotonic() + timeout
-    while not answer.endswith(b"\n"):
+    while not answer.endswith(b"\n") and len(answer) < _MAX_ANSWER:
         left = deadline - time.monotonic()
         if left <= 0 or not select.select([child.stdout], [], [], left)[0]:
             child.kill()
@@ -129,15 +141,30 @@ def _end(child: subprocess.Popen[bytes]) -> tuple[bytes, int]:
     return complaint, child.returncode
 
 
-def read_answer(answer: bytes, complaint: bytes, status: int) -> None:
-    """Raise what a child's answer (its standard output) says went wrong, or TocInvalid when it gave none."""
+def _parse(answer: bytes) -> dict[str, Any]:
+    """Return the object of an answer, {} for anything that is none."""
     try:
         value = json.loads(answer)
-    except ValueError:
-        tail = complaint.decode("utf-8", "replace").strip().rpartition("\n")[2]
-        raise TocInvalid(f"the table builder died (status {status}): {tail[:200]}") from None
+    except (ValueError, RecursionError):
+        return {}
+    return value if isinstance(value, dict) and (value.get("ok") is True or "error" in value) else {}
+
+
+def _is_answer(answer: bytes) -> bool:
+    return bool(_parse(answer))
+
+
+def read_answer(answer: bytes, complaint: bytes, status: int, blame: type[FormatError] = TocInvalid) -> None:
+    """Raise what a child's answer (its standard output) says went wrong, or a `blame` when it gave none that counts."""
+    value = _parse(answer)
     if "error" in value:
-        raise decode_error(value["error"], TocInvalid)
+        raise decode_error(value["error"], blame)
+    if value:
+        return
+    if status == -signal.SIGXCPU:
+        raise blame("it took more processor time to read than any layer may")
+    tail = complaint.decode("utf-8", "replace").strip().rpartition("\n")[2]
+    raise blame(f"the process that read it died (status {status}): {tail[:200]}")
 
 
 def refuse(error: LazyfsError) -> dict[str, Any]:
@@ -161,6 +188,13 @@ def _perform(job: dict[str, Any]) -> None:
         build_tree(Path(tree["out"]), [LayerTable(Path(path)) for path in tree["tables"]])
 
 
+def limit(what: int, amount: int) -> None:
+    """Set a resource limit (RLIMIT_*) of this process, or keep a lower one that it was started with."""
+    hard = resource.getrlimit(what)[1]
+    amount = amount if hard == resource.RLIM_INFINITY else min(amount, hard)
+    resource.setrlimit(what, (amount, hard))  # the hard limit of processor time kills without a word
+
+
 def _answer(line: str) -> dict[str, Any]:
     try:
         _perform(json.loads(line))
@@ -177,8 +211,8 @@ def main() -> int:
     """Do the jobs on standard input, one a line, until there is none for a while. The answers say how each went."""
     from lazyfs.format import table_build, toc  # noqa: F401  while the first job is still on its way
 
-    resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    limit(resource.RLIMIT_AS, MEMORY)
+    limit(resource.RLIMIT_CORE, 0)
     patience = _FIRST_WAIT
     while select.select([sys.stdin], [], [], patience)[0]:
         line = sys.stdin.readline()

@@ -1,26 +1,38 @@
 """Plain layers, those without a TOC that we read: unpacked whole into chunks and a layer table, checked on the way.
 
-The work is done in a process of its own (`python -m lazyfs.chunks.plain`), fed with the blob through a pipe: hashing,
+The work is done in a process of its own (`main`), fed with the blob through a pipe: hashing,
 inflating and parsing don't hold the daemon up, and what the tar makes of memory goes away with it. The result has the
 shape of every other layer, so that it is mapped, verified on each read, and evictable.
 """
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
 import resource
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, BinaryIO
 
 from lazyfs import digest as digests
-from lazyfs.child import MEMORY, read_answer, refuse
-from lazyfs.errors import DiffIdMismatch, DigestMismatch, LazyfsError, StoreBroken, StoreFull, TarInvalid
+from lazyfs.child import MEMORY, command, limit, read_answer, refuse
+from lazyfs.errors import (
+    BadAnswer,
+    DiffIdMismatch,
+    DigestMismatch,
+    FormatError,
+    LazyfsError,
+    RegistryError,
+    StoreBroken,
+    StoreFull,
+    TarInvalid,
+)
 from lazyfs.format.entry import Chunk, Kind
 from lazyfs.format.inflate import open_stream
 from lazyfs.format.namespace import Namespace
@@ -35,6 +47,9 @@ _BLOCK = MiB  # bytes of one read from the pipe
 _MAX_CHUNKS = 1 << 22  # of one layer: 4 TiB, most of it holes
 _ZERO_DIGEST = hashlib.sha256(bytes(CHUNK)).digest()
 _WAIT = 60.0  # seconds that the child may take for table and answer after its last byte
+_CPU_BASE = 120  # seconds of processor time for any layer: tens of gigabytes of zeros, or millions of names
+_CPU_RATE = 1_000_000  # bytes of blob for each further second; honest ones need a tenth of it
+_RESUMES = 5  # broken transfers in a row without a byte between them
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,10 +71,14 @@ def unpack_plain(repository: Repository, layer: PlainLayer, on_bytes: Callable[[
     job = {
         "blob_digest": layer.blob_digest, "blob_size": layer.blob_size, "diff_id": layer.diff_id,
         "data": os.fspath(layer.data), "table": os.fspath(layer.table),
+        "seconds": _CPU_BASE + layer.blob_size // _CPU_RATE,
     }  # fmt: skip
-    command = [sys.executable, "-m", "lazyfs.chunks.plain", json.dumps(job)]
+    words = command("lazyfs.chunks.plain", json.dumps(job))
     try:
-        child = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        # Unbuffered: what is left in a buffer would be written when the pipe is closed, and fail there.
+        child = subprocess.Popen(
+            words, bufsize=0, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+        )
     except OSError as error:
         raise StoreBroken(f"the unpacker can't be started: {error.strerror}") from None
     with child:
@@ -76,16 +95,33 @@ def unpack_plain(repository: Repository, layer: PlainLayer, on_bytes: Callable[[
         except subprocess.TimeoutExpired:
             child.kill()
             raise TarInvalid(f"layer {layer.blob_digest} took more than {_WAIT:.0f} s to put in order") from None
-    read_answer(answer, complaint, child.returncode)
+    read_answer(answer, complaint, child.returncode, TarInvalid)
 
 
 def _pour(repository: Repository, layer: PlainLayer, pipe: IO[bytes], on_bytes: Callable[[int], None]) -> None:
-    if layer.blob_size == 0:
-        return
-    with repository.fetch(layer.blob_digest, 0, layer.blob_size) as stream:
-        while data := stream.read(_BLOCK):
-            pipe.write(data)
-            on_bytes(len(data))
+    """Send the whole blob down the pipe, resumed where a connection broke."""
+    done = failures = 0
+    while done < layer.blob_size:
+        try:
+            with repository.fetch(layer.blob_digest, done, layer.blob_size - done) as stream:
+                while data := stream.read(_BLOCK):
+                    _write(pipe, data)
+                    done += len(data)
+                    failures = 0
+                    on_bytes(len(data))
+            if done < layer.blob_size:
+                raise BadAnswer(repository.host, f"layer {layer.blob_digest} ends after {done} bytes")
+        except RegistryError as error:
+            failures += 1
+            if not error.temporary or failures > _RESUMES:
+                raise
+            time.sleep(0.05 * 2**failures)
+
+
+def _write(pipe: IO[bytes], data: bytes) -> None:
+    view = memoryview(data)
+    while view:
+        view = view[pipe.write(view) :]
 
 
 class _Hashing:
@@ -155,8 +191,10 @@ class _File:
     def _cut(self) -> None:
         data = bytes(self._buffer)
         self._buffer.clear()
-        os.pwrite(self._fd, data, self.base + self._offset)
-        self._append(len(data), hashlib.sha256(data).digest())
+        digest = hashlib.sha256(data).digest()
+        if digest != _ZERO_DIGEST:  # a file of zeros takes no room: a small blob must not fill a disk
+            _write_at(self._fd, data, self.base + self._offset)
+        self._append(len(data), digest)
 
     def _append(self, size: int, digest: bytes) -> None:
         if len(self.chunks) >= _MAX_CHUNKS:
@@ -164,6 +202,13 @@ class _File:
         # A plain layer has no frames: its chunks carry their place in data space instead of one in the blob.
         self.chunks.append(Chunk(self._offset, size, self.base, 0, digest))
         self._offset += size
+
+
+def _write_at(fd: int, data: bytes, offset: int) -> None:
+    view = memoryview(data)
+    while view:  # a disk that is just filling up takes part of it, and says why the next time
+        done = os.pwrite(fd, view, offset)
+        view, offset = view[done:], offset + done
 
 
 class Unpacker:
@@ -214,15 +259,21 @@ def _unpack(job: dict[str, Any], source: BinaryIO) -> None:
     fd = os.open(job["data"], os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
     try:
         unpacker = Unpacker(fd)
-        stream = open_stream(blob)
-        while block := stream.read(_BLOCK):
-            diff.update(block)
-            unpacker.feed(block)
+        broken: FormatError | None = None
+        try:
+            stream = open_stream(blob)
+            while block := stream.read(_BLOCK):
+                diff.update(block)
+                unpacker.feed(block)
+        except FormatError as error:
+            broken = error  # damaged bytes rarely decode; whether they are the promised ones decides who is to blame
         while blob.read(_BLOCK):
             pass  # padding behind the compressed stream belongs to the blob's digest
         actual = digests.text(blob.sha256.digest())
         if actual != job["blob_digest"]:
             raise DigestMismatch(f"layer {job['blob_digest']}", job["blob_digest"], actual)
+        if broken is not None:
+            raise broken
         diff_id = digests.text(diff.digest())
         if job["diff_id"] and diff_id != job["diff_id"]:
             raise DiffIdMismatch(job["blob_digest"], job["diff_id"], diff_id)
@@ -234,20 +285,23 @@ def _unpack(job: dict[str, Any], source: BinaryIO) -> None:
 
 def main() -> int:
     """Unpack standard input as the job in the first argument says. The answer on standard output tells the result."""
-    resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    job = json.loads(sys.argv[1])
+    limit(resource.RLIMIT_AS, MEMORY)
+    limit(resource.RLIMIT_CORE, 0)
+    limit(resource.RLIMIT_CPU, job["seconds"])
     answer: dict[str, Any] = {"ok": True}
     try:
-        _unpack(json.loads(sys.argv[1]), sys.stdin.buffer)
+        _unpack(job, sys.stdin.buffer)
     except LazyfsError as error:
         answer = refuse(error)
     except MemoryError:
         answer = refuse(TarInvalid("it has more entries than fit into memory"))
     except OSError as error:
-        full = error.errno in (28, 122)
-        answer = refuse(
-            (StoreFull if full else StoreBroken)(f"a layer can't be unpacked into the store: {error.strerror}")
-        )
+        if error.errno == errno.EFBIG:
+            answer = refuse(TarInvalid("it claims more content than a file system takes"))
+        else:
+            kind = StoreFull if error.errno in (errno.ENOSPC, errno.EDQUOT) else StoreBroken
+            answer = refuse(kind(f"a layer can't be unpacked into the store: {error.strerror}"))
     json.dump(answer, sys.stdout)
     return 0
 
