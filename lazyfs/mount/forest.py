@@ -146,10 +146,20 @@ class Forest:
         if found is not None:
             planted, row = found
             return planted.layers[planted.tree.layer[row]], planted.tree.source[row]
-        layer = self._layers.get(node >> SHIFT)
-        if layer is None or node & MASK >= layer.table.rows:
+        layer, row = self._layers.get(node >> SHIFT), node & MASK
+        if layer is None or row >= layer.table.rows or layer.table.kind[row] not in FILE_TYPE:
             raise NoSuchName(errno.ESTALE)
-        return layer, node & MASK
+        return layer, row
+
+    def _directory(self, node: int) -> tuple[Planted, int]:
+        """Return (tree, row) of a directory of a tree. Raise NoSuchName: ENOTDIR, or ESTALE for an unknown id."""
+        found = self._in_tree(node)
+        if found is None:
+            self.source(node)
+            raise NoSuchName(errno.ENOTDIR)
+        if found[0].tree.kind[found[1]] != Kind.DIR:
+            raise NoSuchName(errno.ENOTDIR)
+        return found
 
     def node_of(self, planted: Planted, row: int) -> int:
         """Return the id of a tree's row: the layer's where it can be shared, the tree's own otherwise."""
@@ -164,36 +174,34 @@ class Forest:
 
     def lookup(self, parent: int, name: bytes) -> int:
         """Return the id of a name in a directory. Raise NoSuchName."""
-        found = self._in_tree(parent)
-        if found is None:
-            planted = self._by_name.get(name) if self.is_list(parent) else None
-            if planted is None:
-                raise NoSuchName(errno.ENOENT if self.is_list(parent) else errno.ENOTDIR)
-            return planted.number << SHIFT
-        planted, row = found
+        if self.is_list(parent):
+            listed = self._by_name.get(name)
+            if listed is None:
+                raise NoSuchName
+            return listed.number << SHIFT
+        planted, row = self._directory(parent)
         child = planted.tree.child(row, name)
         if child is None:
             raise NoSuchName
         return self.node_of(planted, child)
 
     def parent_of(self, node: int) -> int:
-        """Return the id of a directory's parent; the root's is itself."""
-        found = self._in_tree(node)
-        if found is None or found[1] == 0:
+        """Return the id of a directory's parent; the parent of the kernel's root is itself. Raise NoSuchName."""
+        if self.is_list(node):
             return ROOT_ID
-        return self.node_of(found[0], found[0].tree.parent[found[1]])
+        planted, row = self._directory(node)
+        return self.node_of(planted, planted.tree.parent[row]) if row else ROOT_ID
 
     def list_from(self, node: int, start: int) -> Iterator[tuple[bytes, int, int]]:
-        """Yield (name, node id, cookie of the next one) of a directory, sorted, from cookie `start` (0: the first)."""
-        found = self._in_tree(node)
-        if found is None:
-            if not self.is_list(node):
-                raise NoSuchName(errno.ENOTDIR)
-            names = sorted(self._by_name)
-            for position in range(start, len(names)):
-                yield names[position], self._by_name[names[position]].number << SHIFT, position + 1
+        """Yield (name, node id, cookie of the next one) of a directory from cookie `start` (0: the first).
+
+        Directories are sorted; the list of trees, which may change between two calls, is in the order of their numbers.
+        """
+        if self.is_list(node):
+            for number in sorted(number for number in self._trees if number >= start):
+                yield self._trees[number].name, number << SHIFT, number + 1
             return
-        planted, row = found
+        planted, row = self._directory(node)
         children = planted.tree.children(row)
         for position in range(start, len(children)):
             child = children[position]
