@@ -31,7 +31,7 @@ _LARGEST = MAX_FRAME + MAX_FRAME // 128 + MiB  # compressed bytes that a frame o
 _AHEAD = 2  # requests under way: while one is decoded the next one crosses the network
 _PAUSE = 5.0  # seconds before a failed fill is tried again, growing to _LONG_PAUSE
 _LONG_PAUSE = 60.0
-_CALM = 1.0  # seconds that background waits for running demand reads before its next small request
+_CALM = 0.5  # seconds that background waits for the end of demand before its next small request
 _CHECK_THREADS = 2
 
 

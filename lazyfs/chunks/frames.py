@@ -17,6 +17,7 @@ from lazyfs.units import MiB
 
 _SLACK = 8 * MiB  # bytes of headers that a frame may hold behind its last chunk
 _READ = 1 * MiB  # bytes of one read from a stream
+_TOGETHER = 16 << 10  # bytes; smaller frames are read from the network and handed on several at a time
 _thread = threading.local()
 
 
@@ -48,12 +49,6 @@ def read_exactly(stream: ByteStream, size: int) -> bytes:
         parts.append(data)
         have += len(data)
     return b"".join(parts)
-
-
-def pass_over(stream: ByteStream, size: int) -> None:
-    """Read and drop `size` bytes. Blocking; raises RegistryError."""
-    while size > 0:
-        size -= len(stream.read(min(size, _READ)))
 
 
 def decode_extent(data: bytes, *, bound: int) -> bytes:
@@ -131,42 +126,86 @@ def needed(table: LayerTable, frame: int) -> int:
     return min(int(table.frame_blob_end[frame] - table.frame_blob_offset[frame]), bound + (bound >> 7) + _READ)
 
 
+class _Body:
+    """A body cut into frames. Tiny ones are read together, and `before` is called whenever the network may block."""
+
+    def __init__(self, stream: ByteStream, size: int, before: Callable[[], None]) -> None:
+        self._stream = stream
+        self._left = size  # bytes that have not been read from the stream
+        self._before = before
+        self._buffer = b""
+        self._at = 0
+
+    def take(self, size: int) -> bytes:
+        """Return the next `size` bytes. Blocking; raises RegistryError."""
+        have = self._buffer[self._at : self._at + size]
+        self._at += len(have)
+        missing = size - len(have)
+        if not missing:
+            return have
+        self._before()
+        if missing >= _TOGETHER:
+            self._left -= missing
+            rest = read_exactly(self._stream, missing)
+            return have + rest if have else rest
+        self._buffer, self._at = read_exactly(self._stream, min(_TOGETHER, self._left)), missing
+        self._left -= len(self._buffer)
+        return have + self._buffer[:missing]
+
+
 def fetch_frames(
     layer: ServedLayer,
     first: int,
     stop: int,
     deadline: float,
-    deliver: Callable[[int, dict[int, bytes]], None],
+    deliver: Callable[[dict[int, dict[int, bytes]]], None],
 ) -> Fetched:
-    """Fetch frames [first, stop) with one range request; call `deliver(frame, chunks)` as each is decoded and verified.
+    """Fetch frames [first, stop) with one range request; call `deliver` with the chunks by frame as they are verified.
 
     Blocking, to be run in a worker thread; `deadline` is a `time.monotonic()` value. Chunks are delivered before they
-    are written to the store, so that no reader waits for the disk; when the next frame is delivered, or this returns,
-    they are written. A frame with wrong bytes is passed over: its neighbours are no worse for it. Raise RegistryError;
-    frames delivered before that are good.
+    are written to the store, so that no reader waits for the disk; at the next delivery, or when this returns, they are
+    written. A frame with wrong bytes is passed over: its neighbours are no worse for it. Raise RegistryError; frames
+    delivered before that are good.
     """
     table = layer.table
     start = table.frame_blob_offset[first]
     size = table.frame_blob_offset[stop - 1] + needed(table, stop - 1) - start
     damaged: dict[int, DigestMismatch | FrameInvalid] = {}
+    ready: dict[int, dict[int, bytes]] = {}
+    early: list[tuple[int, int, bytes]] = []  # (extent, blob offset, compressed bytes)
+
+    def hand_over() -> None:
+        nonlocal ready
+        if not ready:
+            return
+        check = layer.check
+        if check is not None:
+            # Before the delivery: whoever waits for the frames on behalf of the check looks here next.
+            check.spool.put_run([extent for extent in early if extent[0] >= check.next])
+        done, ready = ready, {}
+        early.clear()
+        deliver(done)
+        store_chunks(layer, {chunk: data for chunks in done.values() for chunk, data in chunks.items()})
+
     began = time.monotonic()
     with layer.repository.fetch(layer.digest, start, size, deadline=deadline) as stream:
         first_byte = time.monotonic() - began
+        body = _Body(stream, size, hand_over)
         for frame in range(first, stop):
             extent = table.frame_blob_end[frame] - table.frame_blob_offset[frame]
-            data = read_exactly(stream, needed(table, frame))
-            if frame + 1 < stop:
-                pass_over(stream, extent - len(data))
+            data = body.take(needed(table, frame))
+            if len(data) == extent:
+                early.append((frame + 1, table.frame_blob_offset[frame], data))
             try:
                 decoded, _ = decoder().decode_first(data, frame_bound(table, frame))
-                chunks = frame_chunks(layer, frame, decoded)
+                ready[frame] = frame_chunks(layer, frame, decoded)
             except (DigestMismatch, FrameInvalid) as error:
                 damaged[frame] = error
-                continue
-            check = layer.check
-            if check is not None and check.next <= frame + 1 and len(data) == extent:
-                # Before the delivery: whoever waits for the frame on behalf of the check looks here next.
-                check.spool.put(frame + 1, table.frame_blob_offset[frame], data)
-            deliver(frame, chunks)
-            store_chunks(layer, chunks)
-    return Fetched(Sample(first_byte, size, time.monotonic() - began - first_byte), damaged)
+                if early and early[-1][0] == frame + 1:
+                    del early[-1]
+            over = extent - len(data) if frame + 1 < stop else 0
+            while over:
+                over -= len(body.take(min(over, _READ)))
+    sample = Sample(first_byte, size, time.monotonic() - began - first_byte)
+    hand_over()
+    return Fetched(sample, damaged)

@@ -28,6 +28,7 @@ log = logging.getLogger(__name__)
 WINDOW = 4 * MiB  # compressed bytes of the largest read-ahead; two are under way at most while reads are sequential
 _FIRST_WINDOW = 512 * KiB  # compressed bytes of the first read-ahead after two reads in order
 MAX_FRAMES = 512  # of one request: tiny frames must not hold up the loop, nor pile up as flights
+_SKIP = 32  # frames that a read-ahead steps over because they are here already
 _STREAMS = 64  # sequential readers remembered, node-wide
 _BACKOFF = (0.2, 0.5, 1.0, 2.0, 5.0)  # seconds between tries, with jitter
 _DAMAGED_TRIES = 2  # wrong bytes are fetched again once: a bad mirror or a flipped bit on the way; then they are real
@@ -38,7 +39,7 @@ _FOREVER = 10 * 365 * 86400.0  # seconds, where read_timeout is 0
 class _Fetch:
     """One request for neighbouring frames, tried until all have landed: how urgent, and since when."""
 
-    __slots__ = ("flights", "hurry", "over", "priority", "repository", "ticket")
+    __slots__ = ("flights", "hurry", "landed", "over", "priority", "repository", "ticket")
 
     def __init__(self, layer: ServedLayer, first: int, stop: int, priority: Priority, ticket: Ticket) -> None:
         self.priority = priority
@@ -46,6 +47,7 @@ class _Fetch:
         self.repository: Repository = layer.repository
         self.hurry = trio.Event()  # somebody more urgent has turned up: no time for a pause
         self.over = trio.Event()
+        self.landed: list[int] = []  # frames that arrived last: the store is still writing them
         # By frame; those that are in the store drop out, for they hold decoded bytes.
         self.flights = {frame: _Flight(self) for frame in range(first, stop)}
 
@@ -119,6 +121,7 @@ class Remote:
                 flight = self._depart(layer, frame, priority, limit, span)
             else:
                 flight.fetch.promote(priority)
+                self._pass(layer, frame)
             if priority is Priority.DEMAND:
                 self._read_on(layer, frame)
             with trio.move_on_at(give_up):
@@ -135,8 +138,10 @@ class Remote:
 
     def note_read(self, layer: ServedLayer, chunk: int) -> None:
         """Tell that a reader took a chunk that was here already: a stream of reads may want its next window."""
-        if self._marks:
-            self._read_on(layer, layer.table.chunk_frame[chunk])
+        if self._streams:
+            frame = layer.table.chunk_frame[chunk]
+            self._pass(layer, frame)
+            self._read_on(layer, frame)
 
     async def bring(self, layer: ServedLayer, first: int, stop: int, priority: Priority) -> None:
         """Fetch frames [first, stop) as one request, except those under way; wait until all are in the store.
@@ -219,12 +224,23 @@ class Remote:
         while len(self._streams) > _STREAMS:
             self._streams.popitem(last=False)
 
+    def _pass(self, layer: ServedLayer, frame: int) -> None:
+        """Let a sequential reader keep its window over a frame that somebody else has fetched."""
+        window = self._streams.pop((layer.number, frame), 0)
+        if window:
+            self._streams[layer.number, frame + 1] = window
+
     def _read_on(self, layer: ServedLayer, frame: int) -> None:
         mark = self._marks.pop((layer.number, frame), None)
         if mark is None:
             return
         first, limit, window = mark
-        if (layer.number, first) in self._flights or not layer.frame_missing(first):
+        for _ in range(_SKIP):
+            if first >= limit or self._wanted(layer, first):
+                break
+            self._pass(layer, first)
+            first += 1
+        if first >= min(limit, layer.table.frame_count) or not self._wanted(layer, first):
             return
         self._streams.pop((layer.number, first), None)
         stop = self._reach(layer, first, window, limit, first)
@@ -288,9 +304,9 @@ class Remote:
         token = trio.lowlevel.current_trio_token()
         ticket = fetch.ticket
 
-        def deliver(frame: int, chunks: dict[int, bytes]) -> None:
-            size = needed(layer.table, frame)
-            token.run_sync_soon(self._arrive, layer, fetch, frame, chunks, size, ticket.priority)
+        def deliver(arrived: dict[int, dict[int, bytes]]) -> None:
+            size = sum(needed(layer.table, frame) for frame in arrived)
+            token.run_sync_soon(self._arrive, layer, fetch, arrived, size, ticket.priority)
 
         def job() -> Fetched:
             # One try must leave time for another: a server that drips is not known by a pause between two bytes. What
@@ -316,17 +332,18 @@ class Remote:
                 flight.done.set()
 
     def _arrive(
-        self, layer: ServedLayer, fetch: _Fetch, frame: int, chunks: dict[int, bytes], size: int, priority: Priority
+        self, layer: ServedLayer, fetch: _Fetch, arrived: dict[int, dict[int, bytes]], size: int, priority: Priority
     ) -> None:
-        """Let a frame of `size` compressed bytes land. The loop calls it, perhaps late, and would die of an error."""
+        """Let frames of `size` compressed bytes land. The loop calls it, perhaps late, and would die of an error."""
         layer.bytes_by_priority[priority] += size
-        flight = fetch.flights.get(frame)
-        if flight is not None and not flight.done.is_set():
-            flight.chunks = chunks
-            flight.done.set()
-        before = fetch.flights.get(frame - 1)
-        if before is not None and before.done.is_set():
-            self._forget(layer, fetch, frame - 1)  # it is in the store by now, see fetch_frames
+        for frame in fetch.landed:
+            self._forget(layer, fetch, frame)  # they are in the store by now, see fetch_frames
+        fetch.landed = list(arrived)
+        for frame, chunks in arrived.items():
+            flight = fetch.flights.get(frame)
+            if flight is not None and not flight.done.is_set():
+                flight.chunks = chunks
+                flight.done.set()
 
     def _forget(self, layer: ServedLayer, fetch: _Fetch, frame: int) -> None:
         flight = fetch.flights.pop(frame, None)

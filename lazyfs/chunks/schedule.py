@@ -19,7 +19,7 @@ T = TypeVar("T")
 
 QUIET = 1.0  # seconds without demand after which background may use the whole link
 _SMOOTHING = 0.3  # weight of the newest sample in the moving averages
-_PATIENCE = 0.02  # seconds between looks while background waits for running demand reads
+_PATIENCE = 0.02  # seconds between looks while background waits for the end of demand
 # Threads for each connection: those of cancelled jobs run on until their own deadline and must not stop new ones, nor
 # pile up without a bound.
 _THREADS = 4
@@ -141,9 +141,9 @@ class Scheduler:
         return self._host(host).quiet
 
     async def until_calm(self, host: str, deadline: float) -> None:
-        """Wait until no demand read of this host is running, or until `deadline` (trio clock). A checkpoint."""
+        """Wait until no reader has waited for this host for a while, or until `deadline` (trio clock). A checkpoint."""
         state = self._host(host)
-        while state.running[Priority.DEMAND] and self._clock() < deadline:
+        while not state.quiet and self._clock() < deadline:
             await trio.sleep(_PATIENCE)
         await trio.lowlevel.checkpoint()
 

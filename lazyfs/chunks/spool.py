@@ -16,6 +16,9 @@ from pathlib import Path
 
 from lazyfs.chunks.holes import punch_hole
 from lazyfs.chunks.private_files import OwnedFd
+from lazyfs.units import MiB
+
+_LOT = MiB  # bytes given back to the disk at a time
 
 log = logging.getLogger(__name__)
 
@@ -44,6 +47,7 @@ class Spool:
         # file under its hands.
         self._file: OwnedFd | None = None
         self._punches = True
+        self._taken = (0, 0)  # blob offsets of what was taken in a row and still lies on the disk
         self.works = True  # False: something could not be kept, and there is no use in bringing more here
         try:
             with tempfile.TemporaryFile(dir=directory) as handle:
@@ -52,23 +56,33 @@ class Spool:
             self.works = False
             log.warning("no spool in %s, early bytes will be fetched twice: %s", directory, error)
 
-    def put(self, extent: int, blob_offset: int, data: bytes | memoryview) -> bool:
+    def put(self, extent: int, blob_offset: int, data: bytes) -> bool:
         """Keep an extent. False: the disk would not."""
+        self.put_run([(extent, blob_offset, data)])
+        return self.has(extent)
+
+    def put_run(self, extents: list[tuple[int, int, bytes]]) -> None:
+        """Keep (extent, blob offset, data) triples, in blob order; neighbours go out in one write."""
         file = self._file
-        if file is None or not self.works:
-            return False
-        try:
-            done = os.pwrite(file.number, data, blob_offset) == len(data)
-        except OSError:
-            done = False
-        if not done:
-            self.works = False
-        else:
-            place = _Place(blob_offset, len(data), zlib.crc32(data))
-            with self._lock:
-                if self._file is file:
-                    self._extents[extent] = place
-        return done
+        at = 0
+        while file is not None and self.works and at < len(extents):
+            end, behind = at, extents[at][1]
+            while end < len(extents) and extents[end][1] == behind:
+                behind += len(extents[end][2])
+                end += 1
+            run = extents[at:end]
+            try:
+                self.works = os.pwrite(file.number, b"".join(data for _, _, data in run), run[0][1]) == (
+                    behind - run[0][1]
+                )
+            except OSError:
+                self.works = False
+            if self.works:
+                places = {extent: _Place(offset, len(data), zlib.crc32(data)) for extent, offset, data in run}
+                with self._lock:
+                    if self._file is file:
+                        self._extents.update(places)
+            at = end
 
     def has(self, extent: int) -> bool:
         return extent in self._extents
@@ -85,20 +99,32 @@ class Spool:
         except OSError:
             self.works = False
             return None
-        if self._punches:
-            try:
-                punch_hole(file.number, place.blob_offset, place.size)
-            except OSError:
-                self._punches = False  # the file system can't; the space comes back at the end
+        self._give_back(file, place)
         if len(data) == place.size and zlib.crc32(data) == place.checksum:
             return data
         self.works = False
         return None
 
+    def _give_back(self, file: OwnedFd, place: _Place) -> None:
+        """Free what was taken, neighbours together: a call a tiny extent would cost more than all else."""
+        with self._lock:
+            start, end = self._taken
+            if place.blob_offset != end:
+                start = place.blob_offset
+            end = place.blob_offset + place.size
+            is_lot = end - start >= _LOT
+            self._taken = (end, end) if is_lot else (start, end)
+        if is_lot and self._punches:
+            try:
+                punch_hole(file.number, start, end - start)
+            except OSError:
+                self._punches = False  # the file system can't; the space comes back at the end
+
     def clear(self) -> None:
         """Forget all extents."""
         with self._lock:
             self._extents.clear()
+            self._taken = (0, 0)
 
     def close(self) -> None:
         """Drop everything. Further calls find nothing."""

@@ -273,8 +273,9 @@ async def test_prefetch_brings_what_lies_before_the_landmark(
 
 
 async def test_background_asks_for_little_while_somebody_reads(
-    scratch: Path, registry: FakeRegistry, blob: LayerBlob
+    scratch: Path, registry: FakeRegistry, monkeypatch: pytest.MonkeyPatch, blob: LayerBlob
 ) -> None:
+    monkeypatch.setattr(fill_module, "_CALM", 0.02)
     async with node(scratch) as one:
         layer = one.serve(blob, registry)
         filler = Filler(one.scheduler, one.remote)

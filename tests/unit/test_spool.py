@@ -49,6 +49,25 @@ def test_disk_space_comes_back_with_each_extent(tmp_path: Path) -> None:
     spool.close()
 
 
+def test_tiny_extents_are_kept_together_and_come_back_one_by_one(tmp_path: Path) -> None:
+    spool = Spool(tmp_path)
+    run = [(number, 100 + 7 * number, b"%07d" % number) for number in range(1000)]
+    spool.put_run([*run, (2000, 1 << 20, b"far")])
+    assert [spool.take(number) for number, _, _ in run] == [data for _, _, data in run]
+    assert spool.take(2000) == b"far"
+    spool.close()
+
+
+def test_disk_that_failed_once_is_left_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    spool = Spool(tmp_path)
+    monkeypatch.setattr(os, "pwrite", lambda fd, data, offset: 0)
+    assert not spool.put(0, 0, b"a")
+    monkeypatch.undo()
+    assert not spool.works
+    assert not spool.put(0, 0, b"a")
+    spool.close()
+
+
 def test_closed_and_cleared_spools_find_nothing(tmp_path: Path) -> None:
     spool = Spool(tmp_path)
     spool.put(0, 0, b"a")
@@ -94,15 +113,19 @@ def test_disk_that_changes_bytes_gives_nothing(tmp_path: Path) -> None:
 
 def test_file_system_without_holes_still_gives_the_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     spool = Spool(tmp_path)
-    spool.put(0, 0, b"a")
-    spool.put(1, 1, b"b")
+    a, b = os.urandom(1 << 20), os.urandom(1 << 20)
+    spool.put(0, 0, a)
+    spool.put(1, 1 << 20, b)
+    refused = []
 
     def refuse(fd: int, offset: int, size: int) -> None:
+        refused.append(offset)
         raise OSError(errno.EOPNOTSUPP, "Operation not supported")
 
     monkeypatch.setattr(spool_module, "punch_hole", refuse)
-    assert spool.take(0) == b"a"
-    assert spool.take(1) == b"b"
+    assert spool.take(0) == a
+    assert spool.take(1) == b
+    assert refused == [0]  # and is not asked again
     spool.close()
 
 
