@@ -83,6 +83,11 @@ def _check_directory(settings: Settings, text: str) -> str:
         ) from None
     if not stat.S_ISDIR(mode):
         raise MountPointInvalid(directory, "is not a directory")
+    for ours in (settings.root, settings.run):
+        place = os.path.realpath(ours)
+        if os.path.commonpath((place, directory)) in (place, directory):
+            # the daemon would wait for itself as soon as it looks for its own files
+            raise MountPointInvalid(directory, f"holds {ours} or lies in it", hint="mount the image somewhere else")
     known = attached.recall(settings, directory)
     if known is not None:
         if mounts.top_at(os.fsencode(directory)) is not None:

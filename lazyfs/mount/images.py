@@ -328,7 +328,7 @@ class Images:
         with scope:
             if self._settings.prefetch and layer.table.landmark:
                 await self._filler.prefetch(layer)
-            if not self._settings.background and layer.check is not None and self._trusts(layer.repository.name):
+            if not self._settings.background and layer.check is not None and self._trusts(layer.repository):
                 return
             was_verified = layer.verified
             false = await self._filler.fill(layer)
@@ -354,18 +354,21 @@ class Images:
 
     # -- trust
 
-    def _trusts(self, name: str) -> bool:
+    def _trusts(self, repository: Repository) -> bool:
+        name = f"{repository.host}/{repository.name}"
         return any(fnmatch.fnmatchcase(name, pattern) for pattern in self._settings.lazy_from)
 
     async def _await_trust(self, repository: Repository, prepared: list[Prepared], say: Callable[[str], None]) -> None:
         """Wait for the whole check of layers from repositories that `lazy_from` does not list."""
-        if self._trusts(repository.name):
+        if self._trusts(repository):
             return
         for one in prepared:
             layer = one.layer
             event = self._checked.get(layer.digest)
             if not layer.verified and not layer.quarantine and event is not None:
-                say(f"layer {layer.digest[7:19]}: verified in full first, lazy_from does not list {repository.name}")
+                say(
+                    f"layer {layer.digest[7:19]}: verified in full first, lazy_from does not list {repository.host}/{repository.name}"
+                )
                 await event.wait()
             layer.ensure_readable()
 
