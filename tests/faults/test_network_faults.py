@@ -1,4 +1,4 @@
-"""Registries that fail, at the mount and in mid-read: right bytes or EIO in bounded time, never wrong bytes, no hang."""
+"""Registries that fail, at the mount and in mid-read: right bytes or EIO in bounded time, no wrong byte, no hang."""
 
 from __future__ import annotations
 

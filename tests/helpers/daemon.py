@@ -153,7 +153,8 @@ class Node:
         self._dirs += 1
         path = self.place / f"mnt{self._dirs}"
         path.mkdir()
-        path.chmod(0o777)
+        owner = self.place.stat()
+        os.chown(path, owner.st_uid, owner.st_gid)
         return path
 
     def mount(self, image: str | AddedImage, *options: str, at: Path | None = None) -> Path:
@@ -311,7 +312,7 @@ def receive_line(sock: socket.socket) -> bytes:
 def tmpfs(directory: Path, size: int) -> Iterator[Path]:
     """Mount a tmpfs of `size` bytes: a small disk."""
     directory.mkdir(exist_ok=True)
-    mounts.mount(b"none", os.fsencode(directory), "tmpfs", options=b"size=%d" % size)
+    mounts.mount(b"none", os.fsencode(directory), "tmpfs", options=b"size=%d,mode=700" % size)
     try:
         yield directory
     finally:

@@ -1,0 +1,141 @@
+"""A store that is full, damaged or cut short: the reader gets the right bytes all the same."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+
+from tests.helpers.blobs import zstd_chunked_layer
+from tests.helpers.daemon import Node, add, pattern, tmpfs, until
+from tests.helpers.fake_registry import AddedImage, FakeRegistry
+from tests.helpers.tars import file, tar_of
+
+DATA = pattern(6_000_000, 3)
+
+
+def image_of(registry: FakeRegistry) -> AddedImage:
+    return add(registry, "image", zstd_chunked_layer(tar_of(file("data", DATA), file("small", b"small"))))
+
+
+def forget_pages(node: Node, path: Path) -> None:
+    code = "os.posix_fadvise(os.open(a[0], os.O_RDONLY), 0, 0, os.POSIX_FADV_DONTNEED)"
+    node.python(code, path)
+
+
+def layer_file(node: Node, image: AddedImage, name: str) -> Path:
+    return node.root / "layers" / "sha256" / image.layers[0][7:] / name
+
+
+def flip(path: Path, offset: int) -> None:
+    with path.open("r+b") as handle:
+        handle.seek(offset)
+        byte = handle.read(1)
+        handle.seek(offset)
+        handle.write(bytes([byte[0] ^ 0xFF]))
+
+
+def test_disk_full_in_mid_read(node: Node, registry: FakeRegistry) -> None:
+    node.settings["MEMORY_SIZE"] = "1MB"
+    with tmpfs(node.root, 3 << 20):
+        tree = node.mount(image_of(registry))
+        assert node.read(tree / "data") == DATA
+        forget_pages(node, tree / "data")
+        assert node.read(tree / "data") == DATA
+        store = node.status()["cache"]["store"]
+        assert store["write_failures"] > 0 or store["passed_by"] or store["evicted"] > 0
+        node.umount(tree)
+        until(lambda: not node.processes(), "the daemon ends by itself")
+
+
+def test_disk_full_from_the_start(node: Node, registry: FakeRegistry) -> None:
+    with tmpfs(node.root, 1 << 20):
+        with contextlib.suppress(OSError), (node.root / "filler").open("wb", buffering=0) as handle:
+            while handle.write(bytes(4096)):
+                pass
+        sentence = node.refused(9, "mount", image_of(registry).reference, node.new_dir())
+        assert "space" in sentence or "full" in sentence
+        until(lambda: not node.processes(), "no daemon stays")
+
+
+def test_damaged_chunks_are_fetched_again(node: Node, registry: FakeRegistry) -> None:
+    node.settings["MEMORY_SIZE"] = "0"
+    image = image_of(registry)
+    tree = node.mount(image)
+    assert node.read(tree / "data") == DATA
+    for offset in (0, 1_500_000, 5_999_000):
+        flip(layer_file(node, image, "data"), offset)
+    forget_pages(node, tree / "data")
+    assert node.read(tree / "data") == DATA
+    assert node.status()["cache"]["store"]["damaged"] == 3
+
+
+def test_truncated_data_is_fetched_again(node: Node, registry: FakeRegistry) -> None:
+    node.settings["MEMORY_SIZE"] = "0"
+    image = image_of(registry)
+    tree = node.mount(image)
+    assert node.read(tree / "data") == DATA
+    os.truncate(layer_file(node, image, "data"), 1000)
+    forget_pages(node, tree / "data")
+    assert node.read(tree / "data") == DATA
+
+
+@pytest.mark.parametrize("name", ["data", "chunks", "toc", "table", "source"])
+@pytest.mark.parametrize("damage", ["flipped", "truncated", "emptied", "removed"])
+def test_layer_file_damaged_between_mounts(node: Node, registry: FakeRegistry, name: str, damage: str) -> None:
+    image = image_of(registry)
+    tree = node.mount(image)
+    assert node.read(tree / "data") == DATA
+    node.umount(tree)
+    until(lambda: not node.processes(), "the daemon ends by itself")
+    path = layer_file(node, image, name)
+    size = path.stat().st_size
+    if damage == "flipped":
+        flip(path, size // 2)
+    elif damage == "removed":
+        path.unlink()
+    else:
+        os.truncate(path, 0 if damage == "emptied" else size // 2)
+    tree = node.mount(image)
+    assert node.read(tree / "data") == DATA
+    assert node.read(tree / "small") == b"small"
+
+
+@pytest.mark.parametrize("what", ["catalog.db", "trees"])
+def test_node_wide_file_damaged_between_mounts(node: Node, registry: FakeRegistry, what: str) -> None:
+    image = image_of(registry)
+    node.umount(node.mount(image))
+    until(lambda: not node.processes(), "the daemon ends by itself")
+    path = node.root / what
+    if path.is_dir():
+        path = next(path.iterdir())
+    for offset in range(0, path.stat().st_size, 512):
+        flip(path, offset)
+    directory = node.new_dir()
+    done = node.lazyfs("mount", image.reference, directory)
+    if done.returncode == 0:
+        assert node.read(directory / "data") == DATA
+    else:
+        assert done.returncode == 9 and done.stderr.startswith("lazyfs: ") and "catalog.db" in done.stderr, done.stderr
+
+
+def test_store_removed_under_the_daemon(node: Node, registry: FakeRegistry) -> None:
+    image = image_of(registry)
+    tree = node.mount(image)
+    assert node.read(tree / "small") == b"small"
+    shutil.rmtree(node.root / "layers")
+    assert node.read(tree / "data") == DATA
+
+
+def test_plain_layer_damaged(node: Node, registry: FakeRegistry) -> None:
+    node.settings["MEMORY_SIZE"] = "0"
+    image = add(registry, "plain", tar_of(file("data", DATA)))
+    tree = node.mount(image)
+    assert node.read(tree / "data") == DATA
+    flip(layer_file(node, image, "data"), 2_000_000)
+    forget_pages(node, tree / "data")
+    assert node.read(tree / "data") == DATA
+    assert node.status()["cache"]["store"]["damaged"] >= 1
