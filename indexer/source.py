@@ -1,7 +1,4 @@
-"""The source of a layer: its blob as it arrives, hashed, and decompressed by what its first bytes say it is.
-
-Media types lie often enough (Docker's "tar.gzip" around zstd, OCI's "tar" around gzip) that they are not asked.
-"""
+"""The source of a layer: its blob as it arrives, hashed, and decompressed by what its first bytes say it is."""
 
 from __future__ import annotations
 
@@ -9,29 +6,21 @@ import hashlib
 import queue
 import threading
 import time
-import zlib
 from collections.abc import Callable, Iterator
 from typing import BinaryIO
 
-import zstandard
-
-from lazyfs.errors import FrameInvalid, Interrupted, RegistryError, StoreBroken
+from lazyfs.errors import Interrupted, RegistryError, StoreBroken
+from lazyfs.format.inflate import decompress
 from lazyfs.oci import Descriptor
 from lazyfs.registry.repository import Repository
-from lazyfs.units import KiB, MiB
+from lazyfs.units import KiB
 
 _READ = 256 * KiB  # bytes asked of the registry at once
-_STEP = MiB  # bytes decompressed at once: bounds what a bomb can do to our memory
 _DEPTH = 4  # blocks between the two threads
-_WINDOW = 128 * MiB  # the largest zstd window taken, as the zstd program's default
 _RESUMES = 5  # broken transfers in a row without a byte between them
 _POLL = 0.2  # seconds until a cancelled conversion is noticed
 _SLOWEST = 50_000  # bytes/s; a source slower than this is given up after the grace
 _GRACE = 600.0  # seconds
-
-_GZIP = b"\x1f\x8b"
-_ZSTD = b"\x28\xb5\x2f\xfd"
-_OTHERS = {b"BZh": "bzip2", b"\xfd7zXZ\0": "xz", b"\x04\x22\x4d\x18": "lz4"}
 
 
 class BlobSource:
@@ -78,22 +67,7 @@ def decompressed(blob: BlobSource, copy: BinaryIO | None = None) -> Iterator[byt
     its end. Raise RegistryError; FrameInvalid for damage, and for compressions that no layer may have; StoreBroken when
     `copy` fails.
     """
-    blocks = blob.blocks() if copy is None else _copied(blob.blocks(), copy)
-    head = b""
-    for block in blocks:
-        head += block
-        if len(head) >= 8:
-            break
-    rest = _chain(head, blocks)
-    if head.startswith(_GZIP):
-        yield from _gunzip(rest)
-    elif head.startswith(_ZSTD) or (head[1:4] == b"\x2a\x4d\x18" and 0x50 <= head[0] <= 0x5F):
-        yield from _unzstd(rest)
-    else:
-        for magic, name in _OTHERS.items():
-            if head.startswith(magic):
-                raise FrameInvalid(f"the layer is compressed with {name}, which is not allowed for layers")
-        yield from rest
+    return decompress(blob.blocks() if copy is None else _copied(blob.blocks(), copy))
 
 
 def _copied(blocks: Iterator[bytes], target: BinaryIO) -> Iterator[bytes]:
@@ -103,67 +77,6 @@ def _copied(blocks: Iterator[bytes], target: BinaryIO) -> Iterator[bytes]:
         except OSError as error:
             raise StoreBroken(f"a temporary file can't be written: {error.strerror}") from None
         yield block
-
-
-def _chain(head: bytes, rest: Iterator[bytes]) -> Iterator[bytes]:
-    if head:
-        yield head
-    yield from rest
-
-
-def _gunzip(blocks: Iterator[bytes]) -> Iterator[bytes]:
-    inflate = zlib.decompressobj(31)
-    begun = False  # whether this member has had a byte
-    try:
-        for block in blocks:
-            data = block
-            while data:
-                if inflate.eof:
-                    inflate = zlib.decompressobj(31)
-                begun = True
-                out = inflate.decompress(data, _STEP)
-                data = inflate.unused_data if inflate.eof else inflate.unconsumed_tail
-                if out:
-                    yield out
-        while begun and not inflate.eof:
-            out = inflate.decompress(b"", _STEP)
-            if not out and not inflate.eof:
-                raise FrameInvalid("the layer's gzip stream ends too early")
-            yield out
-    except zlib.error as error:
-        raise FrameInvalid(f"the layer's gzip stream is damaged: {error}") from None
-
-
-def _unzstd(blocks: Iterator[bytes]) -> Iterator[bytes]:
-    # A stream cut short ends quietly here; the diff ID tells.
-    decompressor = zstandard.ZstdDecompressor(max_window_size=_WINDOW)
-    try:
-        with decompressor.stream_reader(
-            _Readable(blocks),  # type: ignore[arg-type]
-            read_size=_READ,
-            read_across_frames=True,
-        ) as reader:
-            while out := reader.read(_STEP):
-                yield out
-    except zstandard.ZstdError as error:
-        raise FrameInvalid(f"the layer's zstd stream is damaged: {error}") from None
-    except MemoryError:
-        raise FrameInvalid(f"the layer's zstd stream wants a window of more than {_WINDOW} bytes") from None
-
-
-class _Readable:
-    """An iterator of blocks as the file that zstandard wants to read."""
-
-    def __init__(self, blocks: Iterator[bytes]) -> None:
-        self._blocks = blocks
-        self._left = b""
-
-    def read(self, size: int = -1) -> bytes:
-        block = self._left or next(self._blocks, b"")
-        if size < 0:
-            raise AssertionError("unreachable: the reader asks for pieces")
-        self._left = block[size:]
-        return block[:size] if self._left else block
 
 
 class Pump:

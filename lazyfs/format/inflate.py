@@ -1,11 +1,14 @@
-"""Compressed layer streams as plain tar streams: gzip (any number of members), zstd (any number of frames), or as they are.
+"""Compressed layers as plain tar streams: gzip (any number of members), zstd (any number of frames), or as they are.
 
-Told apart by magic, because media types lie. Output comes in bounded pieces whatever the input claims.
-"""  # noqa: E501
+Told apart by magic, because media types lie: Docker's "tar.gzip" around zstd, OCI's "tar" around gzip. Output comes in
+bounded pieces whatever the input claims.
+"""
 
 from __future__ import annotations
 
 import zlib
+from collections.abc import Iterable, Iterator
+from itertools import chain
 from typing import Protocol
 
 import zstandard
@@ -13,11 +16,15 @@ import zstandard
 from lazyfs.errors import FrameInvalid
 from lazyfs.units import KiB, MiB
 
+STEP = MiB  # bytes; no piece of output is larger
+_INPUT = 256 * KiB  # bytes of compressed input at a time
+_MAX_WINDOW = 128 * MiB  # bytes of zstd history: what `zstd --long` reaches without asking
+_LONGEST_MAGIC = 8  # bytes
+
 _GZIP = b"\x1f\x8b"
 _ZSTD = b"\x28\xb5\x2f\xfd"
 _SKIPPABLE = b"\x2a\x4d\x18"  # behind a first byte of 0x50 to 0x5f
-_INPUT = 256 * KiB  # bytes of compressed input at a time
-_MAX_WINDOW = 128 * MiB  # bytes of zstd history: what `zstd --long` reaches without asking
+_OTHERS = {b"BZh": "bzip2", b"\xfd7zXZ\0": "xz", b"\x04\x22\x4d\x18": "lz4"}
 
 
 class Readable(Protocol):
@@ -26,76 +33,91 @@ class Readable(Protocol):
     def read(self, size: int, /) -> bytes: ...
 
 
-class _Ahead:
-    """A stream with some bytes put back in front of it."""
+def decompress(blocks: Iterable[bytes]) -> Iterator[bytes]:
+    """Yield the decompressed bytes of a stream that comes in `blocks` of any size, in pieces of 1 MiB at most.
 
-    def __init__(self, head: bytes, stream: Readable) -> None:
-        self._head = head
-        self._stream = stream
-
-    def read(self, size: int = -1) -> bytes:
-        if self._head:
-            head, self._head = self._head[:size], self._head[size:]
-            return head
-        return self._stream.read(size)
-
-
-class _Gzip:
-    """Members one after another. Zero padding behind the last one is tolerated, as gzip does."""
-
-    def __init__(self, stream: Readable) -> None:
-        self._stream = stream
-        self._member = zlib.decompressobj(wbits=31)
-        self._input = b""
-        self._begun = False
-
-    def read(self, size: int, /) -> bytes:
-        while True:
-            if not self._input:
-                self._input = self._stream.read(_INPUT)
-                if not self._input:
-                    if self._begun:
-                        raise FrameInvalid("the gzip stream ends early")
-                    return b""
-            if not self._begun:
-                self._input = self._input.lstrip(b"\0")
-                if not self._input:
-                    continue
-                self._begun = True
-            try:
-                out = self._member.decompress(self._input, size)
-            except zlib.error as error:
-                raise FrameInvalid(f"the gzip stream does not decode: {error}") from None
-            if self._member.eof:
-                self._input = self._member.unused_data
-                self._member = zlib.decompressobj(wbits=31)
-                self._begun = False
-            else:
-                self._input = self._member.unconsumed_tail
-            if out:
-                return out
-
-
-class _Zstd:
-    def __init__(self, stream: Readable) -> None:
-        context = zstandard.ZstdDecompressor(max_window_size=_MAX_WINDOW)
-        self._reader = context.stream_reader(stream, read_size=_INPUT, read_across_frames=True)  # type: ignore[arg-type]
-
-    def read(self, size: int, /) -> bytes:
-        try:
-            return self._reader.read(size)
-        except zstandard.ZstdError as error:
-            raise FrameInvalid(f"the zstd stream does not decode: {error}") from None
+    The stream is taken to its end. Raise FrameInvalid for damage, and for compressions that no layer may have; a zstd
+    stream cut short just ends, which its digest tells. Blocks as `blocks` does.
+    """
+    rest = iter(blocks)
+    head = b""
+    for block in rest:
+        head += block
+        if len(head) >= _LONGEST_MAGIC:
+            break
+    whole = chain((head,), rest) if head else rest
+    if head.startswith(_GZIP):
+        yield from _gunzip(whole)
+    elif head.startswith(_ZSTD) or (head[1:4] == _SKIPPABLE and head[0] >> 4 == 5):
+        yield from _unzstd(whole)
+    else:
+        for magic, name in _OTHERS.items():
+            if head.startswith(magic):
+                raise FrameInvalid(f"the layer is compressed with {name}, which is not allowed for layers")
+        for block in whole:
+            yield from (block[at : at + STEP] for at in range(0, len(block), STEP)) if len(block) > STEP else (block,)
 
 
 def open_stream(stream: Readable) -> Readable:
-    """Return a stream of the decompressed bytes; its read() raises FrameInvalid. Blocking: reads the first bytes."""
-    head = b""
-    while len(head) < 4 and (more := stream.read(4 - len(head))):
-        head += more
-    ahead = _Ahead(head, stream)
-    if head.startswith(_GZIP):
-        return _Gzip(ahead)
-    if head == _ZSTD or (head[1:] == _SKIPPABLE and head[0] >> 4 == 5):
-        return _Zstd(ahead)
-    return ahead
+    """Return a stream of the decompressed bytes, at most 1 MiB a read. Blocking; read() raises what `decompress` does."""  # noqa: E501
+    return _Pieces(decompress(_blocks(stream)))
+
+
+def _blocks(stream: Readable) -> Iterator[bytes]:
+    while block := stream.read(_INPUT):
+        yield block
+
+
+class _Pieces:
+    """An iterator of blocks as a file to read from."""
+
+    def __init__(self, blocks: Iterator[bytes]) -> None:
+        self._blocks = blocks
+        self._left = b""
+
+    def read(self, size: int = _INPUT, /) -> bytes:
+        block = self._left or next(self._blocks, b"")
+        self._left = block[size:]
+        return block[:size] if self._left else block
+
+
+def _gunzip(blocks: Iterable[bytes]) -> Iterator[bytes]:
+    """Members one after another. Zero padding behind the last one is tolerated, as gzip does."""
+    member = zlib.decompressobj(31)
+    begun = False  # whether this member has had a byte
+    try:
+        for block in blocks:
+            data = block
+            while data:
+                if not begun:
+                    data = data.lstrip(b"\0")
+                    if not data:
+                        break
+                begun = True
+                out = member.decompress(data, STEP)
+                if member.eof:
+                    data, member, begun = member.unused_data, zlib.decompressobj(31), False
+                else:
+                    data = member.unconsumed_tail
+                if out:
+                    yield out
+    except zlib.error as error:
+        raise FrameInvalid(f"the layer's gzip stream is damaged: {error}") from None
+    if begun:
+        raise FrameInvalid("the layer's gzip stream ends too early")
+
+
+def _unzstd(blocks: Iterable[bytes]) -> Iterator[bytes]:
+    decompressor = zstandard.ZstdDecompressor(max_window_size=_MAX_WINDOW)
+    try:
+        with decompressor.stream_reader(
+            _Pieces(iter(blocks)),  # type: ignore[arg-type]
+            read_size=_INPUT,
+            read_across_frames=True,
+        ) as reader:
+            while out := reader.read(STEP):
+                yield out
+    except zstandard.ZstdError as error:
+        raise FrameInvalid(f"the layer's zstd stream is damaged: {error}") from None
+    except MemoryError:
+        raise FrameInvalid(f"the layer's zstd stream wants a window of more than {_MAX_WINDOW} bytes") from None
