@@ -70,7 +70,7 @@ def test_mount_point_removed_while_mounting_leaves_nothing(node: Node, registry:
         if directory.exists():
             directory.rmdir()
 
-    rules.append(remove)  # type: ignore[arg-type]
+    rules.append(remove)
     node.refused(8, "mount", other.reference, directory)
     until(lambda: len(node.status()["mounts"]) == 1, "the failed mount is released")
     assert node.read(tree / "f") == b"content"
