@@ -57,10 +57,10 @@ class Reference:
 
 def parse(text: str) -> Reference:
     """Parse an image reference. Raise ReferenceInvalid with what is wrong."""
+    if text.startswith("oci:") and all(ord(c) >= 32 for c in text):
+        return _parse_oci(text)  # a directory's name may hold blanks
     if not text or text != text.strip() or any(ord(c) < 33 for c in text):
         raise ReferenceInvalid(text, "it is empty or holds blanks")
-    if text.startswith("oci:"):
-        return _parse_oci(text)
     for transport in _KNOWN_TRANSPORTS:
         if text.startswith(transport):
             raise ReferenceInvalid(
@@ -75,8 +75,11 @@ def parse(text: str) -> Reference:
 
 
 def _parse_oci(text: str) -> Reference:
-    rest = text[len("oci:") :]
-    rest, digest = _split_digest(text, rest)
+    rest, digest = text[len("oci:") :], ""
+    end = rest.rpartition("/")[2]
+    if "@" in end:  # before the last slash it belongs to a directory's name
+        name, digest = _split_digest(text, end)
+        rest = rest[: len(rest) - len(end)] + name
     path, colon, tag = rest.rpartition(":")
     if not colon or "/" in tag:
         path, tag = rest, ""

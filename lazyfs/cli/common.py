@@ -43,6 +43,19 @@ def add_json(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print one JSON object to stdout")
 
 
+def daemon_image(text: str) -> str:
+    """Return IMAGE as the daemon understands it, which works in another directory. Raise ReferenceInvalid."""
+    if not text.startswith("oci:"):
+        return text
+    import dataclasses
+    import os
+
+    from lazyfs import reference
+
+    parsed = reference.parse(text)
+    return str(dataclasses.replace(parsed, path=os.path.abspath(parsed.path)))
+
+
 def settings(args: argparse.Namespace) -> Settings:
     """Return the settings in force with the global flags applied. Blocking (one file). Raise UsageError."""
     from lazyfs import config

@@ -32,6 +32,8 @@ D = "sha256:" + "ab" * 32
         ("oci:dir:tag", Reference("oci", path="dir", tag="tag")),
         ("oci:/a/b:c/d", Reference("oci", path="/a/b:c/d")),
         (f"oci:/a/b@{D}", Reference("oci", path="/a/b", digest=D)),
+        (f"oci:/a@b/c:t@{D}", Reference("oci", path="/a@b/c", tag="t", digest=D)),
+        ("oci:/my images/b:t", Reference("oci", path="/my images/b", tag="t")),
         ("oci:/a/b:docker.io/x", Reference("oci", path="/a/b:docker.io/x")),
     ],
 )
@@ -44,7 +46,8 @@ def test_what_is_understood(text: str, expected: Reference) -> None:
     [
         "", " debian", "debian ", "a b", "a\nb", "Debian", "docker.io/UPPER", "h.example/", "a//b", "a/../b",
         "-a", "a:", "a:-t", "a:" + "t" * 129, "a@sha256:00", "a@md5:" + "0" * 32, f"a@{D}0", "h.example:port/a",
-        "http://h.example/a", "containers-storage:x", "docker-daemon:x", "oci:", "oci-archive:x", "a" * 300, "[::1/a",
+        "http://h.example/a", "containers-storage:x", "docker-daemon:x", "oci:", "oci:a\nb", "oci-archive:x",
+        "a" * 300, "[::1/a",
         "user@h.example/a", "h.example/a?x=1", "h.example/a#x", "h.example/a%2fb",
     ],
 )  # fmt: skip
