@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from lazyfs.config import Settings
     from lazyfs.container.directory import ContainerDir
     from lazyfs.container.options import RunOptions
+    from lazyfs.control_client import Daemon
 
 _PATIENCE = 1.0  # seconds of a start without a word
 _EPILOG = """\
@@ -91,11 +92,16 @@ def _run(args: argparse.Namespace, out: Output, settings: Settings, options: Run
             place = _claim(args, out, settings, stack)
             solo = place.at("lower")
             solo.mkdir(mode=0o700)
-        path, document = stack.enter_context(_mounted(args, out, settings, solo))
+        daemon, answer = stack.enter_context(_mounted(args, out, settings, solo))
+        path, document = answer.get("path"), answer.get("config")
+        if not isinstance(path, str) or not isinstance(document, dict):
+            raise DaemonFault("lazyfsd's answer to mount_image has no path or no config")
         preload.join()  # from the supervisor's fork on there must be one thread
         from lazyfs.container import launch
 
         place = place or _claim(args, out, settings, stack)
+        with contextlib.suppress(LazyfsError):  # only `lazyfs status` would miss it
+            daemon.call("attach", mount=answer.get("mount"), dir=str(place.path), kind="container")
         return launch.run(settings, place, launch.Image(path, document), options, runtime_path)
 
 
@@ -139,14 +145,14 @@ def _preload() -> threading.Thread:
 @contextlib.contextmanager
 def _mounted(
     args: argparse.Namespace, out: Output, settings: Settings, solo: Path | None
-) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Have the daemon mount the image for as long as this context lasts; yield its directory and its image config."""
+) -> Iterator[tuple[Daemon, dict[str, Any]]]:
+    """Have the daemon mount the image for as long as this context lasts; yield the daemon and its answer."""
     from lazyfs import control_client
 
     with control_client.open_daemon(settings, solo) as daemon:
         answer = daemon.call(
             "mount_image",
-            image=args.image,
+            image=common.daemon_image(args.image),
             platform=args.platform,
             plain_http=args.plain_http,
             lease=True,
@@ -154,12 +160,9 @@ def _mounted(
             command=args.command_line,
             on_event=_Events(out).say,
         )
-        path, document = answer.get("path"), answer.get("config")
-        if not isinstance(path, str) or not isinstance(document, dict):
-            raise DaemonFault("lazyfsd's answer to mount_image has no path or no config")
         for text in answer.get("notes") or ():
             out.note(str(text))
-        yield path, document
+        yield daemon, answer
 
 
 class _Events:

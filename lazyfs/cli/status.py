@@ -172,9 +172,13 @@ def _cache_lines(status: dict[str, Any]) -> Iterator[str]:
 
 
 def _mount_lines(mount: dict[str, Any]) -> Iterator[str]:
-    place = mount.get("dir") or "(not shown anywhere yet)"
+    place = mount.get("dir") or ""
+    if mount.get("kind") == "container":
+        shown = f"in container {os.path.basename(place)}"
+    else:
+        shown = f"on {place or '(not shown anywhere yet)'}, {mount.get('kind') or 'ro'}"
     yield (
-        f"  {mount['image']} on {place}, {mount.get('kind') or 'ro'}, {format_size(mount.get('size') or 0)}, "
+        f"  {mount['image']} {shown}, {format_size(mount.get('size') or 0)}, "
         f"{100 * (mount.get('share') or 0):.1f} % fetched"
     )
     for layer in mount.get("layers", []):

@@ -123,7 +123,8 @@ def _linux(identity: str, options: RunOptions, host: Host) -> dict[str, Any]:
         "readonlyPaths": _READ_ONLY,
     }
     if host.cgroup:
-        linux["cgroupsPath"] = f"/lazyfs/{identity}"
+        # At the top: a directory of ours above it would outlive the last container.
+        linux["cgroupsPath"] = f"/lazyfs-{identity}"
         # Everything is refused; the runtime itself adds /dev/null and its like.
         linux["resources"] = {"devices": [{"allow": False, "access": "rwm"}]}
     return linux

@@ -81,6 +81,31 @@ def test_run(lazyfs: Lazyfs, image: str) -> None:
     assert lazyfs.run("run", "--rm", image, "sh", "-c", "id -u; exit 3")[:2] == (3, "33\n")
 
 
+def test_a_layout_is_found_from_where_the_command_was_typed(
+    lazyfs: Lazyfs, image: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    layout, tag = image.removeprefix("oci:").rsplit(":", 1)
+    monkeypatch.chdir(Path(layout).parent)
+    relative = f"oci:{Path(layout).name}:{tag}"
+    assert lazyfs.run("run", relative)[:2] == (0, "no program\n")
+    target = tmp_path / "dir"
+    target.mkdir()
+    assert lazyfs.run("mount", relative, target)[0] == 0
+    assert (target / "etc/plain").read_text() == "no program\n"
+    assert lazyfs.run("umount", target)[0] == 0
+
+
+def test_status_names_a_running_container(lazyfs: Lazyfs, image: str) -> None:
+    process = lazyfs.start("run", "-i", "--name", "web", image, "sh", "-c", "echo ready; cat")
+    assert process.stdout is not None
+    assert process.stdout.readline() == "ready\n", process.communicate(timeout=_DEADLINE)
+    (mount,) = json.loads(lazyfs.run("status", "--json")[1])["mounts"]
+    assert (mount["kind"], Path(mount["dir"]).name) == ("container", "web")
+    assert "in container web," in lazyfs.run("status")[1]
+    process.communicate("", timeout=_DEADLINE)
+    assert process.returncode == 0
+
+
 def test_missing_image_is_told(lazyfs: Lazyfs, image: str) -> None:
     code, _, err = lazyfs.run("run", image + "er", "true")
     assert (code, "Traceback" in err, err.startswith("lazyfs: ")) == (125, False, True)

@@ -100,7 +100,7 @@ def test_configuration() -> None:
 def test_devices_are_refused_where_control_groups_work() -> None:
     linux = build(RunOptions(command=("sh",)), image())["linux"]
     assert linux["resources"]["devices"] == [{"allow": False, "access": "rwm"}]
-    assert linux["cgroupsPath"] == "/lazyfs/0123456789abcdef"
+    assert linux["cgroupsPath"] == "/lazyfs-0123456789abcdef"
 
 
 def test_no_device_nodes_without_control_groups(monkeypatch: pytest.MonkeyPatch) -> None:

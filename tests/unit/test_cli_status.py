@@ -128,6 +128,14 @@ def test_the_text_tells_what_matters(run_dir: Path, capsys: pytest.CaptureFixtur
         assert words in text, words
 
 
+def test_a_running_container_is_told_by_its_name(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    told = status()
+    told["mounts"][0] |= {"kind": "container", "dir": "/s/containers/web"}
+    with daemon(run_dir / "lazyfsd.sock", lambda request: {"ok": told}):
+        assert main(["status"]) == 0
+    assert "docker://r.test/app:1 in container web, 62.0 MB" in capsys.readouterr().out
+
+
 def test_an_error_of_the_daemon_is_a_warning_beside_the_others(
     run_dir: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
