@@ -21,13 +21,14 @@ from typing import Any
 
 from lazyfs.answer import decode_error
 from lazyfs.config import Settings
-from lazyfs.errors import DaemonFault, DaemonUnreachable, LazyfsError, StoreLocked
+from lazyfs.errors import DaemonFault, DaemonUnreachable, FuseUnavailable, LazyfsError, StoreLocked
 
 PROTOCOL = 1
 MAX_LINE = 1 << 20  # bytes of one message
 GREETING_TIMEOUT = 5.0  # seconds
 START_TIMEOUT = 30.0  # seconds until a started daemon must listen
 CALL_TIMEOUT = 3600.0  # seconds; a plain image of many gigabytes is fetched inside a call, with events in between
+_NEEDED = {"pyfuse3": "pyfuse3", "trio": "trio", "lru-dict": "lru"}  # the extra "mount": package → module
 _RACE = 0.05  # seconds between looks while somebody else's daemon starts or ends
 
 
@@ -193,7 +194,7 @@ def _start(settings: Settings, solo: Path | None, deadline: float) -> None:
     ready, theirs = os.pipe()
     try:
         with open(settings.run / "lazyfsd.log", "ab", opener=_private) as log:
-            subprocess.Popen(
+            process = subprocess.Popen(
                 [*command, "--ready-fd", str(theirs)],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
@@ -212,10 +213,24 @@ def _start(settings: Settings, solo: Path | None, deadline: float) -> None:
     finally:
         os.close(ready)
     if not answer:
+        process.kill()  # it ended already, or would come up after we have given it up
+        process.wait()
+        _check_extra()
         raise DaemonUnreachable("lazyfsd did not start", hint=f"see {settings.run / 'lazyfsd.log'}")
     message = json.loads(answer)
     if "error" in message:
         raise decode_error(message["error"], DaemonUnreachable)
+
+
+def _check_extra() -> None:
+    """Raise FuseUnavailable when lazyfs was installed without what a daemon imports."""
+    import importlib.util
+
+    missing = [name for name, module in _NEEDED.items() if importlib.util.find_spec(module) is None]
+    if missing:
+        raise FuseUnavailable(
+            f"run and mount need {', '.join(missing)}, not installed here", hint="pip install 'lazyfs[mount]'"
+        )
 
 
 def _private(path: str, flags: int) -> int:
