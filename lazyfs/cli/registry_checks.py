@@ -10,7 +10,7 @@ from lazyfs import reference as references
 from lazyfs.cli import common
 from lazyfs.cli.host_checks import Check, State
 from lazyfs.cli.output import count
-from lazyfs.errors import BadAnswer, LazyfsError, RegistryError
+from lazyfs.errors import BadAnswer, LazyfsError, ManifestMissing, RegistryError
 from lazyfs.format.lazy import NotLazy, toc_source
 from lazyfs.registry.open import open_repository
 from lazyfs.registry.resolve import resolve_image
@@ -50,7 +50,9 @@ def _manifest(
     try:
         resolved = resolve_image(repository, reference, common.platform(args))
     except RegistryError as error:
-        return [Check("registry", State.FAIL, error.message, error.hint)], None
+        missing = isinstance(error, ManifestMissing)
+        mend = error.hint or ("check the name and the tag" if missing else "check the host's name, network and proxy")
+        return [Check("registry", State.FAIL, error.message, mend)], None
     except LazyfsError as error:
         return [Check("image", State.FAIL, error.message, error.hint)], None
     login = "with a token" if any(hop.kind == "token" for hop in hops) else "no token needed"

@@ -161,6 +161,18 @@ def test_the_registry_of_an_image(
         assert "ms" in checks["latency"]["text"]
 
 
+@pytest.mark.parametrize(("there", "mend"), [(True, "check the name and the tag"), (False, "network and proxy")])
+def test_a_registry_that_does_not_help_says_what_to_look_at(
+    settings: Settings, capsys: pytest.CaptureFixture[str], there: bool, mend: str
+) -> None:
+    with FakeRegistry() as registry:
+        if not there:
+            registry.stop_listening()
+        assert main(["doctor", "--json", f"{registry.host}/none:1"]) == 8
+    (found,) = (check for check in json.loads(capsys.readouterr().out)["checks"] if check["name"] == "registry")
+    assert found["state"] == "fail" and mend in found["mend"]
+
+
 def test_an_image_that_cannot_be_parsed_is_a_finding(settings: Settings, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["doctor", "ftp://x"]) == 8
     assert "unknown transport" in capsys.readouterr().out
