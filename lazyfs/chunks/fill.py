@@ -54,14 +54,16 @@ class Filler:
     async def fill(self, layer: ServedLayer) -> str:
         """Fetch all that is missing and run the whole check where it is due. Try until it is done or found false.
 
-        A checkpoint. Return "" when the layer is complete and verified, else why it must not be read any more.
+        A checkpoint. Return "" when the layer is verified and its chunks are here (if the disk keeps them), else why
+        it must not be read any more. Errors of the registry are waited out.
         """
         pause = _PAUSE
         while True:
             try:
                 if layer.check is not None:
                     await self._check(layer, layer.check)
-                await self._complete(layer)
+                else:
+                    await self._complete(layer)
                 return ""
             except LazyfsError as error:
                 if layer.quarantine:

@@ -20,6 +20,7 @@ from lazyfs.errors import BlobMissing, LazyfsError
 from lazyfs.format.table import NO_FRAME, Place
 
 _TASKS = 64  # chunks of one read looked for side by side: a layer may have chunks of one byte
+_REFILLS = 2  # plain layers fetched again at a time
 _DISK_THREADS = 8  # reads and hashes of the store side by side; the disk and two cores want no more
 
 
@@ -51,6 +52,8 @@ class Reader:
         self._donors = donors
         self._single: SingleFlight[tuple[int, int], bytes] = SingleFlight()
         self.counters = ReadCounters()
+        # Apart from the disk's threads: a registry that stalls must not hold up reads of what is here.
+        self._refills = trio.CapacityLimiter(_REFILLS)
 
     async def read(self, layer: ServedLayer, row: int, offset: int, size: int) -> bytes | memoryview:
         """Return bytes [offset, offset + size) of regular file `row`, cut at its end. All of them verified.
@@ -165,5 +168,5 @@ class Reader:
         return await trio.to_thread.run_sync(layer.store.read, chunk, limiter=self.counters.limiter)
 
     async def _run_refill(self, refill: Callable[[], object]) -> bytes:
-        await trio.to_thread.run_sync(refill, limiter=self.counters.limiter)
+        await trio.to_thread.run_sync(refill, limiter=self._refills)
         return b"done"

@@ -268,7 +268,8 @@ class Images:
                 self._memory.forget_layer(layer.number)
                 if layer.check is not None:
                     layer.check.spool.close()
-                await self._in_thread(layer.store.close)
+                with trio.CancelScope(shield=True):  # or the layers behind this one would be held for good
+                    await self._in_thread(layer.store.close)
 
     # -- trees
 
