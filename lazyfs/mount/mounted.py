@@ -156,10 +156,10 @@ class Mounted:
         kind = _text(args, "kind")
         if kind not in KINDS:
             raise UsageError(f"a mount can't be of kind {kind!r}")
-        mount.dir, mount.kind = _text(args, "dir"), kind
-        mount.state_dir = str(args.get("state_dir") or "")
-        if mount.state_dir and not _is_ours(self._settings, mount.state_dir):
-            raise UsageError(f"{mount.state_dir} is not in the store")
+        directory, state_dir = _text(args, "dir"), str(args.get("state_dir") or "")
+        if state_dir and not _is_ours(self._settings, state_dir):
+            raise UsageError(f"{state_dir} is not in the store")
+        mount.dir, mount.kind, mount.state_dir = directory, kind, state_dir
         tree = mount.image.planted.name.decode()
         record = MountRecord(
             mount.id, mount.name, mount.image.manifest.digest, mount.dir, kind, mount.state_dir, os.getpid(), tree

@@ -78,7 +78,8 @@ def test_killed_daemon(node: Node, registry: FakeRegistry) -> None:
     image = add(registry, "one", layer())
     dead, again = node.mount(image), node.mount(image)
     node.kill()
-    assert "Transport endpoint is not connected" in node.read_fails(dead / "f")
+    words = node.read_fails(dead / "f")
+    assert "not connected" in words or "connection abort" in words  # the kernel's words for a request under way
     node.umount(dead)
     fresh = node.mount(image)  # cleans up what the killed one left
     assert node.read(fresh / "f") == DATA
