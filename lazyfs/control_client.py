@@ -187,7 +187,7 @@ def _reach(settings: Settings, solo: Path | None, start: bool) -> Daemon:
 
 def _start(settings: Settings, solo: Path | None, deadline: float) -> None:
     """Start a daemon and wait until it listens. Raise what it reports."""
-    command = [sys.executable, "-m", "lazyfs.mount.daemon", "--root", os.fspath(settings.root)]
+    command = [sys.executable, "-P", "-m", "lazyfs.mount.daemon", "--root", os.fspath(settings.root)]
     command += ["--run", os.fspath(settings.run), "--until-idle"]
     if solo is not None:
         command += ["--solo", os.fspath(solo.absolute())]

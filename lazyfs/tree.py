@@ -18,7 +18,7 @@ from pathlib import Path
 from lazyfs.errors import TableInvalid, TocInvalid
 from lazyfs.format.columns import Columns, write_columns
 from lazyfs.format.entry import Kind
-from lazyfs.format.table import FLAG_IMPLICIT, FLAG_OPAQUE, FLAG_REPLACES, LayerTable, child_row, name_of
+from lazyfs.format.table import FLAG_IMPLICIT, FLAG_OPAQUE, FLAG_REPLACES, LayerTable, Names
 
 MAGIC = b"LZFTREE\0"
 VERSION = 2
@@ -34,7 +34,7 @@ def tree_key(table_keys: Sequence[str]) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-class Tree:
+class Tree(Names):
     """A mapped tree. Immutable, thread-safe. IndexError means a row that does not exist."""
 
     parent: memoryview
@@ -44,8 +44,6 @@ class Tree:
     nlink: memoryview
     own: memoryview
     inode: memoryview  # first row of this tree with the same inode
-    first_child: memoryview
-    child_count: memoryview
 
     def __init__(self, path: Path) -> None:
         """Map and check the file. Blocking. Raise TableInvalid: then merge the tables again."""
@@ -67,28 +65,6 @@ class Tree:
     def close(self) -> None:
         """Unmap. The tree is unusable afterwards."""
         self._columns.close()
-
-    def name(self, row: int) -> bytes:
-        return name_of(self, row)
-
-    def child(self, row: int, name: bytes) -> int | None:
-        """Return the row of `name` in directory `row`, or None."""
-        return child_row(self, row, name)
-
-    def children(self, row: int) -> range:
-        """Rows of a directory's children, sorted by name (bytes)."""
-        first = self.first_child[row]
-        return range(first, first + self.child_count[row])
-
-    def find(self, path: bytes) -> int | None:
-        """Return the row at a cleaned path (b"" is the root), following nothing; None: no such name."""
-        row = 0
-        for part in path.split(b"/") if path else ():
-            found = child_row(self, row, part)
-            if found is None:
-                return None
-            row = found
-        return row
 
     def __repr__(self) -> str:
         return f"<Tree {self.path.name[:12]} {self.rows} rows>"

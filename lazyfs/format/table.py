@@ -12,7 +12,6 @@ from bisect import bisect_right
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
 
 from lazyfs.errors import TableInvalid
 from lazyfs.format.columns import Columns
@@ -56,38 +55,51 @@ class Place:
     size: int
 
 
-class Named(Protocol):
-    """What `child_row` needs of a table or tree: name fence posts, the heap they point into, and child ranges."""
+class Names:
+    """The names of a table or tree as columns: rows breadth first, a directory's children side by side and sorted."""
 
-    name_end: memoryview
-    names: memoryview
     first_child: memoryview
     child_count: memoryview
+    name_end: memoryview  # where each row's name begins in `names`, and behind the last one's end
+    names: memoryview
+
+    def name(self, row: int) -> bytes:
+        """Return a row's name. Row 0, the root, has none."""
+        return bytes(self.names[self.name_end[row] : self.name_end[row + 1]])
+
+    def child(self, row: int, name: bytes) -> int | None:
+        """Return the row of `name` in directory `row`, or None. Bisection: about 15 µs in a directory of a thousand."""
+        low = self.first_child[row]
+        high = low + self.child_count[row]
+        end, names = self.name_end, self.names
+        while low < high:
+            middle = (low + high) // 2
+            found = bytes(names[end[middle] : end[middle + 1]])
+            if found == name:
+                return int(middle)
+            if found < name:
+                low = middle + 1
+            else:
+                high = middle
+        return None
+
+    def children(self, row: int) -> range:
+        """Rows of a directory's children, sorted by name (bytes)."""
+        first = self.first_child[row]
+        return range(first, first + self.child_count[row])
+
+    def find(self, path: bytes) -> int | None:
+        """Return the row at a cleaned path (b"" is the root), following nothing. None: no such name."""
+        row = 0
+        for part in path.split(b"/") if path else ():
+            found = self.child(row, part)
+            if found is None:
+                return None
+            row = found
+        return row
 
 
-def name_of(table: Named, row: int) -> bytes:
-    """Return a row's name. Row 0 has none."""
-    return bytes(table.names[table.name_end[row] : table.name_end[row + 1]])
-
-
-def child_row(table: Named, row: int, name: bytes) -> int | None:
-    """Return the row of `name` in directory `row`, or None. Bisection: about 15 µs in a directory of a thousand."""
-    low = table.first_child[row]
-    high = low + table.child_count[row]
-    end, names = table.name_end, table.names
-    while low < high:
-        middle = (low + high) // 2
-        found = bytes(names[end[middle] : end[middle + 1]])
-        if found == name:
-            return int(middle)
-        if found < name:
-            low = middle + 1
-        else:
-            high = middle
-    return None
-
-
-class LayerTable:
+class LayerTable(Names):
     """A mapped layer table. Immutable, thread-safe, no Python object a file. Open it with `LayerTable(path)`.
 
     Columns are memoryviews under the names of ROW_COLUMNS, CHUNK_COLUMNS and FRAME_COLUMNS; use the methods where there
@@ -109,8 +121,6 @@ class LayerTable:
     data_offset: memoryview
     first_chunk: memoryview
     chunk_count_of: memoryview
-    first_child: memoryview
-    child_count: memoryview
     chunk_data_offset: memoryview
     chunk_size: memoryview
     chunk_frame: memoryview
@@ -158,9 +168,6 @@ class LayerTable:
         """Unmap. The table is unusable afterwards."""
         self._columns.close()
 
-    def name(self, row: int) -> bytes:
-        return name_of(self, row)
-
     def path_of(self, row: int) -> bytes:
         """Return a row's path from the layer's root, without a leading slash."""
         parts = []
@@ -168,24 +175,6 @@ class LayerTable:
             parts.append(self.name(row))
             row = self.parent[row]
         return b"/".join(reversed(parts))
-
-    def child(self, row: int, name: bytes) -> int | None:
-        return child_row(self, row, name)
-
-    def children(self, row: int) -> range:
-        """Rows of a directory's children, sorted by name (bytes)."""
-        first = self.first_child[row]
-        return range(first, first + self.child_count[row])
-
-    def find(self, path: bytes) -> int | None:
-        """Return the row at a cleaned path (b"" is the root), following nothing. None: no such name."""
-        row = 0
-        for part in path.split(b"/") if path else ():
-            found = child_row(self, row, part)
-            if found is None:
-                return None
-            row = found
-        return row
 
     def inode(self, row: int) -> int:
         """Return the row that carries the inode: the target of a hard link, else `row` itself."""

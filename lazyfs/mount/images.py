@@ -22,7 +22,7 @@ from lazyfs.chunks.memory import MemoryCache
 from lazyfs.chunks.schedule import Scheduler
 from lazyfs.chunks.single_flight import SingleFlight
 from lazyfs.config import Settings
-from lazyfs.errors import LayerQuarantined, LazyfsError, StoreBroken, TableInvalid
+from lazyfs.errors import LayerQuarantined, LazyfsError, ReadDeadline, StoreBroken, TableInvalid
 from lazyfs.mount.ahead import Ahead, command_of
 from lazyfs.mount.donors import Donors
 from lazyfs.mount.forest import Forest, Planted
@@ -41,6 +41,7 @@ log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
+_PATIENCE = 300.0  # seconds without a byte after which a mount that waits for a check fails, where reads wait for ever
 _THREADS = 16  # documents and tails fetched at once
 _TREES_KEPT = 200  # files of trees; the oldest go at a start
 
@@ -239,9 +240,7 @@ class Images:
                 return prepared
             # Somebody mounts the same blob under another diff ID: one of the two is false. The check tells which.
             try:
-                event = self._checked.get(digest)
-                if event is not None and not layer.verified and not layer.quarantine:
-                    await event.wait()
+                await self._until_checked(layer)
                 if layer.quarantine:
                     raise LayerQuarantined(digest, layer.quarantine)
                 raise LayerQuarantined(digest, f"its diff ID is {layer.diff_id}, not {wanted.diff_id}")
@@ -365,13 +364,22 @@ class Images:
             return
         for one in prepared:
             layer = one.layer
-            event = self._checked.get(layer.digest)
-            if not layer.verified and not layer.quarantine and event is not None:
-                say(
-                    f"layer {layer.digest[7:19]}: verified in full first, lazy_from does not list {repository.host}/{repository.name}"
-                )
-                await event.wait()
+            if not layer.verified and not layer.quarantine:
+                origin = f"{repository.host}/{repository.name}"
+                say(f"layer {layer.digest[7:19]}: verified in full first, lazy_from does not list {origin}")
+                await self._until_checked(layer)
             layer.ensure_readable()
+
+    async def _until_checked(self, layer: ServedLayer) -> None:
+        """Wait for the end of a layer's whole check, for as long as bytes of it come. Raise ReadDeadline."""
+        event = self._checked.get(layer.digest)
+        patience = self._settings.read_timeout or _PATIENCE
+        while event is not None and not event.is_set():
+            before = sum(layer.bytes_by_priority)
+            with trio.move_on_after(patience):
+                await event.wait()
+            if not event.is_set() and sum(layer.bytes_by_priority) == before:
+                raise ReadDeadline(patience, f"the check of layer {layer.digest} does not go on")
 
     async def _in_thread(self, job: Callable[[], T]) -> T:
         return await trio.to_thread.run_sync(job, limiter=self._limiter)
