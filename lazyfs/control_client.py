@@ -12,6 +12,7 @@ import os
 import select
 import socket
 import stat
+import struct
 import subprocess
 import sys
 import time
@@ -29,6 +30,7 @@ GREETING_TIMEOUT = 5.0  # seconds
 START_TIMEOUT = 30.0  # seconds until a started daemon must listen
 CALL_TIMEOUT = 3600.0  # seconds; a plain image of many gigabytes is fetched inside a call, with events in between
 _NEEDED = {"pyfuse3": "pyfuse3", "trio": "trio", "lru-dict": "lru"}  # the extra "mount": package → module
+_UCRED = struct.Struct("3i")  # pid, uid, gid (unix(7), SO_PEERCRED)
 _RACE = 0.05  # seconds between looks while somebody else's daemon starts or ends
 
 
@@ -106,12 +108,13 @@ def connect(path: Path) -> Daemon:
     """Connect to a daemon's socket and read its greeting. Blocking, 5 s at most.
 
     Raise DaemonUnreachable when nobody listens (without a hint) or nobody answers (with one), DaemonFault for a daemon
-    of another protocol.
+    of another protocol or of another user, who could have us run what he likes.
     """
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
     sock.settimeout(GREETING_TIMEOUT)
     try:
         sock.connect(os.fspath(path))
+        _check_peer(sock, path)
         daemon = Daemon(sock, {})
         daemon.greeting = daemon._receive()
     except OSError as error:
@@ -127,6 +130,12 @@ def connect(path: Path) -> Daemon:
             hint="stop it: lazyfs umount its mounts",
         )
     return daemon
+
+
+def _check_peer(sock: socket.socket, path: Path) -> None:
+    uid = _UCRED.unpack(sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size))[1]
+    if uid not in (0, os.geteuid()):
+        raise DaemonFault(f"what listens on {path} belongs to user {uid}", hint="set LAZYFS_RUN to a place of your own")
 
 
 def socket_of(settings: Settings, solo: Path | None) -> Path:
@@ -151,8 +160,23 @@ def prepare_run(settings: Settings) -> None:
         raise DaemonUnreachable(f"{settings.run} can't be made: {error.strerror}", hint="set LAZYFS_RUN") from None
     if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.geteuid():
         raise DaemonUnreachable(f"{settings.run} belongs to somebody else", hint="remove it, or set LAZYFS_RUN")
+    for above in settings.run.parents:
+        if not _keeps_names(above):
+            raise DaemonUnreachable(
+                f"{above}, where {settings.run} lies, is in other users' hands", hint="set LAZYFS_RUN"
+            )
     if found.st_mode & 0o077:
         os.chmod(settings.run, 0o700)
+
+
+def _keeps_names(directory: Path) -> bool:
+    """Tell whether nobody but root and us can rename what lies in `directory`, or replace it if it is a symlink."""
+    try:
+        found = os.lstat(directory)
+    except OSError:
+        return False
+    loose = found.st_mode & stat.S_IWOTH and not found.st_mode & stat.S_ISVTX and stat.S_ISDIR(found.st_mode)
+    return found.st_uid in (0, os.geteuid()) and not loose
 
 
 @contextlib.contextmanager

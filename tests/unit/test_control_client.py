@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import importlib.util
+import stat
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +36,22 @@ def test_without_the_extra_one_sentence_says_what_to_install(
         pass
     assert caught.value.message == "run and mount need pyfuse3, lru-dict, not installed here"
     assert caught.value.hint == "pip install 'lazyfs[mount]'"
+
+
+@pytest.mark.parametrize(("mode", "good"), [(0o777, False), (0o1777, True), (0o775, True)])
+def test_a_directory_that_anyone_can_rename_in_is_not_used(
+    tmp_path: Path, broken: config.Settings, mode: int, good: bool
+) -> None:
+    shared = tmp_path / "shared"
+    shared.mkdir()
+    shared.chmod(mode)
+    settings = replace(broken, run=shared / "run")
+    if good:
+        control_client.prepare_run(settings)
+        assert stat.S_IMODE(settings.run.stat().st_mode) == 0o700
+    else:
+        with pytest.raises(DaemonUnreachable, match="in other users' hands"):
+            control_client.prepare_run(settings)
 
 
 def test_a_daemon_that_ends_at_once_points_to_its_log(broken: config.Settings) -> None:
