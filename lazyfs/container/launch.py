@@ -45,6 +45,7 @@ def run(settings: Settings, place: ContainerDir, image: Image, options: RunOptio
     ContainerFailed (its `status` says 125, 126 or 127), MountFailed, UsageError, DocumentInvalid, StoreBroken.
     """
     defaults = parse_image_defaults(image.document)
+    rootfs.check_system_directories(image.path)
     maps = namespaces.find_id_maps() if os.geteuid() != 0 else None
     machine = host.look(maps.ids if maps else 0)
     user = users.resolve(image.path, options.user or defaults.user)

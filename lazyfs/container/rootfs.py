@@ -59,6 +59,22 @@ def _take_over_root(lower: str, upper: Path) -> None:
         raise ContainerFailed(f"the image's root directory can't be read: {error.strerror}") from None
 
 
+def check_system_directories(lower: str) -> None:
+    """Refuse an image whose /dev, /proc or /sys is anything but a directory. Blocking. Raise ContainerFailed.
+
+    runc 1.1 makes /dev/fd and its like before it changes the root: through a symlink they would land on the host.
+    """
+    for name in ("dev", "proc", "sys"):
+        try:
+            mode = os.lstat(os.path.join(lower, name)).st_mode
+        except FileNotFoundError:
+            continue
+        except OSError as error:
+            raise ContainerFailed(f"/{name} of the image can't be looked at: {error.strerror}") from None
+        if not stat.S_ISDIR(mode):
+            raise ContainerFailed(f"/{name} of the image is not a directory, which could lead out of the container")
+
+
 def stage_volumes(volumes: tuple[Volume, ...], directory: Path) -> list[str]:
     """Bind each volume's source, with all mounts below it, into directory/volumes; return the staged paths in order.
 

@@ -103,6 +103,18 @@ def _end(process: subprocess.Popen[str]) -> tuple[int, str, str]:
     return process.returncode, out, err
 
 
+@pytest.mark.parametrize("name", ["dev", "proc", "sys"])
+def test_an_image_can_not_lead_the_runtime_to_the_host(tmp_path: Path, name: str) -> None:
+    tree, victim = tmp_path / "tree", tmp_path / "victim"
+    small_image.make_tree(tree)
+    victim.mkdir()
+    (tree / name).rmdir() if (tree / name).is_dir() else None
+    (tree / name).symlink_to(victim)
+    done = Lazyfs(tmp_path, tree).sh("true")
+    assert (done.returncode, list(victim.iterdir())) == (125, [])
+    assert f"/{name} of the image is not a directory" in done.stderr
+
+
 def test_exit_status_is_the_containers(lazyfs: Lazyfs) -> None:
     assert lazyfs.sh("exit 7").returncode == 7
 
