@@ -25,7 +25,7 @@ class Settings:
     root: Path  # the store; survives restarts
     run: Path  # sockets and the session's mount; does not survive a reboot
     store_size: int = 20 * GiB  # bound of the chunk store on disk
-    memory_size: int = 16 * MiB  # bound of decoded chunks held in memory
+    memory_size: int = 24 * MiB  # bound of decoded chunks held in memory
     read_timeout: float = 300.0  # a read fails with EIO after this; 0: never
     connect_timeout: float = 5.0
     answer_timeout: float = 30.0  # from a request to its first byte, and between two reads of a body

@@ -101,9 +101,11 @@ class Session:
 
     async def tune(self) -> None:
         """Set read-ahead and the number of requests in flight, where we may. Works in a thread: sysfs can be slow."""
-        await trio.to_thread.run_sync(self._tune)
+        await trio.to_thread.run_sync(self._tune, abandon_on_cancel=True)
 
     def _tune(self) -> None:
+        # An answered request means that the kernel has our answer to INIT, which would undo the settings.
+        os.statvfs(self._mountpoint)
         found = mounts.top_at(os.fsencode(self._mountpoint))
         if found is None:
             return
