@@ -37,8 +37,11 @@ class ContainerDir:
 
 
 def home(settings: Settings) -> Path:
-    """Where containers lie: in the store, because their writable layers belong on a disk."""
-    return settings.root / "containers"
+    """Where containers lie: in the store, because their writable layers belong on a disk. No symlink is in the path.
+
+    Runtimes refuse a root file system behind one, and a store that was moved to a larger disk often is.
+    """
+    return Path(os.path.realpath(settings.root / "containers"))
 
 
 def create(settings: Settings, name: str) -> ContainerDir:

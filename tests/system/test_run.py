@@ -103,6 +103,14 @@ def _end(process: subprocess.Popen[str]) -> tuple[int, str, str]:
     return process.returncode, out, err
 
 
+def test_a_store_behind_a_symlink(tmp_path: Path, image: Path) -> None:
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "store").symlink_to("disk")
+    done = Lazyfs(tmp_path, image).sh("cat /etc/plain")
+    assert (done.returncode, done.stdout) == (0, "no program\n"), done.stderr
+    assert [path.name for path in tmp_path.glob("disk/containers/*")] in ([], [".lock"])
+
+
 @pytest.mark.parametrize("name", ["dev", "proc", "sys"])
 def test_an_image_can_not_lead_the_runtime_to_the_host(tmp_path: Path, name: str) -> None:
     tree, victim = tmp_path / "tree", tmp_path / "victim"
