@@ -81,7 +81,7 @@ def unpacked(registry: FakeRegistry, layer: oci.Descriptor) -> bytes:
 
 
 def test_an_image_and_its_report(registry: FakeRegistry, options: ConvertOptions) -> None:
-    image = registry.add_image("app", "1", [gzip.compress(BASE), TOP], {"config": {"Cmd": ["x"]}})
+    image = registry.add_image("app", "1", [gzip.compress(BASE, mtime=0), TOP], {"config": {"Cmd": ["x"]}})
     report = convert(image.reference, f"{registry.host}/app:lazy", options)
     manifest, config = result_of(registry, "app", "lazy")
     assert config.raw == registry.blobs[image.config] and manifest.config.digest == image.config
@@ -103,7 +103,7 @@ def test_an_image_and_its_report(registry: FakeRegistry, options: ConvertOptions
 
 
 def test_docker_images_become_oci_images(registry: FakeRegistry, options: ConvertOptions) -> None:
-    layer: tuple[bytes, dict[str, str], str] = (gzip.compress(BASE), {}, oci.DOCKER_LAYER_GZIP)
+    layer: tuple[bytes, dict[str, str], str] = (gzip.compress(BASE, mtime=0), {}, oci.DOCKER_LAYER_GZIP)
     image = registry.add_image("app", "1", [layer], manifest_type=oci.DOCKER_MANIFEST)
     convert(image.reference, f"{registry.host}/app:lazy", options)
     manifest, _ = result_of(registry, "app", "lazy")
@@ -112,7 +112,7 @@ def test_docker_images_become_oci_images(registry: FakeRegistry, options: Conver
 
 
 def test_converting_twice_gives_one_digest(registry: FakeRegistry, options: ConvertOptions, tmp_path: Path) -> None:
-    image = registry.add_image("app", "1", [gzip.compress(BASE), TOP])
+    image = registry.add_image("app", "1", [gzip.compress(BASE, mtime=0), TOP])
     first = convert(image.reference, f"{registry.host}/app:lazy", options)
     again = convert(image.reference, f"oci:{tmp_path}/layout:x", replace(options, jobs=7))
     forced = convert(image.reference, f"{registry.host}/app:lazy", replace(options, force=True))
@@ -121,7 +121,7 @@ def test_converting_twice_gives_one_digest(registry: FakeRegistry, options: Conv
 
 
 def test_layers_converted_before_are_reused(registry: FakeRegistry, options: ConvertOptions) -> None:
-    image = registry.add_image("app", "1", [gzip.compress(BASE), TOP])
+    image = registry.add_image("app", "1", [gzip.compress(BASE, mtime=0), TOP])
     destination = f"{registry.host}/lazy:1"
     first = convert(image.reference, destination, options)
     registry.clear_log()
@@ -133,7 +133,7 @@ def test_layers_converted_before_are_reused(registry: FakeRegistry, options: Con
     other = convert(image.reference, destination, replace(options, level=5))
     assert [layer.action for layer in other.layers] == [Action.CONVERTED] * 2
     convert(image.reference, destination, options)
-    newer = registry.add_image("app", "2", [gzip.compress(BASE), TOP, SPARSE])
+    newer = registry.add_image("app", "2", [gzip.compress(BASE, mtime=0), TOP, SPARSE])
     third = convert(newer.reference, destination, options)
     assert [layer.action for layer in third.layers] == [Action.REUSED, Action.REUSED, Action.CONVERTED]
 
@@ -209,7 +209,7 @@ def test_the_platform_is_chosen_from_an_index(registry: FakeRegistry, options: C
 
 
 def broken(registry: FakeRegistry, case: str) -> AddedImage:
-    good = gzip.compress(BASE)
+    good = gzip.compress(BASE, mtime=0)
     if case == "diff ID":
         return registry.add_image("app", "1", [good], {"rootfs": {"type": "layers", "diff_ids": [digests.of(TOP)]}})
     if case == "attack":
