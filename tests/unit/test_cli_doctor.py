@@ -35,10 +35,10 @@ def findings(settings: Settings) -> dict[str, Check]:
 
 
 def test_looking_leaves_nothing_behind(settings: Settings, tmp_path: Path) -> None:
-    mounts = Path("/proc/self/mounts").read_text()
     findings(settings)
     assert list(tmp_path.iterdir()) == []
-    assert Path("/proc/self/mounts").read_text() == mounts
+    # The whole table may change meanwhile: others mount too.
+    assert str(tmp_path) not in Path("/proc/self/mounts").read_text()
 
 
 def test_what_is_wrong_says_how_to_mend_it(settings: Settings) -> None:
