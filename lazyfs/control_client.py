@@ -31,6 +31,7 @@ START_TIMEOUT = 30.0  # seconds until a started daemon must listen
 CALL_TIMEOUT = 3600.0  # seconds; a plain image of many gigabytes is fetched inside a call, with events in between
 _NEEDED = {"pyfuse3": "pyfuse3", "trio": "trio", "lru-dict": "lru"}  # the extra "mount": package → module
 _UCRED = struct.Struct("3i")  # pid, uid, gid (unix(7), SO_PEERCRED)
+MAX_LOG = 8 << 20  # bytes after which a daemon's start begins a new log
 _RACE = 0.05  # seconds between looks while somebody else's daemon starts or ends
 
 
@@ -215,6 +216,7 @@ def _start(settings: Settings, solo: Path | None, deadline: float) -> None:
     command += ["--run", os.fspath(settings.run), "--until-idle"]
     if solo is not None:
         command += ["--solo", os.fspath(solo.absolute())]
+    _bound_log(settings.run / "lazyfsd.log")
     ready, theirs = os.pipe()
     try:
         with open(settings.run / "lazyfsd.log", "ab", opener=_private) as log:
@@ -255,6 +257,13 @@ def _check_extra() -> None:
         raise FuseUnavailable(
             f"run and mount need {', '.join(missing)}, not installed here", hint="pip install 'lazyfs[mount]'"
         )
+
+
+def _bound_log(path: Path) -> None:
+    """Put a log that has grown too long aside, in the place of the one before it."""
+    with contextlib.suppress(OSError):  # none yet, or one that somebody else just moved
+        if os.lstat(path).st_size > MAX_LOG:
+            os.replace(path, path.with_name("lazyfsd.log.1"))
 
 
 def _private(path: str, flags: int) -> int:

@@ -87,10 +87,10 @@ class ControlServer:
         except* (trio.BrokenResourceError, trio.ClosedResourceError, trio.TooSlowError):
             pass  # it hung up, or reads nothing; what it leased goes below
         finally:
-            self.clients -= 1
             with trio.CancelScope(shield=True):
                 await self._calls.hung_up(stream)
                 await trio.aclose_forcefully(stream)
+            self.clients -= 1  # last: while there is something to tidy up the daemon is not idle
 
     async def _converse(self, stream: trio.SocketStream) -> None:
         await _send(stream, {"lazyfsd": lazyfs.__version__, "protocol": PROTOCOL, "pid": os.getpid()})

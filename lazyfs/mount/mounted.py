@@ -14,7 +14,7 @@ import trio
 
 from lazyfs.chunks.catalog import Catalog, MountRecord
 from lazyfs.config import Settings
-from lazyfs.container import mounts
+from lazyfs.container import mounts, sweep
 from lazyfs.errors import LazyfsError, MountPointInvalid, UsageError
 from lazyfs.mount.control import Say
 from lazyfs.mount.images import Images, MountedImage
@@ -22,6 +22,7 @@ from lazyfs.mount.images import Images, MountedImage
 log = logging.getLogger(__name__)
 
 KINDS = frozenset({"ro", "rw", "container"})
+_LAST_BREATH = 0.3  # seconds between a killed command's end and the sweep of what it left
 _LOOK = 5.0  # seconds between looks at the mount table for mounts that somebody else took away
 
 
@@ -83,9 +84,15 @@ class Mounted:
         raise UsageError(f"lazyfsd knows no call {name!r}")
 
     async def hung_up(self, connection: object) -> None:
-        """Release what a connection had leased."""
-        for mount in [mount for mount in self._mounts.values() if mount.lease is connection]:
+        """Release what a connection had leased, and tidy up after a container whose command was killed."""
+        leased = [mount for mount in self._mounts.values() if mount.lease is connection]
+        for mount in leased:
             await self._release(mount)
+        if any(mount.kind == "container" for mount in leased):
+            # A command that ended in order has removed its container and released its mount before it hung up, or is
+            # about to; one that was killed takes a moment to let go of its lock.
+            await trio.sleep(_LAST_BREATH)
+            await trio.to_thread.run_sync(sweep.sweep, self._settings, limiter=self._limiter)
 
     async def release_all(self) -> None:
         """Take every mount down, as far as it goes; for the end of the daemon."""

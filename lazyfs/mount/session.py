@@ -67,7 +67,10 @@ class Session:
             pyfuse3.init(self._operations, os.fspath(self._mountpoint), options)
         except RuntimeError as error:
             # libfuse writes the reason to stderr, which is the daemon's log
-            raise FuseUnavailable(f"the FUSE file system can't be mounted on {self._mountpoint}: {error}") from None
+            raise FuseUnavailable(
+                f"the FUSE file system can't be mounted on {self._mountpoint}: {error}",
+                hint="lazyfsd.log in the run directory has the reason; lazyfs doctor checks what is needed",
+            ) from None
 
     def _clear_stale(self) -> None:
         """Take away what a crashed daemon left mounted there."""
