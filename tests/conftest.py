@@ -14,6 +14,7 @@ import time
 import uuid
 from collections.abc import Generator, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -23,6 +24,7 @@ from tests.helpers.fake_registry import FakeRegistry
 LINGER = 10.0  # seconds that a daemon may take to end after its last mount
 _SESSION = pytest.StashKey[str]()
 _TOP = pytest.StashKey[Path]()
+_WORKERS_LEFT = pytest.StashKey[list[str]]()
 _MARKS = {
     "fuse": "needs /dev/fuse and the right to mount",
     "system": "runs real registries, containerd, runc or whole commands",
@@ -38,6 +40,7 @@ def pytest_configure(config: pytest.Config) -> None:
     os.environ["LAZYFS_TEST_SESSION"] = config.stash[_SESSION]
     # Short, because Unix sockets lie below it; on disk, because overlayfs takes no overlay as its upper directory.
     config.stash[_TOP] = Path(tempfile.mkdtemp(prefix="lazyfs-test-", dir="/var/tmp"))
+    config.stash[_WORKERS_LEFT] = []
     config.stash[_TOP].chmod(0o755)  # tests run as other users too
     config.add_cleanup(lambda: shutil.rmtree(config.stash[_TOP], ignore_errors=True))
 
@@ -78,6 +81,11 @@ def pytest_make_collect_report(
 def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> Generator[None, None, None]:
     yield
     left = _leftovers(session.config)
+    output = getattr(session.config, "workeroutput", None)
+    if output is not None:
+        output["left"] = left  # a worker of xdist: the process that prints and exits hears of it below
+        return
+    left += session.config.stash[_WORKERS_LEFT]
     if left:
         reporter = session.config.pluginmanager.get_plugin("terminalreporter")
         if reporter is not None:
@@ -85,6 +93,11 @@ def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> Generator[
             for line in left:
                 reporter.write_line(f"  {line}", red=True)
         session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any, error: object) -> None:
+    node.config.stash[_WORKERS_LEFT].extend(getattr(node, "workeroutput", {}).get("left", []))
 
 
 def _leftovers(config: pytest.Config) -> list[str]:

@@ -101,8 +101,7 @@ class _Host:
             if ticket.entered:  # promoted meanwhile: this is its old place
                 heapq.heappop(self._queue)
                 continue
-            of_its_kind = sum(self.running[ticket.priority :])
-            if sum(self.running) >= self._connections or of_its_kind >= self._limit(ticket.priority):
+            if not all(sum(self.running[each:]) < self._limit(each) for each in Priority if each <= ticket.priority):
                 return
             heapq.heappop(self._queue)
             ticket.entered = True

@@ -172,7 +172,7 @@ async def test_files_of_one_frame_are_fetched_once(
         monkeypatch.setattr(layer.store, "write_run", slow)
         for name, data in SMALL.items():
             assert await one.read(layer, name) == data
-        assert writing.is_set()
+        assert await trio.to_thread.run_sync(writing.wait, 10)
         gate.set()
         await landed(one)
         assert registry.count("GET", "/blobs/") <= 2  # the small files may straddle two frames
