@@ -55,14 +55,15 @@ def convert_layer(
     for block in blocks:
         stream.feed(block)
     stream.finish()
-    writer.finish()
     toc = TocWriter()
     living = stream.namespace.finish()
-    for live in living:
+    for live in living:  # while the last frames are being compressed
         if live.entry.kind is Kind.REG and live.tag is not None:
+            writer.await_content(live.tag)
             toc.add(live.entry, live.tag.digest, live.tag.chunks)
         else:
             toc.add(live.entry, None, [])
+    writer.finish()
     tail, annotations = encode_tail(toc.finish(), writer.blob_size, compressors.level)
     writer.append(tail)
     return ConvertedLayer(

@@ -90,7 +90,8 @@ class LayerWork:
         label = layer.digest[7:19]
         path = self._scratch / hex_of(layer.digest)
         with self._options.progress(label, layer.size) as progress:
-            blob = BlobSource(self._source, layer, progress.advance)
+            # A blob that is its own diff ID is a bare tar: one pass of sha256 proves both.
+            blob = BlobSource(self._source, layer, progress.advance, hashed=layer.digest != diff_id)
             pump = Pump(decompressed(blob), self._cancelled)
             try:
                 with _create(path) as target:
@@ -98,10 +99,13 @@ class LayerWork:
             except (TarInvalid, FrameInvalid):
                 # Was it the registry's doing? Then that is what to say.
                 _drain(pump, blob)
+                if not blob.hashed:
+                    blob = BlobSource(self._source, layer, lambda size: None)
+                    _drain(Pump(blob.blocks(), self._cancelled), blob)
                 if blob.digest != layer.digest:
                     raise DigestMismatch("layer", layer.digest, blob.digest) from None
                 raise
-        _check_source(layer, blob, diff_id, result.source_diff_id)
+        _check_source(layer, blob.digest if blob.hashed else result.source_diff_id, diff_id, result.source_diff_id)
         annotations = {**result.annotations, oci.SOURCE_LAYER: source_key(layer.digest, self._options.level)}
         descriptor = oci.Descriptor(oci.OCI_LAYER_ZSTD, result.digest, result.size, annotations)
         report = LayerReport(
@@ -142,12 +146,12 @@ class LayerWork:
             unpacked = hashlib.sha256()
             for block in Pump(decompressed(blob, copy=target), self._cancelled):
                 unpacked.update(block)
-        _check_source(layer, blob, diff_id, "sha256:" + unpacked.hexdigest())
+        _check_source(layer, blob.digest, diff_id, "sha256:" + unpacked.hexdigest())
 
 
-def _check_source(layer: oci.Descriptor, blob: BlobSource, diff_id: str, actual_diff_id: str) -> None:
-    if blob.digest != layer.digest:
-        raise DigestMismatch("layer", layer.digest, blob.digest)
+def _check_source(layer: oci.Descriptor, actual: str, diff_id: str, actual_diff_id: str) -> None:
+    if actual != layer.digest:
+        raise DigestMismatch("layer", layer.digest, actual)
     if actual_diff_id != diff_id:
         raise DiffIdMismatch(layer.digest, diff_id, actual_diff_id)
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
+from indexer.frames import DEFAULT_LEVEL
 from lazyfs.errors import UsageError
 
 MAX_LEVEL = 22  # zstd's highest
@@ -33,7 +34,7 @@ class ConvertOptions:
     """How to convert. `scratch`: a directory for temporary files, None for the system's."""
 
     platform: str | None = None  # of an index; None: this machine's
-    level: int = 3
+    level: int = DEFAULT_LEVEL
     jobs: int = 2
     force: bool = False  # convert layers although they could be taken as they are
     scratch: Path | None = None

@@ -24,10 +24,16 @@ _GRACE = 600.0  # seconds
 
 
 class BlobSource:
-    """One blob, read in order from its repository; resumed where a connection broke."""
+    """One blob, read in order from its repository; resumed where a connection broke.
 
-    def __init__(self, repository: Repository, blob: Descriptor, advance: Callable[[int], None]) -> None:
+    `hashed` False leaves the sum to somebody who hashes the same bytes anyway; then there is no `digest`.
+    """
+
+    def __init__(
+        self, repository: Repository, blob: Descriptor, advance: Callable[[int], None], *, hashed: bool = True
+    ) -> None:
         self.size = 0  # bytes read so far
+        self.hashed = hashed
         self._repository = repository
         self._blob = blob
         self._advance = advance
@@ -36,6 +42,7 @@ class BlobSource:
     @property
     def digest(self) -> str:
         """sha256 of what was read."""
+        assert self.hashed
         return "sha256:" + self._sum.hexdigest()
 
     def blocks(self) -> Iterator[bytes]:
@@ -50,7 +57,8 @@ class BlobSource:
                 ) as stream:
                     while block := stream.read(_READ):
                         failures = 0
-                        self._sum.update(block)
+                        if self.hashed:
+                            self._sum.update(block)
                         self.size += len(block)
                         self._advance(len(block))
                         yield block
