@@ -80,8 +80,8 @@ def skippable(data: bytes) -> bytes:
     "packed",
     [
         DATA,
-        gzip.compress(DATA),
-        gzip.compress(DATA[:1000]) + gzip.compress(b"") + gzip.compress(DATA[1000:]),
+        gzip.compress(DATA, mtime=0),
+        gzip.compress(DATA[:1000], mtime=0) + gzip.compress(b"", mtime=0) + gzip.compress(DATA[1000:], mtime=0),
         zstd(DATA),
         zstd(DATA[:70_000]) + skippable(b"x" * 9) + zstd(DATA[70_000:]) + skippable(b""),
         skippable(b"first") + zstd(DATA),
@@ -107,10 +107,10 @@ def test_short_blobs() -> None:
 @pytest.mark.parametrize(
     ("packed", "reason"),
     [
-        (gzip.compress(DATA)[:-20], "too early"),
-        (gzip.compress(DATA)[:-4], "too early"),
-        (gzip.compress(DATA) + b"rubbish", "damaged"),
-        (gzip.compress(DATA)[:-8] + b"12345678", "damaged"),
+        (gzip.compress(DATA, mtime=0)[:-20], "too early"),
+        (gzip.compress(DATA, mtime=0)[:-4], "too early"),
+        (gzip.compress(DATA, mtime=0) + b"rubbish", "damaged"),
+        (gzip.compress(DATA, mtime=0)[:-8] + b"12345678", "damaged"),
         (zstd(DATA) + b"rubbish", "damaged"),
         (b"\x28\xb5\x2f\xfd" + b"\xff" * 40, "damaged"),
         (bz2.compress(DATA), "bzip2"),
