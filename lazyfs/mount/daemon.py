@@ -50,6 +50,7 @@ log = logging.getLogger(__name__)
 
 _FILES = 65536  # open files wanted; about four a layer
 _M_ARENA_MAX = -8  # mallopt(3)
+_STOPS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 _LAST_WORDS = 0.1  # seconds
 _SWITCH = 0.0005  # seconds after which a thread gives up the interpreter: a waiting read is worth more than throughput
 
@@ -64,6 +65,16 @@ class Daemon:
         self._ready_fd = ready_fd
         self._scope = trio.CancelScope()
         self._stop = trio.Event()  # a client asked for the end
+        self._signalled = False
+
+    def hold_signals(self) -> None:
+        """Keep the signals that end the daemon from killing it while it starts or takes its mounts down."""
+
+        def note(number: int, frame: object) -> None:
+            self._signalled = True
+
+        for number in _STOPS:
+            signal.signal(number, note)
 
     async def run(self) -> None:
         """Serve until stopped. Raise LazyfsError when it can't start."""
@@ -159,7 +170,9 @@ class Daemon:
         return os.fspath(self._settings.session / image.planted.name.decode())
 
     async def _watch_signals(self) -> None:
-        with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT, signal.SIGHUP) as signals:
+        with trio.open_signal_receiver(*_STOPS) as signals:
+            if self._signalled:
+                self._scope.cancel()
             async for number in signals:
                 log.info("stopping: %s", signal.Signals(number).name)
                 self._scope.cancel()
@@ -217,6 +230,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         settings = config.load({"root": args.root, "run": args.run})
         daemon = Daemon(settings, args.solo, until_idle=args.until_idle, ready_fd=args.ready_fd)
+        daemon.hold_signals()
         trio.run(daemon.run, strict_exception_groups=True)
         return 0
     except* LazyfsError as group:

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
+import time
 from pathlib import Path
+
+import pytest
 
 from lazyfs.container import mounts
 from tests.helpers.blobs import LayerBlob, zstd_chunked_layer
@@ -191,3 +195,18 @@ def test_busy_mount(node: Node, registry: FakeRegistry) -> None:
     node.umount(tree, "--lazy")
     Path(node.place / "go").write_text("\n")
     node.finish(holder, 10)
+
+
+@pytest.mark.parametrize("delay", [-0.05, 0.0, 0.02, 0.05, 0.1])
+def test_signals_at_any_moment_leave_no_mount(node: Node, registry: FakeRegistry, delay: float) -> None:
+    """A daemon that is just ending by itself is not killed by a signal between two of its last steps."""
+    image = add(registry, "image", layer())
+    node.umount(node.mount(image))
+    time.sleep(float(node.settings["DAEMON_LINGER"]) + delay)
+    for _ in range(5):
+        for pid in node.processes():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGTERM)
+        time.sleep(0.01)
+    until(lambda: not node.processes(), "the daemon ends")
+    node.check_nothing_left()
