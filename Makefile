@@ -17,7 +17,9 @@ help:
 	@echo 'make venv    the virtual environment alone    make debs    the Debian packages alone'
 	@echo 'make clean   remove what the others made'
 
+# An installed lazyfs has its bytecode; this tree gets it here, also where PYTHONDONTWRITEBYTECODE is set.
 demo: venv
+	.venv/bin/python -m compileall -q lazyfs indexer
 	$(SUDO) env "PATH=$$PATH" "IMAGE=$(IMAGE)" .venv/bin/python -m perf.demo
 
 test: lint
