@@ -20,7 +20,7 @@ from lazyfs.format.entry import LANDMARK, TOC_NAME, Kind
 from lazyfs.format.namespace import Namespace
 from lazyfs.format.tar import TarItem, TarScanner
 from lazyfs.format.tar_headers import pad
-from lazyfs.format.toc import TocWriter
+from lazyfs.format.toc_write import TocWriter
 from lazyfs.format.zstd_chunked import encode_tail
 from lazyfs.oci import MAX_BLOB, UNCOMPRESSED_SIZE
 

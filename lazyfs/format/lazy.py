@@ -14,7 +14,7 @@ from lazyfs import oci
 from lazyfs.errors import FooterInvalid, TocInvalid
 from lazyfs.format import zstd_chunked
 from lazyfs.format.footer import MAX_FOOTER, SKIPPABLE_HEADER, Footer, Form, parse_footer
-from lazyfs.format.toc import MAX_TOC
+from lazyfs.format.toc_json import MAX_TOC
 from lazyfs.units import MiB
 
 TAIL = MiB  # bytes fetched first when nothing tells where the TOC is; holds most TOCs

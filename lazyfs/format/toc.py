@@ -1,89 +1,34 @@
-"""The TOC of a layer: JSON to and from (Entry, chunks), every rule of the format checked on the way in.
+"""The TOC of a layer read: JSON to (Entry, chunks), every rule of the format checked.
 
 Source: specs/estargz.md section 2. A TOC is an attacker's input even when its digest is right: the digest proves who
 wrote it, not that it makes sense.
-
-Two fields are our own, and other readers pass them by: JSON holds no bytes that aren't UTF-8, so `nameRaw` and
-`linkNameRaw` (base64) stand beside a `name` or `linkName` that had to be written with U+FFFD; `xattrsRaw` does the same
-for names of extended attributes (base64 of name to base64 of value).
 """
 
 from __future__ import annotations
 
-from base64 import b64decode, b64encode
+from base64 import b64decode
 from binascii import unhexlify
 from collections.abc import Iterator
-from typing import Annotated, Literal
 
 import msgspec
 
 from lazyfs.digest import EMPTY
-from lazyfs.digest import text as digest_text
 from lazyfs.errors import TocInvalid
 from lazyfs.format.entry import MAX_FILE, MAX_PATH, MAX_XATTRS, Chunk, Entry, Kind, clean_path
 from lazyfs.format.rfc3339 import TimeTable
-from lazyfs.units import MiB
-
-MAX_TOC = 150 * MiB  # bytes, compressed and decompressed alike; containers/storage draws the line there too
-MAX_ENTRIES = 4_000_000  # names and chunks together
-MAX_CHUNK = 64 * MiB  # bytes; a chunk is held in memory whole
-MAX_INNER = 64 * MiB  # bytes before a chunk in its frame; they are decompressed to get at it
-MAX_ID = 0xFFFFFFFE  # chown(2) takes -1 for "leave it"
-MAX_MAJOR, MAX_MINOR = 0xFFF, 0xFFFFF  # what a Linux dev_t holds
-
-_KINDS = {
-    "dir": Kind.DIR,
-    "reg": Kind.REG,
-    "symlink": Kind.SYMLINK,
-    "hardlink": Kind.HARDLINK,
-    "char": Kind.CHAR,
-    "block": Kind.BLOCK,
-    "fifo": Kind.FIFO,
-}
-_Type = Literal["dir", "reg", "symlink", "hardlink", "char", "block", "fifo", "chunk"]
-_TYPE_OF: dict[Kind, _Type] = {
-    Kind.DIR: "dir",
-    Kind.REG: "reg",
-    Kind.SYMLINK: "symlink",
-    Kind.HARDLINK: "hardlink",
-    Kind.CHAR: "char",
-    Kind.BLOCK: "block",
-    Kind.FIFO: "fifo",
-}
-_Int = Annotated[int, msgspec.Meta(ge=0, le=(1 << 63) - 1)]
-
-
-class _Json(msgspec.Struct, omit_defaults=True, rename="camel", gc=False):
-    """One element of `entries`, in the order in which fields are written."""
-
-    name: str
-    type: _Type
-    name_raw: bytes | None = None
-    size: _Int = 0
-    modtime: str = ""
-    link_name: str = ""
-    link_name_raw: bytes | None = None
-    mode: _Int = 0
-    uid: _Int = 0
-    gid: _Int = 0
-    user_name: str = ""
-    group_name: str = ""
-    dev_major: _Int = 0
-    dev_minor: _Int = 0
-    xattrs: dict[str, bytes | None] | None = None
-    xattrs_raw: dict[str, bytes] | None = None
-    digest: str = ""
-    offset: _Int = 0
-    inner_offset: _Int = 0
-    chunk_offset: _Int = 0
-    chunk_size: _Int = 0
-    chunk_digest: str = ""
-    chunk_type: str = ""
-
-
-class _Toc(msgspec.Struct):
-    version: int
-    entries: list[_Json]
+from lazyfs.format.toc_json import (
+    KINDS,
+    MAX_CHUNK,
+    MAX_ENTRIES,
+    MAX_ID,
+    MAX_INNER,
+    MAX_MAJOR,
+    MAX_MINOR,
+    MAX_TOC,
+    TocDocument,
+    TocItem,
+    is_utf8,
+)
 
 
 def parse_toc(raw: bytes, payload_end: int) -> Iterator[tuple[Entry, list[Chunk]]]:
@@ -100,7 +45,7 @@ def parse_toc(raw: bytes, payload_end: int) -> Iterator[tuple[Entry, list[Chunk]
     if raw.count(b"{") > 2 * MAX_ENTRIES:
         raise TocInvalid(f"the TOC has more than {MAX_ENTRIES} entries")
     try:
-        toc = msgspec.json.decode(raw, type=_Toc)
+        toc = msgspec.json.decode(raw, type=TocDocument)
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
         raise TocInvalid(f"the TOC can't be decoded: {str(error)[:200]}") from None
     if toc.version != 1:
@@ -121,7 +66,7 @@ class _Reader:
         self._frame = -1  # blob offset of the frame of the last chunk
         self._inner_end = 0  # bytes of that frame's decompressed form that are taken
 
-    def read(self, items: list[_Json]) -> Iterator[tuple[Entry, list[Chunk]]]:
+    def read(self, items: list[TocItem]) -> Iterator[tuple[Entry, list[Chunk]]]:
         number, total = 0, len(items)
         while number < total:
             item = items[number]
@@ -137,7 +82,7 @@ class _Reader:
             yield entry, chunks
             number += 1
 
-    def _entry(self, item: _Json) -> Entry:
+    def _entry(self, item: TocItem) -> Entry:
         path = clean_path(_octets(item.name, item.name_raw), TocInvalid)
         if item.uid > MAX_ID or item.gid > MAX_ID:
             raise TocInvalid(f"has the owner {item.uid}:{item.gid}, which no file can have")
@@ -151,7 +96,7 @@ class _Reader:
         elif self._groups:
             gname = self._groups.get(gid, "")
         mtime_ns = self._times.parse(item.modtime) if item.modtime else 0
-        entry = Entry(path, _KINDS[item.type], item.mode & 0o7777, uid, gid, mtime_ns, 0, b"", (0, 0), (), uname, gname)
+        entry = Entry(path, KINDS[item.type], item.mode & 0o7777, uid, gid, mtime_ns, 0, b"", (0, 0), (), uname, gname)
         kind = entry.kind
         if kind is Kind.REG:
             if item.size > MAX_FILE:
@@ -175,7 +120,7 @@ class _Reader:
             entry.xattrs = _xattrs(item)
         return entry
 
-    def _chunks(self, items: list[_Json], number: int, out: list[Chunk]) -> int:
+    def _chunks(self, items: list[TocItem], number: int, out: list[Chunk]) -> int:
         """Collect the chunks of the file at `number`; return the number of the last element that belongs to it."""
         file = items[number]
         size, done = file.size, 0
@@ -205,7 +150,7 @@ class _Reader:
             _digest(file.digest)
         return number
 
-    def _place(self, item: _Json, size: int) -> None:
+    def _place(self, item: TocItem, size: int) -> None:
         """Check that a chunk lies behind the one before it: content of one stream can't overlap."""
         if item.offset >= self._payload_end:
             raise TocInvalid(f"its content at {item.offset} lies behind the last frame's end, {self._payload_end}")
@@ -229,27 +174,19 @@ def _digest(text: str) -> bytes:
 def _octets(text: str, raw: bytes | None) -> bytes:
     if raw is None:
         return text.encode()
-    if raw.decode("utf-8", "replace") != text or _is_utf8(raw):
+    if raw.decode("utf-8", "replace") != text or is_utf8(raw):
         raise TocInvalid(f"has the raw name {raw[:200]!r}, which is not what {text[:200]!r} stands for")
     return raw
 
 
-def _is_utf8(raw: bytes) -> bool:
-    try:
-        raw.decode()
-    except UnicodeDecodeError:
-        return False
-    return True
-
-
-def _xattrs(item: _Json) -> tuple[tuple[bytes, bytes], ...]:
+def _xattrs(item: TocItem) -> tuple[tuple[bytes, bytes], ...]:
     pairs = {name.encode(): value or b"" for name, value in (item.xattrs or {}).items()}
     for coded, value in (item.xattrs_raw or {}).items():
         try:
             name = b64decode(coded, validate=True)
         except ValueError:
             raise TocInvalid(f"has an extended attribute whose name {coded[:80]!r} is not base64") from None
-        if _is_utf8(name):
+        if is_utf8(name):
             raise TocInvalid(f"has the raw attribute name {name[:80]!r}, which needs none")
         pairs[name] = value
     if any(not name or len(name) > 255 or b"\0" in name for name in pairs):
@@ -257,93 +194,3 @@ def _xattrs(item: _Json) -> tuple[tuple[bytes, bytes], ...]:
     if sum(len(name) + len(value) for name, value in pairs.items()) > MAX_XATTRS:
         raise TocInvalid(f"has more than {MAX_XATTRS} bytes of extended attributes")
     return tuple(sorted(pairs.items()))
-
-
-class TocWriter:
-    """Collect entries in blob order with `add`, then take the JSON with `finish`. Not thread-safe.
-
-    The same entries give the same bytes everywhere: fixed order of fields, no white space, sorted attributes. Holds
-    the encoded form only, at most MAX_TOC bytes.
-    """
-
-    def __init__(self) -> None:
-        self._out = bytearray(b'{"version":1,"entries":[')
-        self._encode_into = msgspec.json.Encoder().encode_into
-        self._times = TimeTable()
-        self._users: dict[int, str] = {}
-        self._groups: dict[int, str] = {}
-        self._count = 0
-
-    def add(self, entry: Entry, digest: bytes | None, chunks: list[Chunk]) -> None:
-        """Append one entry. `digest` is the sha256 of a regular file's content, else None; `chunks` cover the content.
-
-        A device number, owner or name that `parse_toc` would refuse raises TocInvalid here.
-        """
-        kind = entry.kind
-        name, name_raw = _text(entry.path + b"/" if kind is Kind.DIR and entry.path else entry.path or b"./")
-        type_name = _TYPE_OF.get(kind)
-        if type_name is None or entry.uid > MAX_ID or entry.gid > MAX_ID or min(entry.uid, entry.gid, entry.size) < 0:
-            raise TocInvalid(f"{name[:200]!r} has a kind, owner or size that a TOC can't tell")
-        item = _Json(name, type_name, name_raw, mode=entry.mode & 0o7777, uid=entry.uid, gid=entry.gid)
-        if entry.mtime_ns:
-            item.modtime = self._times.format(entry.mtime_ns)
-        if entry.uname and self._users.get(entry.uid) != entry.uname:
-            item.user_name = self._users[entry.uid] = entry.uname
-        if entry.gname and self._groups.get(entry.gid) != entry.gname:
-            item.group_name = self._groups[entry.gid] = entry.gname
-        if kind is Kind.SYMLINK or kind is Kind.HARDLINK:
-            item.link_name, item.link_name_raw = _text(entry.link)
-        elif kind is Kind.CHAR or kind is Kind.BLOCK:
-            item.dev_major, item.dev_minor = entry.rdev
-            if not (0 <= item.dev_major <= MAX_MAJOR and 0 <= item.dev_minor <= MAX_MINOR):
-                raise TocInvalid(f"{name[:200]!r} is the device {entry.rdev}, which can't be")
-        if entry.xattrs:
-            self._add_xattrs(item, entry)
-        if kind is not Kind.REG:
-            self._put(item)
-            return
-        item.size = entry.size
-        item.digest = digest_text(digest) if digest is not None else ""
-        if sum(chunk.size for chunk in chunks) != entry.size:
-            raise TocInvalid(f"{name[:200]!r} has chunks that don't make up its {entry.size} bytes")
-        for number, chunk in enumerate(chunks):
-            if number:
-                item = _Json(name, "chunk", name_raw)
-            item.offset, item.inner_offset, item.chunk_offset = chunk.blob_offset, chunk.inner_offset, chunk.offset
-            item.chunk_digest = digest_text(chunk.digest)
-            if number < len(chunks) - 1:
-                item.chunk_size = chunk.size
-            self._put(item)
-        if not chunks:
-            self._put(item)
-
-    def _add_xattrs(self, item: _Json, entry: Entry) -> None:
-        known: dict[str, bytes | None] = {}
-        odd: dict[str, bytes] = {}
-        for key, value in sorted(entry.xattrs):
-            if _is_utf8(key):
-                known[key.decode()] = value
-            else:
-                odd[b64encode(key).decode()] = value
-        item.xattrs, item.xattrs_raw = known or None, odd or None
-
-    def _put(self, item: _Json) -> None:
-        out = self._out
-        if self._count:
-            out += b","
-        self._count += 1
-        self._encode_into(item, out, len(out))
-        if len(out) > MAX_TOC or self._count > MAX_ENTRIES:
-            raise TocInvalid(f"the layer needs a TOC of more than {MAX_TOC} bytes or {MAX_ENTRIES} entries")
-
-    def finish(self) -> bytes:
-        """Return the whole TOC. Nothing can be added afterwards."""
-        self._out += b"]}"
-        return bytes(self._out)
-
-
-def _text(raw: bytes) -> tuple[str, bytes | None]:
-    try:
-        return raw.decode(), None
-    except UnicodeDecodeError:
-        return raw.decode("utf-8", "replace"), raw

@@ -21,7 +21,7 @@ from lazyfs import oci
 from lazyfs.format.entry import Chunk, Entry, Kind
 from lazyfs.format.namespace import Namespace
 from lazyfs.format.tar import TarItem, TarScanner
-from lazyfs.format.toc import TocWriter
+from lazyfs.format.toc_write import TocWriter
 from lazyfs.format.zstd_chunked import encode_tail
 from tests.helpers import tars
 

@@ -16,9 +16,12 @@ from hypothesis import strategies as st
 from lazyfs import digest as digests
 from lazyfs.errors import TocInvalid
 from lazyfs.format import toc as toc_module
+from lazyfs.format import toc_write
 from lazyfs.format.entry import MAX_FILE, Chunk, Entry, Kind
 from lazyfs.format.rfc3339 import EARLIEST, LATEST, format_time, parse_time
-from lazyfs.format.toc import MAX_CHUNK, MAX_INNER, TocWriter, parse_toc
+from lazyfs.format.toc import parse_toc
+from lazyfs.format.toc_json import MAX_CHUNK, MAX_INNER
+from lazyfs.format.toc_write import TocWriter
 from lazyfs.units import MiB
 
 DIGEST = bytes(range(32))
@@ -106,7 +109,7 @@ def test_what_no_reader_would_take_is_not_written(entry: Entry) -> None:
 
 
 def test_a_toc_beyond_the_bound_is_not_written(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(toc_module, "MAX_TOC", 200)
+    monkeypatch.setattr(toc_write, "MAX_TOC", 200)
     with pytest.raises(TocInvalid):
         written(*((Entry(b"name-%d" % i, Kind.DIR, 0, 0, 0, 0), None, []) for i in range(10)))
 

@@ -16,7 +16,8 @@ from lazyfs.errors import DigestMismatch, FooterInvalid, FormatError, TocInvalid
 from lazyfs.format import zstd_chunked
 from lazyfs.format.footer import STARGZ_BODY, STARGZ_MAGIC, Form, parse_footer
 from lazyfs.format.lazy import TAIL, NotLazy, TocSource, read_toc, toc_source
-from lazyfs.format.toc import MAX_TOC, parse_toc
+from lazyfs.format.toc import parse_toc
+from lazyfs.format.toc_json import MAX_TOC
 from tests.helpers.blobs import LayerBlob, annotated, flipped, without_sparse, zstd_chunked_layer
 from tests.helpers.odd import odd_tar
 from tests.helpers.tars import file, tar_of
