@@ -68,7 +68,7 @@ class LayerWork:
             return []
         side_by_side = min(self._options.jobs, len(unique), SIDE_BY_SIDE)
         pool = ThreadPoolExecutor(side_by_side, "layer")
-        with Compressors(self._options.level, self._options.jobs) as compressors:
+        with Compressors(self._options.compression, self._options.jobs) as compressors:
             try:
                 futures = {
                     layer.digest: pool.submit(self._one, layer, diff_id, compressors, IN_FLIGHT // side_by_side)
@@ -106,7 +106,7 @@ class LayerWork:
                     raise DigestMismatch("layer", layer.digest, blob.digest) from None
                 raise
         _check_source(layer, blob.digest if blob.hashed else result.source_diff_id, diff_id, result.source_diff_id)
-        annotations = {**result.annotations, oci.SOURCE_LAYER: source_key(layer.digest, self._options.level)}
+        annotations = {**result.annotations, oci.SOURCE_LAYER: source_key(layer.digest, self._options.compression)}
         descriptor = oci.Descriptor(oci.OCI_LAYER_ZSTD, result.digest, result.size, annotations)
         report = LayerReport(
             layer.digest,
@@ -121,7 +121,7 @@ class LayerWork:
         return DoneLayer(descriptor, result.diff_id, report, Upload(result.digest, result.size, path))
 
     def _reuse(self, layer: oci.Descriptor, diff_id: str, began: float) -> DoneLayer | None:
-        earlier = self._earlier.get(source_key(layer.digest, self._options.level))
+        earlier = self._earlier.get(source_key(layer.digest, self._options.compression))
         if earlier is None or not self._destination.has_blob(earlier.descriptor.digest):
             return None
         report = _untouched(layer, earlier.descriptor, Action.REUSED, began, kept=diff_id == earlier.diff_id)

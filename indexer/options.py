@@ -5,13 +5,27 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from enum import Enum
 from pathlib import Path
 from typing import Protocol
 
-from indexer.frames import DEFAULT_LEVEL
 from lazyfs.errors import UsageError
 
-MAX_LEVEL = 22  # zstd's highest
+
+class OutputForm(Enum):
+    """The form of converted layers."""
+
+    ZSTD_CHUNKED = "zstd-chunked"
+    ESTARGZ = "estargz"
+    PODMAN = "podman"
+
+
+# Lowest, highest and default compression level.
+LEVELS = {
+    OutputForm.ZSTD_CHUNKED: (1, 22, 3),
+    OutputForm.ESTARGZ: (1, 9, 6),
+    OutputForm.PODMAN: (1, 22, 3),
+}
 
 
 class Advance(Protocol):
@@ -34,15 +48,30 @@ class ConvertOptions:
     """How to convert. `scratch`: a directory for temporary files, None for the system's."""
 
     platform: str | None = None  # of an index; None: this machine's
-    level: int = DEFAULT_LEVEL
+    form: OutputForm = OutputForm.ZSTD_CHUNKED
+    level: int | None = None  # None: the form's default
+    prefetch: tuple[bytes, ...] = ()  # cleaned paths, in the order in which a start reads them
     jobs: int = 2
     force: bool = False  # convert layers although they could be taken as they are
     scratch: Path | None = None
     progress: Callable[[str, int], AbstractContextManager[Advance]] = _no_progress  # of (label, bytes to be read)
 
+    @property
+    def compression(self) -> int:
+        """The compression level: the one asked for, or the form's default."""
+        return LEVELS[self.form][2] if self.level is None else self.level
+
     def check(self) -> None:
-        """Raise UsageError for values out of range."""
-        if not 1 <= self.level <= MAX_LEVEL:
-            raise UsageError(f"there is no compression level {self.level}", hint=f"1 to {MAX_LEVEL}")
+        """Raise UsageError for values out of range, or that don't fit together."""
+        lowest, highest, _ = LEVELS[self.form]
+        if not lowest <= self.compression <= highest:
+            raise UsageError(
+                f"{self.form.value} has no compression level {self.compression}", hint=f"{lowest} to {highest}"
+            )
         if self.jobs < 1:
             raise UsageError("--jobs must be at least 1")
+        if self.prefetch and self.form is OutputForm.PODMAN:
+            raise UsageError(
+                "podman's form knows no prefetch list, so --prefetch would change nothing",
+                hint="leave out --prefetch, or --compat podman",
+            )

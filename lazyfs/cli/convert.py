@@ -44,7 +44,15 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     )
     parser.add_argument("source", metavar="SRC", help=common.IMAGE_HELP)
     parser.add_argument("destination", metavar="DST", help="where the converted image goes; a tag, not a digest")
-    parser.add_argument("--level", metavar="N", type=_level, default=3, help="zstd's level, 1 to 22 (default: 3)")
+    form = parser.add_mutually_exclusive_group()
+    form.add_argument(
+        "--format", choices=("zstd-chunked", "estargz"), default="zstd-chunked", help="the layers' form (zstd-chunked)"
+    )
+    form.add_argument("--compat", choices=("podman",), help="podman: the zstd:chunked that podman pulls in parts")
+    parser.add_argument(
+        "--level", metavar="N", type=_level, help="compression level: 1 to 22 (default: 3), estargz 1 to 9 (default: 6)"
+    )
+    parser.add_argument("--prefetch", metavar="FILE", help="a file of paths that a start reads, one a line, in order")
     parser.add_argument("--jobs", metavar="N", type=_jobs, help="layers and threads at once (default: CPU cores)")
     common.add_platform(parser)
     common.add_plain_http(parser)
@@ -56,9 +64,11 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
 def run(args: argparse.Namespace, out: Output) -> int:
     """Convert and push. Blocking. Raise LazyfsError; temporary files are gone then, too."""
     from dataclasses import replace
+    from pathlib import Path
 
     from indexer.image import convert_image
-    from indexer.options import ConvertOptions
+    from indexer.options import ConvertOptions, OutputForm
+    from indexer.prefetch import read_prefetch
     from lazyfs import reference
     from lazyfs.registry.open import open_repository
 
@@ -68,7 +78,9 @@ def run(args: argparse.Namespace, out: Output) -> int:
     destination_reference = reference.parse(args.destination)
     options = ConvertOptions(
         platform=args.platform,
+        form=OutputForm(args.compat or args.format),
         level=args.level,
+        prefetch=read_prefetch(Path(args.prefetch)) if args.prefetch else (),
         jobs=args.jobs or len(os.sched_getaffinity(0)),
         force=args.force,
         scratch=_scratch(destination_reference),

@@ -1,0 +1,83 @@
+"""The list of `--prefetch`: the files that a start reads, in order.
+
+Two spellings are read: a path a line (blank lines and those that begin with "#" are ignored), and the record files
+of stargz's optimizer, a JSON object a line with "path" (specs: estargz.md, section 3).
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+from pathlib import Path
+from typing import Any
+
+from lazyfs.errors import FormatError, TarInvalid, UsageError
+from lazyfs.format.entry import clean_path
+from lazyfs.units import MiB
+
+MAX_FILE = 16 * MiB  # bytes of a list
+MAX_PATHS = 100_000
+
+
+def read_prefetch(path: Path) -> tuple[bytes, ...]:
+    """Return the cleaned paths of a prefetch list, in order, each once. Blocking (one file).
+
+    Raise UsageError with the line's number for a line that is no path, and for a list that is too long or can't be
+    read.
+    """
+    return parse_prefetch(_read(path), str(path))
+
+
+def parse_prefetch(raw: bytes, name: str) -> tuple[bytes, ...]:
+    """Parse a prefetch list; `name` stands for it in errors. See `read_prefetch`."""
+    found: dict[bytes, None] = {}
+    for number, line in enumerate(raw.splitlines(), 1):
+        line = line.strip()
+        if not line or line.startswith(b"#"):
+            continue
+        try:
+            cleaned = clean_path(_path_of(line), TarInvalid)
+        except FormatError as error:
+            raise UsageError(f"line {number} of {name} is no path of an image: {error.message}") from None
+        except ValueError as error:
+            raise UsageError(
+                f"line {number} of {name} is no path of an image: {error}",
+                hint='write one path a line, or JSON objects with "path"',
+            ) from None
+        found.setdefault(cleaned)
+        if len(found) > MAX_PATHS:
+            raise UsageError(f"{name} names more than {MAX_PATHS} paths")
+    return tuple(found)
+
+
+def _path_of(line: bytes) -> bytes:
+    """Return the path in a line. Raise ValueError for what is none."""
+    if line.startswith(b"{"):
+        import json
+
+        try:
+            record: Any = json.loads(line)
+        except (ValueError, RecursionError):
+            raise ValueError("it begins with { but is not JSON") from None
+        path = record.get("path")
+        if not isinstance(path, str):
+            raise ValueError('it has no "path"')
+        line = path.encode("utf-8", "surrogatepass")
+    if not line.strip(b"/."):
+        raise ValueError("it names the root, which is no file")
+    return line
+
+
+def _read(path: Path) -> bytes:
+    try:
+        # O_NONBLOCK: a FIFO would block for ever.
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+        with open(descriptor, "rb") as file:
+            if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+                raise UsageError(f"the prefetch list {path} is no regular file")
+            raw = file.read(MAX_FILE + 1)
+    except OSError as error:
+        raise UsageError(f"the prefetch list {path} can't be read: {error.strerror}") from None
+    if len(raw) > MAX_FILE:
+        raise UsageError(f"the prefetch list {path} has more than {MAX_FILE} bytes")
+    return raw
