@@ -15,6 +15,9 @@ class Tls:
     skip_verify: bool = False
 
 
+NO_TLS = Tls()  # nothing beyond the system's authorities
+
+
 @dataclass(frozen=True, slots=True)
 class Endpoint:
     """One host that serves a repository. A value; nothing is connected yet.
@@ -34,7 +37,12 @@ class Endpoint:
     origin: bool = False  # the registry that the reference names, not a mirror of it
     namespace: str = ""  # the registry that a mirror stands for, sent as "?ns=": "" for the origin
     headers: tuple[tuple[str, str], ...] = ()  # sent with each request to this endpoint, and never to another host
-    tls: Tls = Tls()
+    tls: Tls = NO_TLS
+    may_be_plain: bool = (
+        False  # "insecure" in registries.conf: plain HTTP where no TLS is spoken; found out at first use
+    )
+    connect_timeout: float = 0.0  # seconds; 0: the settings'
+    source: str = ""  # the file that names this endpoint; "" when nothing but the reference does
 
     @property
     def plain_http(self) -> bool:
