@@ -60,6 +60,7 @@ class Descriptor:
     annotations: dict[str, str] = field(default_factory=dict)
     platform: dict[str, str] = field(default_factory=dict)
     urls: tuple[str, ...] = ()
+    artifact_type: str = ""  # of a manifest that is no image, in a list of referrers
 
     def to_json(self) -> dict[str, Any]:
         out: dict[str, Any] = {"mediaType": self.media_type, "digest": self.digest, "size": self.size}
@@ -69,6 +70,8 @@ class Descriptor:
             out["annotations"] = dict(sorted(self.annotations.items()))
         if self.platform:
             out["platform"] = self.platform
+        if self.artifact_type:
+            out["artifactType"] = self.artifact_type
         return out
 
 
@@ -151,8 +154,15 @@ def parse_descriptor(value: object, what: str) -> Descriptor:
     platform = {k: v for k, v in platform_raw.items() if isinstance(v, str)} if isinstance(platform_raw, dict) else {}
     urls_raw = value.get("urls") or ()
     urls = tuple(u for u in urls_raw if isinstance(u, str)) if isinstance(urls_raw, list) else ()
+    artifact_type = value.get("artifactType")
     return Descriptor(
-        media_type, value["digest"], size, _strings(value.get("annotations"), f"{what}'s annotations"), platform, urls
+        media_type,
+        value["digest"],
+        size,
+        _strings(value.get("annotations"), f"{what}'s annotations"),
+        platform,
+        urls,
+        artifact_type if isinstance(artifact_type, str) else "",
     )
 
 

@@ -72,6 +72,8 @@ class Authorizer:
         self._renew_at = float("inf")
         self._challenge: Challenge | None = None
         self._pushes = False
+        self._others: set[str] = set()  # repositories that the token should also let us pull from
+        self._narrow = False  # the endpoint refused a token for several repositories
         self._tried = "no credentials"
 
     def header(self, deadline: float, *, pushes: bool = False) -> str:
@@ -115,6 +117,13 @@ class Authorizer:
         finally:
             self._lock.release()
 
+    def widen(self, repository: str) -> None:
+        """Have the token cover pulls from another repository of the registry, too, from the next request on."""
+        with self._lock:
+            if not self._narrow and repository not in self._others and repository != self._repository:
+                self._others.add(repository)
+                self._renew_at = min(self._renew_at, 0.0)
+
     def refused(self, what: str, status: int) -> Unauthorized:
         """Return the error for a 401 or 403 that stays, saying which credentials were tried."""
         hint = "" if self._tried.startswith("the ") else f"log in with docker or skopeo, or fill {self._config_path}"
@@ -146,21 +155,28 @@ class Authorizer:
         allowed = ("https",) if self._secure else ("https", "http")
         if realm.scheme not in allowed or not realm.hostname or realm.username is not None:
             raise BadAnswer(self._host, f"{self._host} names a token endpoint that is no {' or '.join(allowed)} URL")
-        scope = f"repository:{self._repository}:{'pull,push' if self._pushes else 'pull'}"
-        fields = {"scope": scope}
+        scopes = [f"repository:{self._repository}:{'pull,push' if self._pushes else 'pull'}"]
+        scopes += [f"repository:{other}:pull" for other in sorted(self._others)]
+        fields: dict[str, str] = {}
         if "service" in challenge.parameters:
             fields["service"] = challenge.parameters["service"]
         headers: dict[str, str] = {}
         if credentials is not None and credentials.identity_token:
             form = {"grant_type": "refresh_token", "refresh_token": credentials.identity_token, "client_id": "lazyfs"}
             headers["Content-Type"] = "application/x-www-form-urlencoded"
+            form["scope"] = " ".join(scopes)
             answer = self._ask("POST", realm.geturl(), headers, urlencode({**form, **fields}).encode(), deadline)
         else:
             if credentials is not None:
                 headers["Authorization"] = credentials.basic()
-            query = "&".join(filter(None, (realm.query, urlencode(fields))))
+            query = "&".join(filter(None, (realm.query, urlencode([*fields.items(), *(("scope", s) for s in scopes)]))))
             url = urlunsplit((realm.scheme, realm.netloc, realm.path, query, ""))
             answer = self._ask("GET", url, headers, None, deadline)
+        if answer.status in (400, 401, 403) and self._others:
+            answer.discard()
+            self._others.clear()
+            self._narrow = True
+            return self._token(challenge, credentials, deadline)
         if answer.status in (400, 401, 403):
             answer.discard()
             raise self.refused(f"a token for {self._repository}", answer.status)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from typing import BinaryIO
 from urllib.parse import quote
@@ -12,7 +13,9 @@ from lazyfs.errors import BadAnswer, BlobMissing, DocumentInvalid, ManifestMissi
 from lazyfs.registry.exchange import Exchange
 from lazyfs.registry.hops import HopKind
 from lazyfs.registry.ranges import BodyStream, EmptyStream, SignedUrls, check_range, range_header
-from lazyfs.registry.repository import ByteStream
+from lazyfs.registry.referrers import by_fallback_tag, described, fallback_tag, listed_with
+from lazyfs.registry.referrers_api import ReferrersApi
+from lazyfs.registry.repository import ByteStream, Repository
 from lazyfs.registry.retry import RetryPolicy
 from lazyfs.registry.status import error_for
 from lazyfs.registry.transport import Answer
@@ -41,6 +44,8 @@ class RemoteRepository:
         self._signed = SignedUrls()
         self._root = f"{exchange.base_url}/v2/{quote(name)}"
         self._uploader = Uploader(exchange, retry, self._root)
+        self._referrers = ReferrersApi(exchange, retry, self._root)
+        self._listing = threading.Lock()
 
     def close(self) -> None:
         """Close idle connections, unless the transport is shared."""
@@ -138,7 +143,29 @@ class RemoteRepository:
 
     def push_manifest(self, target: str, media_type: str, raw: bytes) -> None:
         """Store a manifest or index under a tag or its digest; see Repository."""
-        self._uploader.manifest(target, media_type, raw)
+        listed = self._uploader.manifest(target, media_type, raw)
+        about = None if listed else described(media_type, raw)
+        if about is not None:
+            subject, entry = about
+            with self._listing:  # a list is read, extended and written back
+                old = by_fallback_tag(self.manifest, subject)
+                if entry.digest not in {known.digest for known in old}:
+                    self._uploader.manifest(fallback_tag(subject), oci.OCI_INDEX, listed_with(old, entry))
+
+    def referrers(self, digest: str, *, deadline: float | None = None) -> list[oci.Descriptor]:
+        """Return the manifests whose subject is `digest`, from the API or the fall-back tag; see Repository."""
+        digests.parse(digest, "digest")
+        limit = self._exchange.timeouts.deadline(deadline)
+        found = self._referrers.ask(digest, limit)
+        return by_fallback_tag(lambda tag: self.manifest(tag, deadline=limit), digest) if found is None else found
+
+    def mount_blob(self, digest: str, size: int, source: Repository) -> bool:
+        """Mount a blob of another repository of the same registry; see Repository."""
+        digests.parse(digest, "blob digest")
+        if source.host != self.host or source.name == self.name:
+            return False
+        self._exchange.may_also_pull(source.name)
+        return self._uploader.mount(digest, source.name)
 
     # -- inside ----------------------------------------------------------------------------------------------------
 

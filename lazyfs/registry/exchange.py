@@ -120,6 +120,10 @@ class Exchange:
             else:
                 return answer
 
+    def may_also_pull(self, repository: str) -> None:
+        """Have logins cover pulls from another repository of this registry, too: what a mount across them needs."""
+        self._auth.widen(repository)
+
     def _send(
         self,
         method: str,

@@ -14,7 +14,8 @@ import os
 import secrets
 import stat
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO, Self
@@ -25,12 +26,15 @@ from lazyfs.errors import (
     BadAnswer,
     BlobMissing,
     DocumentInvalid,
+    FormatError,
     ManifestMissing,
     PushRejected,
     RegistryFault,
     RegistryTimeout,
+    TrustError,
 )
-from lazyfs.registry.repository import ByteStream
+from lazyfs.registry.referrers import MAX_REFERRERS, by_fallback_tag, described
+from lazyfs.registry.repository import ByteStream, Repository
 
 REF_NAME = "org.opencontainers.image.ref.name"
 VERSION = "1.0.0"  # of the layout format
@@ -67,6 +71,9 @@ class FileStream:
         if self._descriptor >= 0:
             os.close(self._descriptor)
             self._descriptor = -1
+
+    def reject(self, reason: str) -> None:
+        """There is no other source to turn to."""
 
     def __enter__(self) -> Self:
         return self
@@ -161,23 +168,51 @@ class LayoutRepository:
         if not self.has_blob(digest):
             with self._new_file(self._blob_path(digest)) as out:
                 out.write(raw)
-        if digests.is_digest(target):
-            return
-        annotations = {REF_NAME: target} if target else {}
-        entry = oci.Descriptor(media_type, digest, len(raw), annotations).to_json()
-        with self._locked():
-            document = self._load_index()
-            kept = [e for e in document["manifests"] if _ref_name(e) != target]
-            document["manifests"] = [*kept, entry]
-            with self._new_file(self.path / "index.json") as out:
-                out.write(json.dumps(document, indent=2).encode())
+        about = described(media_type, raw)
+        if not digests.is_digest(target):
+            annotations = {REF_NAME: target} if target else {}
+            entry = oci.Descriptor(media_type, digest, len(raw), annotations)
+            self._list(entry, lambda old: _ref_name(old) == target)
+        elif (
+            about is not None
+        ):  # how layouts keep referrers: in index.json, without a name (image-spec, "Image Layout")
+            self._list(about[1], lambda old: old.get("digest") == digest)
+
+    def referrers(self, digest: str, *, deadline: float | None = None) -> list[oci.Descriptor]:
+        """Return the manifests in index.json whose subject is `digest`, and what a fall-back tag lists."""
+        found = {entry.digest: entry for entry in by_fallback_tag(self.manifest, digest)}
+        try:
+            raw = self._read(self.path / "index.json", oci.MAX_DOCUMENT, "index.json", ManifestMissing)
+        except ManifestMissing:
+            return list(found.values())
+        for entry in oci.parse_index(raw).manifests:
+            try:
+                about = described(*self.manifest(entry.digest))
+            except (ManifestMissing, FormatError, TrustError):
+                continue  # listed, but not there or not sound: it refers to nothing
+            if about is not None and about[0] == digest:
+                found.setdefault(entry.digest, replace(about[1], media_type=entry.media_type))
+        return list(found.values())[:MAX_REFERRERS]
+
+    def mount_blob(self, digest: str, size: int, source: Repository) -> bool:
+        """False: a blob of another directory is copied."""
+        return False
 
     # -- inside ----------------------------------------------------------------------------------------------------
+
+    def _list(self, entry: oci.Descriptor, replaces: Callable[[dict[str, Any]], bool]) -> None:
+        with self._locked():
+            document = self._load_index()
+            kept = [old for old in document["manifests"] if not replaces(old)]
+            document["manifests"] = [*kept, entry.to_json()]
+            with self._new_file(self.path / "index.json") as out:
+                out.write(json.dumps(document, indent=2).encode())
 
     def _find(self, ref: str) -> oci.Descriptor:
         index = oci.parse_index(self._read(self.path / "index.json", oci.MAX_DOCUMENT, "index.json", ManifestMissing))
         names = sorted({name for entry in index.manifests if (name := entry.annotations.get(REF_NAME))})
-        fits = [e for e in index.manifests if not ref or e.annotations.get(REF_NAME) == ref]
+        # What refers to an image is no image of its own: "the only image" stays the only one beside its SBOM.
+        fits = [e for e in index.manifests if (e.annotations.get(REF_NAME) == ref if ref else not e.artifact_type)]
         if len({entry.digest for entry in fits}) == 1:
             return fits[0]
         has = f"it has: {', '.join(names)[:1000] or 'no named image'}"

@@ -29,6 +29,13 @@ class ByteStream(Protocol):
         """Give the connection back, or break it when there is more to come. Never raises."""
         ...
 
+    def reject(self, reason: str) -> None:
+        """Tell that what was read last is not what its digest promised, and why. Never raises, asks nothing.
+
+        Where the blob has several sources, the one that sent it is passed by for this blob from now on.
+        """
+        ...
+
     def __enter__(self) -> Self: ...
 
     def __exit__(
@@ -80,7 +87,21 @@ class Repository(Protocol):
         ...
 
     def push_manifest(self, target: str, media_type: str, raw: bytes) -> None:
-        """Store a manifest or index under a tag or its digest. Raise PushRejected."""
+        """Store a manifest or index under a tag or its digest. Raise PushRejected.
+
+        One with a `subject` is among its referrers afterwards, whether or not the registry has an API for them.
+        """
+        ...
+
+    def referrers(self, digest: str, *, deadline: float | None = None) -> list[Descriptor]:
+        """Return the manifests whose `subject` is `digest`, with their artifact types; [] when there are none.
+
+        Claims of the registry, like any index: what they name is verified when it is read.
+        """
+        ...
+
+    def mount_blob(self, digest: str, size: int, source: Repository) -> bool:
+        """Have the blob of `source` here without sending its bytes. False: that can't be done, so push it."""
         ...
 
     def close(self) -> None:

@@ -122,11 +122,44 @@ class Uploader:
         )
         _check_stored(answer, digest)
 
-    def manifest(self, target: str, media_type: str, raw: bytes) -> None:
-        """Store a manifest or index under a tag or its digest. Raise PushRejected."""
+    def mount(self, digest: str, source: str) -> bool:
+        """Have the registry take over a blob of its repository `source`. False when it won't (distribution-spec)."""
+        what = f"mount of {digest} from {source}"
+        limit = self._exchange.timeouts.deadline(None)
+
+        def attempt() -> bool:
+            answer = self._exchange.ask(
+                "POST",
+                f"{self._root}/blobs/uploads/?mount={quote(digest, safe='')}&from={quote(source, safe='')}",
+                kind="upload",
+                what=what,
+                deadline=limit,
+                body=Body(0, lambda: b""),
+                pushes=True,
+            )
+            if answer.status == 201:
+                _check_stored(answer, digest)
+                return True
+            if answer.status != 202:
+                raise _rejected(answer)
+            answer.discard()
+            # An ordinary upload was begun instead; it is given up, and whoever pushes begins his own.
+            location = follow_location(answer, answer.headers.get("Location", ""))
+            self._exchange.ask(
+                "DELETE", location, kind="upload", what=f"end of the {what}", deadline=limit, pushes=True
+            ).discard()
+            return False
+
+        return self._retry.run(attempt, limit)
+
+    def manifest(self, target: str, media_type: str, raw: bytes) -> bool:
+        """Store a manifest or index under a tag or its digest. Raise PushRejected.
+
+        Returns whether the registry listed it among the referrers of its subject.
+        """
         limit = self._exchange.timeouts.deadline(None, len(raw))
 
-        def attempt() -> None:
+        def attempt() -> bool:
             answer = self._exchange.ask(
                 "PUT",
                 f"{self._root}/manifests/{quote(target, safe=':')}",
@@ -138,8 +171,9 @@ class Uploader:
                 pushes=True,
             )
             _check_stored(answer, digests.of(raw))
+            return "OCI-Subject" in answer.headers
 
-        self._retry.run(attempt, limit)
+        return self._retry.run(attempt, limit)
 
 
 def _check_stored(answer: Answer, digest: str) -> None:

@@ -10,7 +10,8 @@ A layer is its raw blob, or (blob, annotations, media_type). Diff IDs are worked
 zstd, plain), unless `config` brings a rootfs of its own. With `redirect=True` blobs are answered by a 307 to a "signed"
 URL on a second port (the storage), whose signatures `expire_signatures()` makes invalid. With `auth="basic"` or
 `"bearer"` the usual challenges come first; `users` are the accounts, anonymous pulls work with "bearer" and
-`anonymous=True`. With `tls` the registry (not the storage) speaks HTTPS.
+`anonymous=True`. With `tls` the registry (not the storage) speaks HTTPS. With `referrers` it has the referrers API;
+with `isolated` a blob is only in the repositories that it was pushed or mounted to.
 
 Faults are rules, looked at in order for each request that has been parsed; the first that matches decides and uses up
 one of its `times`. A rule may also be any callable `Request -> Rule | None` appended to `registry.faults`.
@@ -85,6 +86,8 @@ class FakeRegistry:
         latency: float = 0.0,
         rate: int = 0,
         tls: ssl.SSLContext | None = None,
+        referrers: bool = False,
+        isolated: bool = False,
     ) -> None:
         self.auth = auth
         self.users = users or {}
@@ -96,6 +99,10 @@ class FakeRegistry:
         self.latency = latency
         self.rate = rate
         self.tls = tls
+        self.referrers = referrers
+        self.isolated = isolated
+        self.pages: tuple[bytes, str] | None = None  # each page of referrers: its index and its Link header
+        self.holds: set[tuple[str, str]] = set()  # (repository, digest), where isolated
         self.scheme = "https" if tls else "http"
         self.challenge = ""  # a WWW-Authenticate header to send instead of the right one
         self.faults: list[Rule | Callable[[Request], Rule | None]] = []
@@ -163,11 +170,12 @@ class FakeRegistry:
 
     # -- content -------------------------------------------------------------------------------------------------
 
-    def add_blob(self, data: bytes) -> str:
-        """Store a blob, for all repositories. Return its digest."""
+    def add_blob(self, data: bytes, repository: str = "") -> str:
+        """Store a blob, for all repositories or, where isolated, for one. Return its digest."""
         digest = of(data)
         with self._changed:
             self.blobs[digest] = data
+            self.holds.add((repository, digest))
         return digest
 
     def add_manifest(self, repository: str, tag: str, media_type: str, raw: bytes) -> str:
@@ -194,7 +202,7 @@ class FakeRegistry:
         diff_ids = []
         for layer in layers:
             data, annotations, media_type = layer if isinstance(layer, tuple) else (layer, {}, _guess_type(layer))
-            self.add_blob(data)
+            self.add_blob(data, repository)
             descriptors.append(oci.Descriptor(media_type, of(data), len(data), annotations).to_json())
             diff_ids.append(diff_id(data) if not config or "rootfs" not in config else "")
         document = {
@@ -205,7 +213,7 @@ class FakeRegistry:
             **(config or {}),
         }
         raw_config = oci.canonical_json(document)
-        self.add_blob(raw_config)
+        self.add_blob(raw_config, repository)
         docker = manifest_type == oci.DOCKER_MANIFEST
         manifest = {
             "schemaVersion": 2,

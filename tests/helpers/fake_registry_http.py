@@ -16,7 +16,9 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import TYPE_CHECKING, Any
 from urllib.parse import parse_qs, urlsplit
 
+from lazyfs import oci
 from lazyfs.digest import of
+from lazyfs.registry.referrers import described
 from tests.helpers.registry_faults import Fault, Request
 
 if TYPE_CHECKING:
@@ -145,7 +147,7 @@ class _Handler(BaseHTTPRequestHandler):
         if parts.path == "/token":
             self._token(query)
             return
-        match = re.fullmatch(r"/v2/(.+)/(manifests|blobs|uploads|tags)/([^/]*)", parts.path)
+        match = re.fullmatch(r"/v2/(.+)/(manifests|blobs|uploads|tags|referrers)/([^/]*)", parts.path)
         upload = re.fullmatch(r"/v2/(.+)/blobs/uploads/([^/]*)", parts.path)
         name = upload[1] if upload else match[1] if match else ""
         if not self._allowed(name, "pull" if self.command in ("GET", "HEAD") else "push"):
@@ -155,18 +157,24 @@ class _Handler(BaseHTTPRequestHandler):
         elif upload:
             self._upload(upload[1], upload[2], query)
         elif match and match[2] == "blobs":
-            self._blob_request(match[3])
+            self._blob_request(match[1], match[3])
         elif match and match[2] == "manifests":
             self._manifest(match[1], match[3])
+        elif match and match[2] == "referrers" and registry.pages is not None:
+            self._answer(200, registry.pages[0], {"Content-Type": oci.OCI_INDEX, "Link": registry.pages[1]})
+        elif match and match[2] == "referrers" and registry.referrers:
+            entries = [e.to_json() for e in _referring(registry.manifests_of(match[1]), match[3])]
+            index = {"schemaVersion": 2, "mediaType": oci.OCI_INDEX, "manifests": entries}
+            self._answer(200, json.dumps(index).encode(), {"Content-Type": oci.OCI_INDEX})
         elif match and match[2] == "tags":
             known = registry.manifests_of(match[1])
             self._answer(200, json.dumps({"name": match[1], "tags": [t for t in known if ":" not in t]}).encode())
         else:
             self._error(404, "UNSUPPORTED")
 
-    def _blob_request(self, digest: str) -> None:
+    def _blob_request(self, name: str, digest: str) -> None:
         registry = self.server.registry
-        if digest not in registry.blobs:
+        if digest not in registry.blobs or (registry.isolated and (name, digest) not in registry.holds):
             self._error(404, "BLOB_UNKNOWN")
         elif registry.redirect:
             self._answer(307, b"", {"Location": registry.sign(digest)})
@@ -206,7 +214,11 @@ class _Handler(BaseHTTPRequestHandler):
             if ":" in target and target != digest:
                 self._error(400, "DIGEST_INVALID")
                 return
-            self._answer(201, b"", {"Location": f"/v2/{name}/manifests/{digest}", "Docker-Content-Digest": digest})
+            headers = {"Location": f"/v2/{name}/manifests/{digest}", "Docker-Content-Digest": digest}
+            about = described(media_type, self.body)
+            if registry.referrers and about is not None:
+                headers["OCI-Subject"] = about[0]
+            self._answer(201, b"", headers)
             return
         found = registry.manifests_of(name).get(target)
         if found is None:
@@ -216,7 +228,11 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _upload(self, name: str, session: str, query: dict[str, str]) -> None:
         registry = self.server.registry
-        if self.command == "POST":
+        if self.command == "POST" and (query.get("from", ""), query.get("mount", "")) in registry.holds:
+            digest = query["mount"]
+            registry.holds.add((name, digest))
+            self._answer(201, b"", {"Location": f"/v2/{name}/blobs/{digest}", "Docker-Content-Digest": digest})
+        elif self.command == "POST":
             session = secrets.token_hex(8)
             registry.uploads[session] = bytearray()
             self._answer(202, b"", {"Location": f"/v2/{name}/blobs/uploads/{session}?state=1", "Range": "0-0"})
@@ -233,8 +249,11 @@ class _Handler(BaseHTTPRequestHandler):
             if of(data) != query.get("digest"):
                 self._error(400, "DIGEST_INVALID")
                 return
-            registry.add_blob(data)
+            registry.add_blob(data, name)
             self._answer(201, b"", {"Location": f"/v2/{name}/blobs/{of(data)}", "Docker-Content-Digest": of(data)})
+        elif self.command == "DELETE":
+            del registry.uploads[session]
+            self._answer(204, b"")
         else:
             self._error(405, "UNSUPPORTED")
 
@@ -259,9 +278,10 @@ class _Handler(BaseHTTPRequestHandler):
         kind, _, value = self.headers.get("Authorization", "").partition(" ")
         token = registry.tokens.get(value) if kind == "Bearer" else None
         if token and token.expires > time.monotonic():
-            head, _, actions = token.scope.rpartition(":")
-            if head == f"repository:{name}" and action in actions.split(","):
-                return True
+            for scope in token.scope.split(" "):
+                head, _, actions = scope.rpartition(":")
+                if head == f"repository:{name}" and action in actions.split(","):
+                    return True
         challenge = f'Bearer realm="{registry.scheme}://{registry.host}/token",service="fake",scope="repository:{name}:{action}"'
         self._error(401, "UNAUTHORIZED", {"WWW-Authenticate": registry.challenge or challenge})
         return False
@@ -279,7 +299,7 @@ class _Handler(BaseHTTPRequestHandler):
             if user is None and (not registry.anonymous or self.headers.get("Authorization")):
                 self._error(401, "UNAUTHORIZED")
                 return
-            scope = query.get("scope", "")
+            scope = " ".join(parse_qs(urlsplit(self.path).query).get("scope", []))
             if user is None:
                 scope = scope.replace(",push", "")
         answer = {"token": registry.issue(scope), "expires_in": int(registry.token_lifetime)}
@@ -334,6 +354,13 @@ class _Handler(BaseHTTPRequestHandler):
         self.close_connection = True
         self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         self.connection.close()
+
+
+def _referring(manifests: dict[str, tuple[str, bytes]], digest: str) -> Iterator[oci.Descriptor]:
+    for target, (media_type, raw) in manifests.items():
+        about = described(media_type, raw) if ":" in target else None
+        if about is not None and about[0] == digest:
+            yield about[1]
 
 
 def _pieces(data: memoryview, size: int) -> Iterator[memoryview]:
