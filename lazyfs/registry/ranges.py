@@ -72,6 +72,9 @@ class BodyStream:
     def close(self) -> None:
         self._answer.close()
 
+    def reject(self, reason: str) -> None:
+        """There is no other source to turn to."""
+
     def __enter__(self) -> Self:
         return self
 
@@ -89,6 +92,9 @@ class EmptyStream:
 
     def close(self) -> None:
         """Nothing is held."""
+
+    def reject(self, reason: str) -> None:
+        """Nothing was sent."""
 
     def __enter__(self) -> Self:
         return self
