@@ -13,7 +13,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import BinaryIO
 
-from indexer.frames import Compressors, Content, FrameCutter, FrameWriter
+from indexer.compress import Compressors
+from indexer.frames import Content, FrameCutter, FrameWriter
 from indexer.rewrite import Expander, must_rewrite, regular_header
 from lazyfs.errors import TarInvalid
 from lazyfs.format.entry import LANDMARK, TOC_NAME, Kind

@@ -14,7 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
-from indexer.frames import IN_FLIGHT, Compressors
+from indexer.compress import Compressors
+from indexer.frames import IN_FLIGHT
 from indexer.layer import convert_layer
 from indexer.options import ConvertOptions
 from indexer.push import Upload

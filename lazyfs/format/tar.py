@@ -67,6 +67,11 @@ class TarItem:
     stored: int  # payload bytes in the stream
     end: int  # start of the next entry, padding included
     sparse: Runs | None = None  # (offset, size) data runs in the expanded file; None: not a sparse file
+    name: bytes = b""  # as it stands in the tar, not cleaned
+    link: bytes = b""  # the same
+    mode: int = 0  # the header's number, type bits included where a writer put them there
+    type_byte: bytes = b"0"
+    records: dict[bytes, bytes] | None = None  # of its PAX header
 
 
 @dataclass(slots=True)
@@ -315,6 +320,7 @@ class TarScanner:
                     runs, wait, self._map = [], self._on_map, SparseMapReader()
                 else:
                     runs = listed_runs(records)
+        told_link = link
         try:
             path = self._clean(name)
             if kind is _HARDLINK:
@@ -340,7 +346,8 @@ class TarScanner:
         if self.entries > self._max_entries:
             raise TarInvalid(f"the layer has more than {self._max_entries} entries", name[:MAX_NAME])
         payload = here + BLOCK
-        item = TarItem(entry, start, payload, stored, payload + stored + pad(stored))
+        end = payload + stored + pad(stored)
+        item = TarItem(entry, start, payload, stored, end, None, name, told_link, who.mode, kind_byte, records)
         if runs is None:
             return self._emit(item)
         if wait is None:

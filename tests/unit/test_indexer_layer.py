@@ -13,7 +13,8 @@ import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from indexer.frames import CHUNK_SIZE, FRAME_LIMIT, FRAME_SIZE, Compressors
+from indexer.compress import FRAME_LIMIT, FRAME_SIZE, Compressors
+from indexer.frames import CHUNK_SIZE
 from indexer.layer import ConvertedLayer, convert_layer
 from indexer.rewrite import regular_header
 from lazyfs import digest as digests
