@@ -7,26 +7,19 @@ disk and StoreBroken for a database that fails.
 
 from __future__ import annotations
 
-import logging
 import os
 import sqlite3
-import threading
-import time
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Protocol
 
-from lazyfs import digest as digests
-from lazyfs.chunks.catalog_schema import open_database, translated
-from lazyfs.errors import DocumentInvalid, StoreBroken, StoreError, StoreFull
-from lazyfs.oci import MAX_DOCUMENT
+from lazyfs.chunks.catalog_file import DOCUMENTS_BOUND
+from lazyfs.chunks.catalog_images import ImageCatalog, NamedImage, Pin, Resolved
+from lazyfs.errors import StoreFull
 
-log = logging.getLogger(__name__)
+__all__ = ["DOCUMENTS_BOUND", "Catalog", "LayerRecord", "MountRecord", "NamedImage", "Pin", "Resolved"]
 
 MAX_NUMBER = (1 << 23) - 1  # node ids have 63 bits, 40 of them for the row
-DOCUMENTS_BOUND = 256 << 20  # bytes of all documents
 _BATCH = 5000  # chunk places in one transaction: others get their turn every few milliseconds
 _PREFIX = 16  # bytes of a chunk digest in the index; whoever copies a chunk hashes it in full anyway
 
@@ -53,14 +46,6 @@ class LayerRecord:
 
 
 @dataclass(frozen=True, slots=True)
-class Resolved:
-    """The manifest that a reference led to, and when (seconds since the epoch)."""
-
-    digest: str
-    time: int
-
-
-@dataclass(frozen=True, slots=True)
 class MountRecord:
     """A mount, for `status` and for the clean-up after a crash."""
 
@@ -74,55 +59,8 @@ class MountRecord:
     tree_key: str
 
 
-class Catalog:
-    """One connection behind a lock. Close it, else SQLite leaves its WAL for the next start."""
-
-    def __init__(
-        self, path: Path, *, documents_bound: int = DOCUMENTS_BOUND, now: Callable[[], float] = time.time
-    ) -> None:
-        """Open `<root>/catalog.db`, made where missing, in a directory that only we can write to.
-
-        A damaged file is moved aside with a warning. Raise StoreFull, or StoreBroken (also for a newer version).
-        """
-        self.path = path
-        self._documents_bound = documents_bound
-        self._now = now
-        self._lock = threading.RLock()
-        self._connection: sqlite3.Connection | None = open_database(path)
-
-    def close(self) -> None:
-        """Close the database. Every later call raises StoreBroken."""
-        with self._lock:
-            if self._connection is not None:
-                with translated(self.path):
-                    self._connection.close()
-                self._connection = None
-
-    @contextmanager
-    def _using(self) -> Iterator[sqlite3.Connection]:
-        with self._lock, translated(self.path):
-            if self._connection is None:
-                raise StoreBroken(f"the catalog {self.path} is closed")
-            yield self._connection
-
-    @contextmanager
-    def _transaction(self) -> Iterator[sqlite3.Connection]:
-        with self._using() as connection:
-            connection.execute("BEGIN IMMEDIATE")
-            try:
-                yield connection
-                connection.execute("COMMIT")
-            except BaseException:
-                if connection.in_transaction:
-                    connection.execute("ROLLBACK")
-                raise
-
-    def _rows(self, statement: str, values: Iterable[Any] = ()) -> list[tuple[Any, ...]]:
-        with self._using() as connection:
-            return connection.execute(statement, tuple(values)).fetchall()
-
-    def _seconds(self) -> int:
-        return int(self._now())
+class Catalog(ImageCatalog):
+    """The whole catalog."""
 
     # -- numbers
 
@@ -159,7 +97,7 @@ class Catalog:
     # -- layers
 
     def add_layer(self, digest: str, blob_size: int, data_size: int) -> None:
-        """Note a layer, or a new use of it. Bytes. Pin, verification and quarantine stay as they are."""
+        """Note a layer, or a new use of it. Bytes. Verification and quarantine stay as they are."""
         with self._using() as connection:
             connection.execute(
                 "INSERT INTO layers (digest, blob_size, data_size, last_use) VALUES (?, ?, ?, ?) ON CONFLICT (digest) "
@@ -178,15 +116,11 @@ class Catalog:
         return self._layers("ORDER BY last_use DESC, digest", ())
 
     def _layers(self, condition: str, values: Iterable[Any]) -> list[LayerRecord]:
-        columns = "digest, blob_size, data_size, last_use, pinned, verified, quarantine"
+        columns = "digest, blob_size, data_size, last_use, digest IN (SELECT digest FROM pinned), verified, quarantine"
         return [
             LayerRecord(str(d), int(b), int(s), int(u), bool(p), bool(v), str(q))
             for d, b, s, u, p, v, q in self._rows(f"SELECT {columns} FROM layers {condition}", values)
         ]
-
-    def set_pinned(self, digest: str, pinned: bool) -> None:
-        """Keep a layer whatever the store's bound says, or no longer. A layer not noted yet is noted with it."""
-        self._set(digest, "pinned", int(pinned))
 
     def set_verified(self, digest: str) -> None:
         """Note that a layer's whole check has passed."""
@@ -204,17 +138,16 @@ class Catalog:
                 (digest, self._seconds(), value),
             )
 
-    def pinned(self) -> frozenset[str]:
-        """Return the digests of the pinned layers."""
-        return frozenset(str(row[0]) for row in self._rows("SELECT digest FROM layers WHERE pinned != 0"))
-
     def remove_layer(self, digest: str) -> None:
         """Forget where a layer's chunks are, and the layer; a pin and a quarantine are kept. So is its number."""
         with self._transaction() as connection:
-            found = connection.execute("SELECT number FROM numbers WHERE key = ?", (f"layer:{digest}",)).fetchone()
-            if found is not None:
-                self._forget_places(connection, int(found[0]))
-            connection.execute("DELETE FROM layers WHERE digest = ? AND pinned = 0 AND quarantine = ''", (digest,))
+            keys = (f"layer:{digest}", f"layer:{digest}:plain")
+            for (number,) in connection.execute("SELECT number FROM numbers WHERE key IN (?, ?)", keys).fetchall():
+                self._forget_places(connection, int(number))
+            connection.execute(
+                "DELETE FROM layers WHERE digest = ? AND quarantine = '' AND digest NOT IN (SELECT digest FROM pinned)",
+                (digest,),
+            )
 
     # -- chunk places
 
@@ -251,61 +184,6 @@ class Catalog:
         connection.execute("DELETE FROM indexed WHERE number = ?", (number,))
         # No index over the number: it would double the file for what happens once a layer's life.
         connection.execute("DELETE FROM chunk_places WHERE number = ?", (number,))
-
-    # -- documents
-
-    def put_document(self, raw: bytes) -> str:
-        """Keep a manifest, index or config. Return its digest. Raise DocumentInvalid above MAX_DOCUMENT bytes.
-
-        Beyond the bound of all documents the least recently used ones go.
-        """
-        if len(raw) > MAX_DOCUMENT:
-            raise DocumentInvalid(f"a document of {len(raw)} bytes is more than the {MAX_DOCUMENT} allowed")
-        digest = digests.of(raw)
-        with self._transaction() as connection:
-            connection.execute(
-                "INSERT OR REPLACE INTO documents (digest, body, size, last_use) VALUES (?, ?, ?, ?)",
-                (digest, raw, len(raw), self._seconds()),
-            )
-            connection.execute(
-                "DELETE FROM documents WHERE digest IN (SELECT digest FROM (SELECT digest, sum(size) OVER "
-                "(ORDER BY last_use DESC, digest = ? DESC, digest) AS running FROM documents) WHERE running > ?)",
-                (digest, self._documents_bound),
-            )
-        return digest
-
-    def document(self, digest: str) -> bytes | None:
-        """Return a document whose digest was checked just now; a damaged one is removed and None."""
-        rows = self._rows("SELECT body, last_use FROM documents WHERE digest = ?", (digest,))
-        if not rows:
-            return None
-        body, last_use = rows[0]
-        intact = isinstance(body, bytes) and digests.of(body) == digest
-        try:
-            with self._using() as connection:
-                if not intact:
-                    connection.execute("DELETE FROM documents WHERE digest = ?", (digest,))
-                elif last_use != self._seconds():
-                    connection.execute("UPDATE documents SET last_use = ? WHERE digest = ?", (self._seconds(), digest))
-        except StoreError as error:  # a full disk must not take away what can be read
-            log.warning("the use of document %s is not noted: %s", digest, error)
-        return body if intact else None
-
-    # -- references
-
-    def remember_reference(self, reference: str, platform: str, digest: str) -> None:
-        """Note the manifest digest that a reference led to for a platform, as of now."""
-        with self._using() as connection:
-            connection.execute(
-                "INSERT OR REPLACE INTO resolved VALUES (?, ?, ?, ?)", (reference, platform, digest, self._seconds())
-            )
-
-    def last_digest(self, reference: str, platform: str) -> Resolved | None:
-        """Return what the reference led to last: for when the registry is down."""
-        rows = self._rows(
-            "SELECT digest, time FROM resolved WHERE reference = ? AND platform = ?", (reference, platform)
-        )
-        return Resolved(str(rows[0][0]), int(rows[0][1])) if rows else None
 
     # -- mounts
 

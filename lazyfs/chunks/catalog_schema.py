@@ -16,7 +16,7 @@ from lazyfs.errors import StoreBroken, StoreFull
 
 log = logging.getLogger(__name__)
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 BUSY_TIMEOUT = 5.0  # seconds to wait for another process's transaction
 _DAMAGED = frozenset({sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB})
 _SUFFIXES = ("", "-wal", "-shm")
@@ -26,7 +26,7 @@ CREATE TABLE schema (version INTEGER NOT NULL);
 CREATE TABLE numbers (number INTEGER PRIMARY KEY, key TEXT NOT NULL UNIQUE);
 CREATE TABLE layers (
     digest TEXT PRIMARY KEY, blob_size INTEGER NOT NULL, data_size INTEGER NOT NULL, last_use INTEGER NOT NULL,
-    pinned INTEGER NOT NULL DEFAULT 0, verified INTEGER NOT NULL DEFAULT 0, quarantine TEXT NOT NULL DEFAULT '');
+    verified INTEGER NOT NULL DEFAULT 0, quarantine TEXT NOT NULL DEFAULT '');
 CREATE TABLE chunk_places (
     digest BLOB NOT NULL, number INTEGER NOT NULL, chunk INTEGER NOT NULL,
     PRIMARY KEY (digest, number, chunk)) WITHOUT ROWID;
@@ -35,11 +35,32 @@ CREATE TABLE documents (
     digest TEXT PRIMARY KEY, body BLOB NOT NULL, size INTEGER NOT NULL, last_use INTEGER NOT NULL);
 CREATE TABLE resolved (
     reference TEXT NOT NULL, platform TEXT NOT NULL, digest TEXT NOT NULL, time INTEGER NOT NULL,
-    PRIMARY KEY (reference, platform));
+    last_use INTEGER NOT NULL, PRIMARY KEY (reference, platform));
 CREATE TABLE mounts (
     id TEXT PRIMARY KEY, image TEXT NOT NULL, manifest_digest TEXT NOT NULL, dir BLOB NOT NULL, kind TEXT NOT NULL,
     state_dir BLOB NOT NULL, pid INTEGER NOT NULL, tree_key TEXT NOT NULL);
 """
+_PINS = """
+CREATE TABLE pins (
+    reference TEXT NOT NULL, platform TEXT NOT NULL, image TEXT NOT NULL, time INTEGER NOT NULL,
+    PRIMARY KEY (reference, platform));
+CREATE TABLE pinned (image TEXT NOT NULL, digest TEXT NOT NULL, PRIMARY KEY (image, digest)) WITHOUT ROWID;
+"""
+# What turns a file of each older version into the next one. A pin was a mark on a layer; it becomes an image of one.
+_STEPS = {
+    1: f"""{_PINS}
+ALTER TABLE resolved ADD COLUMN last_use INTEGER NOT NULL DEFAULT 0;
+UPDATE resolved SET last_use = time;
+INSERT INTO pins SELECT digest, '', digest, last_use FROM layers WHERE pinned != 0;
+INSERT INTO pinned SELECT digest, digest FROM layers WHERE pinned != 0;
+ALTER TABLE layers RENAME TO layers_before;
+CREATE TABLE layers (
+    digest TEXT PRIMARY KEY, blob_size INTEGER NOT NULL, data_size INTEGER NOT NULL, last_use INTEGER NOT NULL,
+    verified INTEGER NOT NULL DEFAULT 0, quarantine TEXT NOT NULL DEFAULT '');
+INSERT INTO layers SELECT digest, blob_size, data_size, last_use, verified, quarantine FROM layers_before;
+DROP TABLE layers_before;
+""",
+}
 
 
 def _code(error: sqlite3.Error) -> int:
@@ -122,11 +143,14 @@ def _prepare(connection: sqlite3.Connection, path: Path) -> None:
     try:
         known = connection.execute("SELECT count(*) FROM sqlite_master WHERE name = 'schema'").fetchone()[0]
         if not known:
-            for statement in filter(str.strip, _SCHEMA.split(";")):
-                connection.execute(statement)
+            _execute(connection, _SCHEMA + _PINS)
             connection.execute("INSERT INTO schema VALUES (?)", (SCHEMA_VERSION,))
         row = connection.execute("SELECT max(version) FROM schema").fetchone()
         version = row[0] if isinstance(row[0], int) else 0
+        while version in _STEPS:
+            _execute(connection, _STEPS[version])
+            version += 1
+            connection.execute("UPDATE schema SET version = ?", (version,))
         connection.execute("COMMIT")
     except BaseException:
         connection.rollback()
@@ -137,6 +161,12 @@ def _prepare(connection: sqlite3.Connection, path: Path) -> None:
         )
     if version != SCHEMA_VERSION:
         raise sqlite3.DatabaseError("the schema's version makes no sense")
+
+
+def _execute(connection: sqlite3.Connection, statements: str) -> None:
+    # Not executescript, which would commit what is under way.
+    for statement in filter(str.strip, statements.split(";")):
+        connection.execute(statement)
 
 
 def _move_aside(path: Path) -> Path:

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from lazyfs import digest as digests
-from lazyfs.chunks.catalog import MAX_NUMBER, Catalog, MountRecord
+from lazyfs.chunks.catalog import MAX_NUMBER, Catalog, MountRecord, Pin
 from lazyfs.errors import DocumentInvalid, StoreBroken, StoreFull
 from lazyfs.oci import MAX_DOCUMENT
 from tests.helpers.chunk_tables import table_of
@@ -106,7 +106,7 @@ def test_file_is_private(catalog: Catalog, path: Path) -> None:
 
 def test_layers_keep_pin_verification_and_quarantine(catalog: Catalog, clock: Clock) -> None:
     catalog.add_layer(LAYER, 10, 100)
-    catalog.set_pinned(LAYER, True)
+    catalog.pin(Pin("docker://h/r:1", "linux/amd64", OTHER), [LAYER])
     catalog.set_verified(LAYER)
     catalog.set_quarantine(OTHER, "its TOC lies")
     clock.now += 5
@@ -121,7 +121,7 @@ def test_layers_keep_pin_verification_and_quarantine(catalog: Catalog, clock: Cl
         catalog.remove_layer(digest)
     other = catalog.layer(OTHER)
     assert other is not None and other.quarantine == "its TOC lies"
-    catalog.set_pinned(LAYER, False)
+    assert catalog.unpin(OTHER)
     catalog.remove_layer(LAYER)
     assert catalog.layer(LAYER) is None
 
@@ -227,7 +227,7 @@ def test_damage_found_at_work_is_an_error_now_and_a_new_beginning_at_the_next_st
 def test_newer_version_is_refused_and_left_alone(path: Path) -> None:
     Catalog(path).close()
     writer = sqlite3.connect(path)
-    writer.execute("UPDATE schema SET version = 2")
+    writer.execute("UPDATE schema SET version = 3")
     writer.commit()
     writer.close()
     with pytest.raises(StoreBroken, match="newer lazyfs"):

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from lazyfs.chunks.catalog import Catalog
+from lazyfs.chunks.catalog import Catalog, Pin
 from lazyfs.chunks.layer_files import SEGMENT, shape_of
 from lazyfs.chunks.layer_store import LayerStore
 from lazyfs.chunks.store import Store
@@ -104,7 +104,7 @@ def test_evicted_chunks_are_misses_and_can_be_written_again(store: Store) -> Non
 def test_pinned_layers_stay(store: Store, catalog: Catalog, clock: Clock) -> None:
     old, new = table_of([MiB] * 12, seed="old"), table_of([MiB] * 12, seed="new")
     pinned = filled(store, old)
-    catalog.set_pinned(old.digest, True)
+    catalog.pin(Pin("docker://h/r:1", "linux/amd64", "image"), [old.digest])
     clock.now += 10
     other = filled(store, new)
     store.evictor.run()
@@ -226,7 +226,7 @@ def test_when_nothing_can_go_writes_are_passed_by_at_once(
     store = Store(tmp_path, 4 * MiB, catalog, monotonic=ticks)
     try:
         table = table_of([MiB] * 12)
-        catalog.set_pinned(table.digest, True)
+        catalog.pin(Pin("docker://h/r:1", "linux/amd64", "image"), [table.digest])
         layer = store.open_layer(table.digest, table)
         with caplog.at_level(logging.WARNING):
             assert layer.write_run(0, table.content[:7]) == 7
