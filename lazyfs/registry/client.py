@@ -10,6 +10,7 @@ from urllib.parse import quote
 from lazyfs import digest as digests
 from lazyfs import oci
 from lazyfs.errors import BadAnswer, BlobMissing, DocumentInvalid, ManifestMissing, RegistryError
+from lazyfs.registry.connections import Pace
 from lazyfs.registry.exchange import Exchange
 from lazyfs.registry.hops import HopKind
 from lazyfs.registry.ranges import BodyStream, EmptyStream, SignedUrls, check_range, range_header
@@ -54,7 +55,7 @@ class RemoteRepository:
 
     # -- pull ------------------------------------------------------------------------------------------------------
 
-    def manifest(self, target: str, *, deadline: float | None = None) -> tuple[str, bytes]:
+    def manifest(self, target: str, *, deadline: float | None = None, pace: Pace | None = None) -> tuple[str, bytes]:
         """Return (media type, raw bytes) of a manifest or index; see Repository."""
         what = f"manifest {self.name}{'@' if ':' in target else ':'}{target}"
         limit = self._exchange.timeouts.deadline(deadline)
@@ -67,6 +68,7 @@ class RemoteRepository:
                 what=what,
                 deadline=limit,
                 headers={"Accept": oci.ACCEPT},
+                pace=pace,
             )
             if answer.status != 200:
                 raise error_for(answer, ManifestMissing)
@@ -81,7 +83,7 @@ class RemoteRepository:
             digests.check(raw, expected, what)
         return media_type, raw
 
-    def blob(self, descriptor: oci.Descriptor, *, deadline: float | None = None) -> bytes:
+    def blob(self, descriptor: oci.Descriptor, *, deadline: float | None = None, pace: Pace | None = None) -> bytes:
         """Return a small document whole, verified; see Repository."""
         digest, size = descriptor.digest, descriptor.size
         what = f"document {digest} of {self.name}"
@@ -90,7 +92,7 @@ class RemoteRepository:
         limit = self._exchange.timeouts.deadline(deadline)
 
         def attempt() -> bytes:
-            answer = self._blob_answer(digest, kind="config", what=what, deadline=limit, headers={})
+            answer = self._blob_answer(digest, kind="config", what=what, deadline=limit, headers={}, pace=pace)
             if answer.status != 200:
                 raise error_for(answer, BlobMissing)
             raw = answer.read_all(size)
@@ -102,7 +104,15 @@ class RemoteRepository:
         digests.check(raw, digest, what)
         return raw
 
-    def fetch(self, digest: str, blob_offset: int, size: int, *, deadline: float | None = None) -> ByteStream:
+    def fetch(
+        self,
+        digest: str,
+        blob_offset: int,
+        size: int,
+        *,
+        deadline: float | None = None,
+        pace: Pace | None = None,
+    ) -> ByteStream:
         """Start reading a range of a blob; see Repository. Retries until the answer's header is good."""
         digests.parse(digest, "blob digest")
         if size == 0:
@@ -112,7 +122,7 @@ class RemoteRepository:
 
         def attempt() -> ByteStream:
             answer = self._blob_answer(
-                digest, kind="blob", what=what, deadline=limit, headers=range_header(blob_offset, size)
+                digest, kind="blob", what=what, deadline=limit, headers=range_header(blob_offset, size), pace=pace
             )
             if answer.status == 416:
                 answer.discard()
@@ -190,13 +200,22 @@ class RemoteRepository:
         return self._retry.run(attempt, limit)
 
     def _blob_answer(
-        self, digest: str, *, kind: HopKind, what: str, deadline: float, headers: dict[str, str]
+        self,
+        digest: str,
+        *,
+        kind: HopKind,
+        what: str,
+        deadline: float,
+        headers: dict[str, str],
+        pace: Pace | None = None,
     ) -> Answer:
         """GET a blob, by the signed URL that the last redirect led to where there is one."""
         signed = self._signed.get(digest)
         if signed is not None:
             try:
-                answer = self._exchange.ask("GET", signed, kind=kind, what=what, deadline=deadline, headers=headers)
+                answer = self._exchange.ask(
+                    "GET", signed, kind=kind, what=what, deadline=deadline, headers=headers, pace=pace
+                )
             except RegistryError:
                 self._signed.forget(digest, signed)
                 raise
@@ -206,7 +225,7 @@ class RemoteRepository:
             self._signed.forget(digest, signed)
             answer.discard()
         address = f"{self._root}/blobs/{digest}"
-        answer = self._exchange.ask("GET", address, kind=kind, what=what, deadline=deadline, headers=headers)
+        answer = self._exchange.ask("GET", address, kind=kind, what=what, deadline=deadline, headers=headers, pace=pace)
         if answer.status in (200, 206) and answer.url != address:
             self._signed.keep(digest, answer.url)
         return answer

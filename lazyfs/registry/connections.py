@@ -12,14 +12,32 @@ import socket
 import threading
 import time
 from dataclasses import dataclass
-from typing import Any
+from enum import Enum
+from typing import Any, ClassVar
 
 import requests
 from requests.adapters import HTTPAdapter
 from urllib3.connection import HTTPConnection, HTTPSConnection
 from urllib3.connectionpool import HTTPConnectionPool, HTTPSConnectionPool
+from urllib3.exceptions import HTTPError, NameResolutionError
 
+from lazyfs.registry.addresses import refusal
 from lazyfs.registry.environment import Authorities
+
+
+@dataclass(frozen=True, slots=True)
+class Pace:
+    """How lively an answer must be where somebody else could give it.
+
+    `begin_by` (time.monotonic()): when its header must be here, connection, login and redirects included. Then no pause
+    may be longer than `stall` seconds, and `floor` bytes a second must come, measured over `window` seconds of waiting
+    for the network: the time that the reader takes is not the host's.
+    """
+
+    begin_by: float
+    stall: float
+    floor: float = 0.0
+    window: float = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,12 +46,22 @@ class Limits:
 
     deadline: float
     stall: float
+    pace: Pace | None = None
+
+    def pause(self, now: float, *, begun: bool) -> float:
+        """Return how many seconds the next wait may last; 0 or less: none is left."""
+        left = min(self.deadline - now, self.stall)
+        if self.pace is None:
+            return left
+        return min(left, self.pace.stall if begun else self.pace.begin_by - now)
 
 
 class CurrentLimits(threading.local):
     """The limits of the request that the calling thread is making: the way around two libraries to the response."""
 
     limits: Limits | None = None
+    reader: _TimedReader | None = None  # of the answer that came
+    peer: str = ""  # the address that it came from
 
 
 class _TimedReader(io.RawIOBase):
@@ -43,18 +71,33 @@ class _TimedReader(io.RawIOBase):
         self._raw = raw
         self._sock = sock
         self._limits = limits
+        self._waited = 0.0  # seconds of this window
+        self._got = 0  # bytes of this window
+        self.begun = False  # the header is here
 
     def readable(self) -> bool:
         return True
 
     def readinto(self, buffer: Any, /) -> int | None:
-        left = self._limits.deadline - time.monotonic()
-        if left <= 0:
+        now = time.monotonic()
+        timeout = self._limits.pause(now, begun=self.begun)
+        if timeout <= 0:
             raise TimeoutError("the deadline has passed")
-        timeout = min(left, self._limits.stall)
         if timeout != self._sock.gettimeout():
             self._sock.settimeout(timeout)
-        return self._raw.readinto(buffer)
+        got = self._raw.readinto(buffer)
+        pace = self._limits.pace
+        if self.begun and pace is not None and pace.floor and got:
+            self._weigh(pace, got, time.monotonic() - now)
+        return got
+
+    def _weigh(self, pace: Pace, got: int, waited: float) -> None:
+        self._waited += waited
+        self._got += got
+        if self._waited >= pace.window:
+            if self._got < pace.floor * self._waited:
+                raise TimeoutError(f"only {self._got / self._waited:.0f} bytes a second came")
+            self._waited, self._got = 0.0, 0
 
     def close(self) -> None:
         if not self.closed:
@@ -62,7 +105,60 @@ class _TimedReader(io.RawIOBase):
         super().close()
 
 
-def timed_pools(current: CurrentLimits) -> dict[str, type[HTTPConnectionPool]]:
+class Guard(Enum):
+    """Who has named the host of a request, and so which addresses it may have; see `addresses`."""
+
+    USER = "user"  # the registry itself: wherever it lies
+    NEAR = "near"  # a registry on this machine: loopback is fine
+    FAR = "far"
+
+
+class AddressRefused(Exception):
+    """A host's name leads to an address that must not be asked. Becomes a BadAnswer in the transport."""
+
+
+class _Guarded(HTTPConnection):
+    """A connection that looks at the addresses of a name before it connects, and connects to those it looked at.
+
+    The check of a URL alone would not do: a name may lead somewhere else a moment later.
+    """
+
+    guard_level: ClassVar[Guard] = Guard.USER
+
+    def _new_conn(self) -> socket.socket:
+        if self.guard_level is Guard.USER:
+            return super()._new_conn()
+        name = self._dns_host
+        try:
+            answers = socket.getaddrinfo(name.strip("[]"), self.port, type=socket.SOCK_STREAM)
+        except (OSError, UnicodeError) as error:
+            raise NameResolutionError(name, self, socket.gaierror(str(error))) from error
+        found = list(dict.fromkeys(str(answer[4][0]) for answer in answers))
+        for address in found:
+            why = refusal(address, loopback=self.guard_level is Guard.NEAR)
+            if why:
+                raise AddressRefused(f"{address}, which {why}" if address != name else why)
+        try:
+            for number, address in enumerate(found):
+                self._dns_host = address
+                try:
+                    return super()._new_conn()
+                except (HTTPError, OSError):
+                    if number + 1 == len(found):
+                        raise
+        finally:
+            self._dns_host = name  # certificates are for the name
+        raise NameResolutionError(name, self, socket.gaierror("no address"))
+
+
+def _peer(sock: socket.socket) -> str:
+    try:
+        return str(sock.getpeername()[0])
+    except (OSError, IndexError):
+        return ""
+
+
+def timed_pools(current: CurrentLimits, guard: Guard = Guard.USER) -> dict[str, type[HTTPConnectionPool]]:
     """Return pool classes by scheme whose responses obey the limits in `current` at the time of the request."""
 
     class TimedResponse(http.client.HTTPResponse):
@@ -71,14 +167,17 @@ def timed_pools(current: CurrentLimits) -> dict[str, type[HTTPConnectionPool]]:
         ) -> None:
             super().__init__(sock, debuglevel, method, url)
             if current.limits is not None:
-                reader = _TimedReader(self.fp.detach(), sock, current.limits)
-                self.fp = io.BufferedReader(reader)
+                current.reader = _TimedReader(self.fp.detach(), sock, current.limits)
+                current.peer = _peer(sock)
+                self.fp = io.BufferedReader(current.reader)
 
-    class TimedConnection(HTTPConnection):
+    class TimedConnection(_Guarded, HTTPConnection):
         response_class = TimedResponse
+        guard_level = guard
 
-    class TimedTlsConnection(HTTPSConnection):
+    class TimedTlsConnection(_Guarded, HTTPSConnection):
         response_class = TimedResponse
+        guard_level = guard
 
     class TimedPool(HTTPConnectionPool):
         ConnectionCls = TimedConnection
@@ -95,8 +194,10 @@ class TimedAdapter(HTTPAdapter):
     Used without a Session: a Session would read a redirect's body whole, whatever its size, and keep cookies.
     """
 
-    def __init__(self, current: CurrentLimits, authorities: Authorities, pool_size: int) -> None:
-        self._pools = timed_pools(current)
+    def __init__(
+        self, current: CurrentLimits, authorities: Authorities, pool_size: int, guard: Guard = Guard.USER
+    ) -> None:
+        self._pools = timed_pools(current, guard)
         self._authorities = authorities
         super().__init__(pool_connections=pool_size, pool_maxsize=pool_size, max_retries=0)
 

@@ -12,8 +12,9 @@ from pathlib import Path
 from urllib.parse import urljoin, urlsplit
 
 from lazyfs.errors import BadAnswer
+from lazyfs.registry.addresses import is_loopback
 from lazyfs.registry.auth import Authorizer
-from lazyfs.registry.connections import Limits
+from lazyfs.registry.connections import Guard, Limits, Pace
 from lazyfs.registry.hops import HopKind, OnHop
 from lazyfs.registry.transport import Answer, Transport, host_of
 
@@ -66,6 +67,7 @@ class Exchange:
         self._origin = _origin(base_url)
         self._transport = transport
         self._on_hop = on_hop
+        self._near = False  # the registry was last seen on this machine, and may lead there
         secure = base_url.startswith("https:")
         self._auth = Authorizer(credentials_host, repository, secure, config_path, self._ask_token)
 
@@ -80,17 +82,19 @@ class Exchange:
         headers: Mapping[str, str] | None = None,
         body: Body | None = None,
         pushes: bool = False,
+        pace: Pace | None = None,
     ) -> Answer:
         """Return the answer of whatever status that isn't a redirect or a challenge that could be met.
 
-        `what` names the thing in errors. Blocks until `deadline` at most. Raise RegistryUnreachable, RegistryTimeout,
-        Unauthorized (401), BadAnswer (redirects that loop or lead where they must not).
+        `what` names the thing in errors; `pace` is for requests that somebody else could answer, too. Blocks until
+        `deadline` at most. Raise RegistryUnreachable, RegistryTimeout, Unauthorized (401), BadAnswer (redirects that
+        loop or lead where they must not).
         """
         redirects = 0
         renewed = False
         while True:
             home = _origin(url) == self._origin
-            authorization = self._auth.header(deadline, pushes=pushes) if home else ""
+            authorization = self._auth.header(_soon(deadline, pace), pushes=pushes) if home else ""
             answer = self._send(
                 method,
                 url,
@@ -99,13 +103,16 @@ class Exchange:
                 deadline=deadline,
                 headers={**(headers or {}), **({"Authorization": authorization} if authorization else {})},
                 body=body,
+                pace=pace,
             )
+            if home and answer.peer:
+                self._near = is_loopback(answer.peer)
             if answer.status == 401 and home:
                 answer.kind = "challenge"
                 answer.discard()
                 if renewed:
                     raise self._auth.refused(what, 401)
-                self._auth.renew(answer, authorization, deadline)
+                self._auth.renew(answer, authorization, _soon(deadline, pace))
                 renewed = True
             elif answer.status == 403 and home:
                 answer.discard()
@@ -134,18 +141,22 @@ class Exchange:
         deadline: float,
         headers: Mapping[str, str],
         body: Body | None,
+        pace: Pace | None = None,
     ) -> Answer:
+        # What a registry names is looked at before it is asked; the registry itself lies where the user says.
+        guard = Guard.USER if _origin(url) == self._origin else Guard.NEAR if self._near else Guard.FAR
         return self._transport.send(
             method,
             url,
             kind=kind,
             what=what,
-            limits=Limits(deadline, self.timeouts.answer),
+            limits=Limits(deadline, self.timeouts.answer, pace),
             connect_timeout=self.timeouts.connect,
             headers=headers,
             body=body.open() if body else None,
             body_size=body.size if body else 0,
             on_hop=self._on_hop,
+            guard=guard,
         )
 
     def _ask_token(self, method: str, url: str, headers: dict[str, str], body: bytes | None, deadline: float) -> Answer:
@@ -157,6 +168,10 @@ class Exchange:
         if redirects > MAX_REDIRECTS:
             raise _refused(answer, f"{answer.host} redirects {answer.what} more than {MAX_REDIRECTS} times")
         return follow_location(answer, location)
+
+
+def _soon(deadline: float, pace: Pace | None) -> float:
+    return deadline if pace is None else min(deadline, pace.begin_by)
 
 
 def follow_location(answer: Answer, location: str) -> str:

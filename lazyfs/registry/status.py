@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import json
-import time
-from email.utils import parsedate_to_datetime
 
 from lazyfs.errors import BadAnswer, BlobMissing, RegistryError, RegistryFault, TooManyRequests, Unauthorized
 from lazyfs.registry.transport import Answer
+from lazyfs.registry.waits import MAX_WAIT, retry_after
+
+__all__ = ["MAX_WAIT", "error_for", "registry_words", "retry_after"]
 
 MAX_WORDS = 200  # characters of a registry's own message that are repeated
-MAX_WAIT = 86_400.0  # seconds; a Retry-After beyond it says nothing more
 
 
 def error_for(answer: Answer, missing: type[RegistryError] = BlobMissing) -> RegistryError:
@@ -33,17 +33,6 @@ def error_for(answer: Answer, missing: type[RegistryError] = BlobMissing) -> Reg
     error = BadAnswer(host, f"{host} answered {what} with status {status}{detail}")
     error.temporary = False  # a 4xx or an odd 2xx stays what it is
     return error
-
-
-def retry_after(header: str) -> float:
-    """Return the seconds that a Retry-After header asks for, 0 when absent or without sense (RFC 9110, 10.2.3)."""
-    text = header.strip()
-    if text.isdecimal() and len(text) < 10:
-        return min(float(text), MAX_WAIT)
-    try:
-        return min(max(0.0, parsedate_to_datetime(text).timestamp() - time.time()), MAX_WAIT)
-    except (ValueError, TypeError, IndexError, OverflowError):
-        return 0.0
 
 
 def registry_words(body: bytes) -> str:

@@ -13,9 +13,11 @@ from urllib3.exceptions import HTTPError, NameResolutionError, ReadTimeoutError
 
 from lazyfs import __version__
 from lazyfs.errors import BadAnswer, DocumentInvalid, RegistryError, RegistryTimeout, RegistryUnreachable
-from lazyfs.registry.connections import CurrentLimits, Limits, TimedAdapter
+from lazyfs.registry.addresses import name_refusal
+from lazyfs.registry.connections import AddressRefused, CurrentLimits, Guard, Limits, TimedAdapter
 from lazyfs.registry.environment import Authorities, Proxies
 from lazyfs.registry.hops import Hop, HopKind, OnHop
+from lazyfs.registry.waits import retry_after
 
 POOL_SIZE = 32  # idle connections kept per host
 MAX_DISCARD = 64 << 10  # bytes of an unwanted body read to keep its connection; more, and the connection goes
@@ -37,7 +39,9 @@ class Answer:
         *,
         kind: HopKind,
         sent: int,
+        peer: str = "",
     ) -> None:
+        self.peer = peer  # the address that answered; "" through a proxy
         self.status = response.status_code
         self.headers: Mapping[str, str] = response.headers  # case-insensitive
         self.url = url
@@ -117,11 +121,14 @@ class Transport:
     def __init__(self, proxies: Proxies | None = None, authorities: Authorities | None = None) -> None:
         self._proxies = proxies or Proxies()
         self._current = CurrentLimits()
-        self._adapter = TimedAdapter(self._current, authorities or Authorities(), POOL_SIZE)
+        authorities = authorities or Authorities()
+        # Pools of their own: a connection that the user's word opened must not serve a registry's.
+        self._adapters = {guard: TimedAdapter(self._current, authorities, POOL_SIZE, guard) for guard in Guard}
 
     def close(self) -> None:
         """Close idle connections. Blocks not at all; the transport may be used again."""
-        self._adapter.close()
+        for adapter in self._adapters.values():
+            adapter.close()
 
     def send(
         self,
@@ -136,32 +143,46 @@ class Transport:
         body: bytes | Iterable[bytes] | None = None,
         body_size: int = 0,
         on_hop: OnHop | None = None,
+        guard: Guard = Guard.USER,
     ) -> Answer:
         """Send one request and return its answer, of whatever status, once its header has come. Follows no redirect.
 
         `body_size` is the length of `body` in bytes. Blocks until `limits` at most (name resolution apart, which the
-        system's resolver bounds). Raise RegistryUnreachable, RegistryTimeout, BadAnswer.
+        system's resolver bounds). `guard`: who named the host; what a registry named is not asked at addresses that
+        are none of its business, as far as we resolve them: through a proxy only the name can be looked at. Raise
+        RegistryUnreachable, RegistryTimeout, BadAnswer.
         """
         host = host_of(url)
         started = time.monotonic()
+        proxies = self._proxies.for_url(url)
+        if guard is not Guard.USER:
+            why = name_refusal(urlsplit(url).hostname or "", loopback=guard is Guard.NEAR)
+            if why:
+                raise _forbidden(host, what, why)
+            if proxies:
+                guard = Guard.USER
 
         def report(kind: HopKind, status: int, size: int) -> None:
             if on_hop is not None:
-                on_hop(Hop(kind, host, what, status, started, time.monotonic() - started, size))
+                on_hop(Hop(kind, host, what, status, started, time.monotonic() - started, size, told.wait, told.left))
 
-        left = limits.deadline - started
+        told = _Told()
+        left = limits.pause(started, begun=False)
         if left <= 0:
             raise RegistryTimeout(host, f"no time was left to ask {host} for {what}")
         sending = {"User-Agent": f"lazyfs/{__version__}", "Accept-Encoding": "identity", **headers}
         self._current.limits = limits
+        self._current.reader, self._current.peer = None, ""
         try:
             request = requests.Request(method, url, headers=sending, data=body).prepare()
-            response = self._adapter.send(
-                request,
-                stream=True,
-                timeout=(min(connect_timeout, left), min(limits.stall, left)),
-                proxies=self._proxies.for_url(url),
+            response = self._adapters[guard].send(
+                request, stream=True, timeout=(min(connect_timeout, left), left), proxies=proxies
             )
+            if self._current.reader is not None:
+                self._current.reader.begun = True
+        except AddressRefused as error:
+            report(kind, 0, 0)
+            raise _forbidden(host, what, f"leads to {error}") from None
         except (requests.RequestException, HTTPError, HTTPException, OSError, ValueError) as error:
             report(kind, 0, 0)
             raise _translate(error, host, what) from None
@@ -170,7 +191,29 @@ class Transport:
             raise
         finally:
             self._current.limits = None
-        return Answer(response, url, what, report, kind=kind, sent=body_size)
+        told.note(response)
+        peer = "" if proxies else self._current.peer
+        return Answer(response, url, what, report, kind=kind, sent=body_size, peer=peer)
+
+
+class _Told:
+    """What an answer's header says of how often we may ask."""
+
+    wait = 0.0
+    left: int | None = None
+
+    def note(self, response: requests.Response) -> None:
+        if response.status_code in (429, 503):
+            self.wait = retry_after(response.headers.get("Retry-After", ""))
+        remaining = response.headers.get("RateLimit-Remaining", "").partition(";")[0].strip()
+        if remaining.isdecimal() and len(remaining) < 10:
+            self.left = int(remaining)
+
+
+def _forbidden(host: str, what: str, why: str) -> BadAnswer:
+    error = BadAnswer(host, f"{what} was to be asked for at {host}, which {why}: a registry must not send us there")
+    error.temporary = False
+    return error
 
 
 def host_of(url: str) -> str:
