@@ -1,13 +1,14 @@
 """Compressed layers as plain tar streams: gzip (any number of members), zstd (any number of frames), or as they are.
 
 Told apart by magic, because media types lie: Docker's "tar.gzip" around zstd, OCI's "tar" around gzip. Output comes in
-bounded pieces whatever the input claims.
+bounded pieces whatever the input claims. gzip is inflated by zlib-ng where that is installed, nearly twice as fast as
+zlib and with the same answers.
 """
 
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from itertools import chain
 from typing import Protocol
 
@@ -19,7 +20,7 @@ from lazyfs.units import KiB, MiB
 STEP = MiB  # bytes; no piece of output is larger
 _INPUT = 256 * KiB  # bytes of compressed input at a time
 _MAX_WINDOW = 128 * MiB  # bytes of zstd history: what `zstd --long` reaches without asking
-_LONGEST_MAGIC = 8  # bytes
+LONGEST_MAGIC = 8  # bytes
 
 _GZIP = b"\x1f\x8b"
 _ZSTD = b"\x28\xb5\x2f\xfd"
@@ -33,6 +34,23 @@ class Readable(Protocol):
     def read(self, size: int, /) -> bytes: ...
 
 
+class _Member(Protocol):
+    """A gzip member being inflated, as zlib and zlib-ng have it."""
+
+    @property
+    def eof(self) -> bool: ...
+    @property
+    def unused_data(self) -> bytes: ...
+    @property
+    def unconsumed_tail(self) -> bytes: ...
+    def decompress(self, data: bytes, max_length: int, /) -> bytes: ...
+
+
+def is_compressed(head: bytes) -> bool:
+    """Tell from a stream's first 8 bytes (fewer: all of it) whether `decompress` yields anything but the stream itself."""  # noqa: E501
+    return head.startswith((_GZIP, _ZSTD)) or _is_skippable(head)
+
+
 def decompress(blocks: Iterable[bytes]) -> Iterator[bytes]:
     """Yield the decompressed bytes of a stream that comes in `blocks` of any size, in pieces of 1 MiB at most.
 
@@ -43,12 +61,12 @@ def decompress(blocks: Iterable[bytes]) -> Iterator[bytes]:
     head = b""
     for block in rest:
         head += block
-        if len(head) >= _LONGEST_MAGIC:
+        if len(head) >= LONGEST_MAGIC:
             break
     whole = chain((head,), rest) if head else rest
     if head.startswith(_GZIP):
         yield from _gunzip(whole)
-    elif head.startswith(_ZSTD) or (head[1:4] == _SKIPPABLE and head[0] >> 4 == 5):
+    elif is_compressed(head):
         yield from _unzstd(whole)
     else:
         for magic, name in _OTHERS.items():
@@ -81,9 +99,23 @@ class _Pieces:
         return block[:size] if self._left else block
 
 
+def _is_skippable(head: bytes) -> bool:
+    return head[1:4] == _SKIPPABLE and head[0] >> 4 == 5
+
+
+def _inflater() -> tuple[Callable[[], _Member], type[Exception]]:
+    """Return what begins a gzip member, and what it raises for a damaged one."""
+    try:
+        from zlib_ng import zlib_ng
+    except ImportError:
+        return lambda: zlib.decompressobj(31), zlib.error
+    return lambda: zlib_ng.decompressobj(31), zlib_ng.error
+
+
 def _gunzip(blocks: Iterable[bytes]) -> Iterator[bytes]:
     """Members one after another. Zero padding behind the last one is tolerated, as gzip does."""
-    member = zlib.decompressobj(31)
+    begin, damage = _inflater()
+    member = begin()
     begun = False  # whether this member has had a byte
     try:
         for block in blocks:
@@ -96,12 +128,12 @@ def _gunzip(blocks: Iterable[bytes]) -> Iterator[bytes]:
                 begun = True
                 out = member.decompress(data, STEP)
                 if member.eof:
-                    data, member, begun = member.unused_data, zlib.decompressobj(31), False
+                    data, member, begun = member.unused_data, begin(), False
                 else:
                     data = member.unconsumed_tail
                 if out:
                     yield out
-    except zlib.error as error:
+    except damage as error:
         raise FrameInvalid(f"the layer's gzip stream is damaged: {error}") from None
     if begun:
         raise FrameInvalid("the layer's gzip stream ends too early")

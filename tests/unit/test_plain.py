@@ -20,7 +20,8 @@ import zstandard
 from lazyfs import reference
 from lazyfs.chunks import plain
 from lazyfs.chunks.catalog import Catalog
-from lazyfs.chunks.plain import CHUNK, PlainLayer, unpack_plain
+from lazyfs.chunks.cut import CHUNK
+from lazyfs.chunks.plain import PlainLayer, unpack_plain
 from lazyfs.chunks.store import Store
 from lazyfs.errors import (
     BadAnswer,
