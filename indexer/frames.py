@@ -23,7 +23,7 @@ from lazyfs.format.entry import Chunk
 from lazyfs.units import MiB
 
 CHUNK_SIZE = MiB  # bytes of content verified at once
-PODMAN_CHUNK_SIZE = MiB  # bytes; what podman moves when a byte of a large file has changed
+PODMAN_CHUNK_SIZE = 256 * 1024  # bytes; what podman moves when a byte of a large file has changed
 IN_FLIGHT = 32  # batches waiting for compression or for the writer, of all layers together: up to 2.1 MiB each
 _EMPTY = hashlib.sha256().digest()
 
@@ -120,9 +120,9 @@ class FrameCutter:
             self.cut()
         self._add_plain(data)
 
-    def begin(self, size: int) -> Content:
-        """Start a file of `size` bytes, which `content` must then be given in full."""
-        self._file = Content()
+    def begin(self, size: int, content: Content | None = None) -> Content:
+        """Start a file of `size` bytes, which `content` must then be given in full. Return where its chunks will be."""
+        self._file = Content() if content is None else content
         self._offset, self._left, self._chunk_left = 0, size, 0
         self._whole = hashlib.sha256() if size > self._chunk_size else None
         return self._file

@@ -43,8 +43,17 @@ ZSTD_CHECKSUM = "io.containers.zstd-chunked.manifest-checksum"
 ZSTD_POSITION = "io.containers.zstd-chunked.manifest-position"
 GITHUB_ZSTD_CHECKSUM = "io.github.containers.zstd-chunked.manifest-checksum"
 GITHUB_ZSTD_POSITION = "io.github.containers.zstd-chunked.manifest-position"
+GITHUB_TAR_SPLIT_POSITION = "io.github.containers.zstd-chunked.tarsplit-position"
 TOC_ANNOTATIONS = frozenset(
-    {TOC_DIGEST, UNCOMPRESSED_SIZE, ZSTD_CHECKSUM, ZSTD_POSITION, GITHUB_ZSTD_CHECKSUM, GITHUB_ZSTD_POSITION}
+    {
+        TOC_DIGEST,
+        UNCOMPRESSED_SIZE,
+        ZSTD_CHECKSUM,
+        ZSTD_POSITION,
+        GITHUB_ZSTD_CHECKSUM,
+        GITHUB_ZSTD_POSITION,
+        GITHUB_TAR_SPLIT_POSITION,
+    }
 )
 # Our own: what a converted layer was made from, so that the next conversion can reuse it.
 SOURCE_LAYER = "dev.lazyfs.source.layer"

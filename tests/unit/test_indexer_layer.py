@@ -167,15 +167,16 @@ def test_another_level_makes_another_blob_of_the_same_tar() -> None:
     assert fast != small and one.diff_id == two.diff_id and unpack(fast) == unpack(small)
 
 
-def test_a_landmark_starts_its_frame_and_the_toc_of_the_source_is_not_listed() -> None:
-    tar = tar_of(
-        file("a", b"a"), file(".prefetch.landmark", b"\x0f"), file("b", b"b"), file("stargz.index.json", b"{}")
-    )
+def test_a_landmark_starts_its_frame_and_the_toc_of_the_source_is_left_out() -> None:
+    entries = [file("a", b"a"), file(".prefetch.landmark", b"\x0f"), file("b", b"b")]
+    tar = tar_of(*entries, file("stargz.index.json", b"{}"))
     blob, result = convert(tar)
     toc = toc_of(blob, result)
     (landmark,) = toc[b".prefetch.landmark"][1]
     assert landmark.inner_offset == 0 and landmark.blob_offset > toc[b"a"][1][0].blob_offset
-    assert b"stargz.index.json" not in toc and unpack(blob) == tar
+    assert b"stargz.index.json" not in toc and unpack(blob) == tar_of(*entries)
+    assert result.source_diff_id == digests.of(tar) and result.diff_id == digests.of(tar_of(*entries))
+    assert result.notes == ("the TOC of an earlier conversion left out",)
 
 
 @pytest.mark.parametrize("form", ["gnu", "0.0", "0.1", "1.0"])
