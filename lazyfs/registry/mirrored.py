@@ -1,0 +1,409 @@
+"""A repository with several sources: mirrors in order of preference, and the origin.
+
+Everything that is named by a digest may come from any of them. One that is dead, slow, limited or lies is passed by,
+and a body that breaks off or drips is resumed at the next one from where it stopped. While another source is well, one
+gets PATIENCE seconds to begin its answer and about as long again until a drip is known for one: a bad mirror delays a
+read by DELAY seconds at most, and the next read not at all. Nobody but a thread of ours waits for those that are tried
+again.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Sequence
+from types import TracebackType
+from typing import BinaryIO, Protocol, Self, TypeVar
+
+from lazyfs import digest as digests
+from lazyfs.errors import (
+    BadAnswer,
+    BlobMissing,
+    DigestMismatch,
+    DocumentInvalid,
+    LazyfsError,
+    RegistryError,
+    TooManyRequests,
+)
+from lazyfs.oci import Descriptor
+from lazyfs.registry.endpoints import Endpoint
+from lazyfs.registry.health import Health
+from lazyfs.registry.pace import Pace
+from lazyfs.registry.repository import ByteStream, Repository
+from lazyfs.registry.retry import RetryPolicy
+
+log = logging.getLogger(__name__)
+T = TypeVar("T")
+
+PATIENCE = 2.0  # seconds until an answer must have begun, while another source is well
+STALL = 2.0  # seconds without a byte
+WINDOW = 1.0  # seconds over which a rate is measured; a drip may begin anywhere in one
+DELAY = PATIENCE + max(STALL, 2 * WINDOW)  # seconds that one bad mirror may cost a read
+_PROBE = 64 << 10  # bytes asked of a failing host to see whether it is well again
+_PROBE_TIME = 10.0  # seconds
+_TOTAL, _SLOWEST = 300.0, 64 << 10  # seconds, and bytes a second, where no deadline is given (see Timeouts)
+_WORDS = 160  # characters of each mirror's error in the origin's
+
+
+class Member(Protocol):
+    """One source: a RemoteRepository that tries each request once."""
+
+    endpoint: Endpoint
+
+    def manifest(
+        self, target: str, *, deadline: float | None = None, pace: Pace | None = None
+    ) -> tuple[str, bytes]: ...
+
+    def blob(self, descriptor: Descriptor, *, deadline: float | None = None, pace: Pace | None = None) -> bytes: ...
+
+    def fetch(
+        self, digest: str, blob_offset: int, size: int, *, deadline: float | None = None, pace: Pace | None = None
+    ) -> ByteStream: ...
+
+    def has_blob(self, digest: str) -> bool: ...
+
+    def push_blob(self, digest: str, size: int, source: BinaryIO) -> bool: ...
+
+    def push_manifest(self, target: str, media_type: str, raw: bytes) -> None: ...
+
+    def referrers(self, digest: str, *, deadline: float | None = None) -> list[Descriptor]: ...
+
+    def mount_blob(self, digest: str, size: int, source: Repository) -> bool: ...
+
+    def close(self) -> None: ...
+
+
+class MirroredRepository:
+    """The Repository protocol over several members, the origin last. Thread-safe; every call blocks.
+
+    `host` and `name` are those of the reference. `health` is shared by all repositories of the process.
+    """
+
+    def __init__(
+        self, host: str, name: str, members: Sequence[Member], health: Health, retry: RetryPolicy | None = None
+    ) -> None:
+        self.host = host
+        self.name = name
+        self.members = tuple(members)
+        self.health = health
+        self._retry = retry or RetryPolicy()
+        self._resolved: dict[str, str] = {}  # tag -> the host that resolved it last
+
+    @property
+    def link(self) -> str:
+        """The host that is asked next, for whoever counts connections."""
+        hosts = [member.endpoint.host for member in self.members]
+        order = self.health.order(hosts, "")
+        return hosts[order[0]] if order else hosts[-1]
+
+    @property
+    def hosts(self) -> list[str]:
+        """The hosts that bytes may come from."""
+        return [member.endpoint.host for member in self._able(lambda endpoint: endpoint.can_pull)]
+
+    # -- pull
+
+    def manifest(self, target: str, *, deadline: float | None = None) -> tuple[str, bytes]:
+        """Return (media type, raw bytes) of a manifest or index; see Repository.
+
+        A tag is asked of the members that may resolve tags, in order; the first answer is believed, as containerd does.
+        """
+        by_digest = digests.is_digest(target)
+        what = target if by_digest else f"{self.name}:{target}"
+        able = self._able(lambda endpoint: endpoint.can_pull if by_digest else endpoint.can_resolve)
+        limit = _limit(deadline, 0)
+
+        def ask(member: Member, pace: Pace | None) -> tuple[str, bytes]:
+            return member.manifest(target, deadline=limit, pace=pace)
+
+        found, member = self.ask(what, limit, ask, able)
+        if not by_digest:
+            self._resolved[target] = member.endpoint.host
+        return found
+
+    def doubt(self, target: str) -> bool:
+        """Tell that a tag led to something that nobody has. True: another source may know better, ask again."""
+        host = self._resolved.pop(target, "")
+        able = [member.endpoint.host for member in self._able(lambda endpoint: endpoint.can_resolve)]
+        if not host or host == able[-1]:
+            return False
+        log.warning("%s resolved %s:%s to what nobody has: asking the next one", host, self.name, target)
+        self.health.note_stale(host, f"{self.name}:{target}")
+        return True
+
+    def blob(self, descriptor: Descriptor, *, deadline: float | None = None) -> bytes:
+        """Return a small document whole, verified; see Repository."""
+        limit = _limit(deadline, descriptor.size)
+
+        def ask(member: Member, pace: Pace | None) -> bytes:
+            return member.blob(descriptor, deadline=limit, pace=pace)
+
+        return self.ask(descriptor.digest, limit, ask, self._able(lambda endpoint: endpoint.can_pull))[0]
+
+    def fetch(self, digest: str, blob_offset: int, size: int, *, deadline: float | None = None) -> ByteStream:
+        """Start reading a range of a blob; see Repository. The stream goes from member to member as need be."""
+        digests.parse(digest, "blob digest")
+        stream = _Stream(self, digest, blob_offset, size, _limit(deadline, size))
+        if size:
+            stream.open()
+        return stream
+
+    def referrers(self, digest: str, *, deadline: float | None = None) -> list[Descriptor]:
+        """Return the manifests whose subject is `digest`; see Repository. Mirrors seldom have them: the origin does."""
+        return self.members[-1].referrers(digest, deadline=deadline)
+
+    # -- push: to one member
+
+    def has_blob(self, digest: str) -> bool:
+        """Tell whether the registry that is pushed to has the blob."""
+        return self._pushed.has_blob(digest)
+
+    def push_blob(self, digest: str, size: int, source: BinaryIO) -> bool:
+        """Upload a blob; see Repository."""
+        return self._pushed.push_blob(digest, size, source)
+
+    def push_manifest(self, target: str, media_type: str, raw: bytes) -> None:
+        """Store a manifest or index; see Repository."""
+        self._pushed.push_manifest(target, media_type, raw)
+
+    def mount_blob(self, digest: str, size: int, source: Repository) -> bool:
+        """Have a blob of another repository here; see Repository."""
+        return self._pushed.mount_blob(digest, size, source)
+
+    def close(self) -> None:
+        """Close idle connections of all members."""
+        for member in self.members:
+            member.close()
+
+    @property
+    def _pushed(self) -> Member:
+        return next((member for member in reversed(self.members) if member.endpoint.can_push), self.members[-1])
+
+    # -- wrong bytes
+
+    def blame(self, digest: str, reason: str) -> list[str]:
+        """Tell that a blob was wrong as a whole. Return the hosts that sent it; the others are asked first now."""
+        return self.health.blame(digest, f"{digest} of {self.name}: {reason}")
+
+    # -- asking one after another
+
+    def ask(
+        self,
+        what: str,
+        limit: float,
+        action: Callable[[Member, Pace | None], T],
+        able: Sequence[Member],
+        passed_by: frozenset[str] = frozenset(),
+    ) -> tuple[T, Member]:
+        """Return what `action` gets from the first member that works, and that member. Blocks until `limit`.
+
+        Round after round while errors are temporary; hosts in `passed_by` come last in the first one. Raise the
+        origin's error, with what the mirrors said.
+        """
+        pause = self._retry.first
+        for attempt in range(1, self._retry.attempts + 1):
+            failed: dict[int, LazyfsError] = {}
+            hosts = [member.endpoint.host for member in able]
+            order = self.health.order(hosts, what)
+            if attempt == 1 and passed_by:
+                order.sort(key=lambda index: hosts[index] in passed_by)
+            for index in order:
+                member, host = able[index], hosts[index]
+                pace = self._pace(host, [hosts[i] for i in order if i != index and not _final(failed.get(i))])
+                began = time.monotonic()
+                try:
+                    found = action(member, pace)
+                except (RegistryError, DigestMismatch, DocumentInvalid) as error:
+                    self.health.note_error(host, what, error)
+                    failed[index] = error
+                    log.info("%s failed, asking the next source: %s", host, error)
+                    if time.monotonic() >= limit:
+                        break
+                else:
+                    self.health.note_answer(host, what, time.monotonic() - began)
+                    return found, member
+            verdict = self._verdict(what, failed, hosts)
+            if attempt == self._retry.attempts or not verdict.temporary:
+                raise verdict
+            wait = max(self._retry.uniform(pause / 2, pause), float(getattr(verdict, "retry_after", 0.0)))
+            if time.monotonic() + wait >= limit:
+                raise verdict
+            self._retry.sleep(wait)
+            pause = min(pause * 2, self._retry.longest)
+        raise AssertionError("unreachable: the last attempt returns or raises")
+
+    def _pace(self, host: str, others: Sequence[str]) -> Pace | None:
+        """Return how soon a host must deliver: no limits of ours where nobody else is well."""
+        well = [other for other in others if other != host and self.health.is_well(other)]
+        if not well:
+            return None
+        return Pace(time.monotonic() + PATIENCE, STALL, self.health.floor(well), WINDOW)
+
+    def _verdict(self, what: str, failed: dict[int, LazyfsError], hosts: Sequence[str]) -> LazyfsError:
+        if not failed:
+            host, wait = min(((h, self.health.limited_for(h)) for h in hosts), key=lambda pair: pair[1])
+            return TooManyRequests(host, f"{host} limits how often it may be asked", retry_after=max(wait, 0.1))
+        last = max(failed)  # the origin, unless it must not be asked
+        error = failed[last]
+        others = [f"{hosts[i]}: {each.message[:_WORDS]}" for i, each in failed.items() if i != last]
+        if others:
+            error.message = f"{error.message}; before that {'; '.join(others)}"
+        limited = [f"{h} limits how often it may be asked" for h in hosts if self.health.limited_for(h)]
+        if limited and not isinstance(error, TooManyRequests):
+            error.message = f"{error.message}; not asked: {'; '.join(limited)}"
+        if isinstance(error, (BlobMissing, DigestMismatch)) or not error.temporary:
+            # A mirror that is down may have what the origin lacks: worth another try.
+            error.temporary = digests.is_digest(what) and any(each.temporary for each in failed.values())
+        return error
+
+    def _able(self, can: Callable[[Endpoint], bool]) -> list[Member]:
+        return [member for member in self.members if can(member.endpoint)] or list(self.members)
+
+    # -- trying failing hosts again
+
+    def probe(self, digest: str, blob_offset: int, size: int) -> None:
+        """Try failing members again, in threads: none of the readers waits for them. Doesn't block."""
+        for member in self.members:
+            if self.health.take_probe(member.endpoint.host):
+                threading.Thread(
+                    target=self._try_again,
+                    args=(member, digest, blob_offset, min(size, _PROBE)),
+                    name="lazyfs-probe",
+                    daemon=True,
+                ).start()
+
+    def _try_again(self, member: Member, digest: str, blob_offset: int, size: int) -> None:
+        host = member.endpoint.host
+        began = time.monotonic()
+        others = [other.endpoint.host for other in self.members if other is not member]
+        pace = Pace(began + PATIENCE, STALL, self.health.floor(others), WINDOW)
+        try:
+            with member.fetch(digest, blob_offset, size, deadline=began + _PROBE_TIME, pace=pace) as stream:
+                first = time.monotonic() - began
+                while stream.read(size):
+                    pass
+            self.health.note_answer(host, digest, first)
+        except (BlobMissing, TooManyRequests) as error:
+            self.health.note_answer(host, digest, time.monotonic() - began)
+            self.health.note_error(host, digest, error)
+        except LazyfsError as error:
+            self.health.note_error(host, digest, error)
+        finally:
+            self.health.probed(host)
+
+
+class _Stream:
+    """A range that is read from one member after another. The ByteStream protocol."""
+
+    def __init__(self, repository: MirroredRepository, digest: str, blob_offset: int, size: int, limit: float) -> None:
+        self._repository = repository
+        self._digest = digest
+        self._at = blob_offset
+        self._left = size
+        self._limit = limit
+        self._stream: ByteStream | None = None
+        self._host = ""  # of the member that sends, or sent last
+        self._passed_by: set[str] = set()  # members that failed in this stream
+        self._futile = 0  # failures in a row without a byte between them
+        self._got = 0  # bytes of the member that sends
+        self._waited = 0.0  # seconds that they took
+
+    def open(self) -> ByteStream:
+        """Ask for what is left. Raise RegistryError."""
+        repository, digest = self._repository, self._digest
+
+        def ask(member: Member, pace: Pace | None) -> ByteStream:
+            return member.fetch(digest, self._at, self._left, deadline=self._limit, pace=pace)
+
+        able = repository._able(lambda endpoint: endpoint.can_pull)
+        stream, member = repository.ask(digest, self._limit, ask, able, frozenset(self._passed_by))
+        self._stream, self._host = stream, member.endpoint.host
+        self._got, self._waited = 0, 0.0
+        repository.probe(digest, self._at, self._left)
+        return stream
+
+    def read(self, size: int) -> bytes:
+        while self._left:
+            stream = self._stream or self.open()
+            began = time.monotonic()
+            try:
+                data = stream.read(min(size, self._left))
+                if not data:
+                    raise BadAnswer(self._host, f"{self._host} sent {self._left} bytes too few of blob {self._digest}")
+            except RegistryError as error:
+                self._fail(error)
+                continue
+            self._waited += time.monotonic() - began
+            self._got += len(data)
+            self._at += len(data)
+            self._left -= len(data)
+            self._futile = 0
+            if not self._left:
+                self._leave()
+            return data
+        return b""
+
+    def _fail(self, error: RegistryError) -> None:
+        repository = self._repository
+        repository.health.note_error(self._host, self._digest, error)
+        self._leave()
+        self._passed_by.add(self._host)
+        self._futile += 1
+        if time.monotonic() >= self._limit or self._futile > len(repository.members):
+            raise error
+        log.info("%s failed after %d bytes, going on elsewhere: %s", self._host, self._got, error)
+
+    def _leave(self) -> None:
+        stream, self._stream = self._stream, None
+        if stream is not None:
+            stream.close()
+            if self._got:
+                self._repository.health.note_body(self._host, self._digest, self._got, self._waited)
+
+    def reject(self, reason: str) -> None:
+        if not self._host:
+            return
+        host = self._host
+        self._leave()
+        self._passed_by.add(host)
+        self._repository.health.note_lie(host, self._digest, reason)
+
+    def close(self) -> None:
+        self._leave()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def _limit(deadline: float | None, size: int) -> float:
+    return deadline if deadline is not None else time.monotonic() + _TOTAL + size / _SLOWEST
+
+
+def _final(error: LazyfsError | None) -> bool:
+    """Tell whether a member has said its last word."""
+    return error is not None and not error.temporary
+
+
+def read_again(repository: Repository, digest: str, action: Callable[[], T], wrong: tuple[type[LazyfsError], ...]) -> T:
+    """Return `action()`, which reads a blob; where it raises one of `wrong`, once more from each other source.
+
+    Blocks as `action` does. With one source it is called once.
+    """
+    if not isinstance(repository, MirroredRepository):
+        return action()
+    repository.health.begin(digest)
+    for _ in repository.hosts:
+        try:
+            return action()
+        except wrong as error:
+            blamed = repository.blame(digest, error.message)
+            if not blamed or repository.health.all_condemned(digest, repository.hosts):
+                raise
+            log.warning("%s is fetched again from another source than %s: %s", digest, ", ".join(blamed), error)
+    return action()
