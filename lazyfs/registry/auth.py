@@ -13,11 +13,11 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from urllib.parse import urlencode, urlsplit, urlunsplit
 
 from lazyfs.errors import BadAnswer, RegistryTimeout, Unauthorized
-from lazyfs.registry.credentials import Credentials, find_credentials
+from lazyfs.registry.credentials import Credentials
+from lazyfs.registry.logins import Found, Logins
 from lazyfs.registry.status import error_for
 from lazyfs.registry.transport import Answer
 
@@ -61,11 +61,11 @@ AskToken = Callable[[str, str, dict[str, str], bytes | None, float], Answer]
 class Authorizer:
     """The Authorization header for one repository of one registry. Thread-safe: parallel 401s fetch one token."""
 
-    def __init__(self, host: str, repository: str, secure: bool, config_path: Path, ask: AskToken) -> None:
+    def __init__(self, host: str, repository: str, logins: Logins, ask: AskToken) -> None:
+        self.secure = True  # the registry is reached over TLS: then so must be the token endpoint
         self._host = host
         self._repository = repository
-        self._secure = secure  # the registry is reached over TLS: then so must be the token endpoint
-        self._config_path = config_path
+        self._logins = logins
         self._ask = ask
         self._lock = threading.Lock()
         self._header = ""
@@ -111,11 +111,31 @@ class Authorizer:
                 raise Unauthorized(
                     self._host, f"{self._host} refused {answer.what} (401) and asked for no login that lazyfs knows"
                 )
-            if used and chosen.scheme == "basic":
-                raise self.refused(answer.what, 401)
-            self._obtain(chosen, deadline)
+            if used.startswith("Basic ") and chosen.scheme == "basic":
+                if not self._changed(chosen, deadline):
+                    raise self.refused(answer.what, 401)
+            else:
+                self._obtain(chosen, deadline)
         finally:
             self._lock.release()
+
+    def changed(self, used: str, deadline: float) -> bool:
+        """Look for another login after a 403 to a request that was sent with `used`. Blocks.
+
+        Clouds answer 403 to a Basic login that has expired; its file or program may have a new one.
+        """
+        if not used.startswith("Basic "):
+            return False
+        self._acquire(deadline)
+        try:
+            return self._header != used or self._changed(Challenge("basic", {}), deadline)
+        finally:
+            self._lock.release()
+
+    def _changed(self, challenge: Challenge, deadline: float) -> bool:
+        before = self._header
+        self._obtain(challenge, deadline, fresh=True)
+        return self._header != before
 
     def widen(self, repository: str) -> None:
         """Have the token cover pulls from another repository of the registry, too, from the next request on."""
@@ -126,33 +146,41 @@ class Authorizer:
 
     def refused(self, what: str, status: int) -> Unauthorized:
         """Return the error for a 401 or 403 that stays, saying which credentials were tried."""
-        hint = "" if self._tried.startswith("the ") else f"log in with docker or skopeo, or fill {self._config_path}"
+        file = f", or fill {self._logins.file}" if self._logins.file else ""
+        hint = "" if self._tried.startswith("the ") else f"log in with docker, podman or skopeo{file}"
         return Unauthorized(self._host, f"{self._host} refused {what} ({status}), tried {self._tried}", hint=hint)
 
     def _acquire(self, deadline: float) -> None:
         if not self._lock.acquire(timeout=max(0.0, min(deadline - time.monotonic(), threading.TIMEOUT_MAX))):
             raise RegistryTimeout(self._host, f"no token for {self._host} in time")
 
-    def _obtain(self, challenge: Challenge, deadline: float) -> None:
-        credentials = find_credentials(self._host, self._config_path)
-        self._tried = (
-            f"the login for {self._host} from {credentials.source}"
-            if credentials
-            else f"no credentials, as {self._config_path} has none for {self._host}"
-        )
+    def _obtain(self, challenge: Challenge, deadline: float, *, fresh: bool = False) -> None:
+        found = self._find(deadline, fresh)
         if challenge.scheme == "basic":
-            if credentials is None or not credentials.username:
+            if found.credentials is None or not found.credentials.username:
                 raise self.refused(self._repository, 401)
-            header, lifetime = credentials.basic(), float("inf")
+            header, lifetime = found.credentials.basic(), float("inf")
         else:
-            header, lifetime = self._token(challenge, credentials, deadline)
+            try:
+                header, lifetime = self._token(challenge, found.credentials, deadline)
+            except Unauthorized:
+                # What a program said some minutes ago may have expired.
+                again = self._find(deadline, True) if found.credentials is not None and not fresh else found
+                if again.credentials == found.credentials:
+                    raise
+                header, lifetime = self._token(challenge, again.credentials, deadline)
         self._challenge = challenge
         self._renew_at = time.monotonic() + lifetime * (1 - MARGIN)
         self._header = header
 
+    def _find(self, deadline: float, fresh: bool) -> Found:
+        found = self._logins.find(deadline, fresh=fresh)
+        self._tried = found.tried
+        return found
+
     def _token(self, challenge: Challenge, credentials: Credentials | None, deadline: float) -> tuple[str, float]:
         realm = urlsplit(challenge.parameters.get("realm", ""))
-        allowed = ("https",) if self._secure else ("https", "http")
+        allowed = ("https",) if self.secure else ("https", "http")
         if realm.scheme not in allowed or not realm.hostname or realm.username is not None:
             raise BadAnswer(self._host, f"{self._host} names a token endpoint that is no {' or '.join(allowed)} URL")
         scopes = [f"repository:{self._repository}:{'pull,push' if self._pushes else 'pull'}"]

@@ -10,9 +10,10 @@ from urllib.parse import quote
 from lazyfs import digest as digests
 from lazyfs import oci
 from lazyfs.errors import BadAnswer, BlobMissing, DocumentInvalid, ManifestMissing, RegistryError
-from lazyfs.registry.connections import Pace
+from lazyfs.registry.endpoints import Endpoint
 from lazyfs.registry.exchange import Exchange
 from lazyfs.registry.hops import HopKind
+from lazyfs.registry.pace import Pace
 from lazyfs.registry.ranges import BodyStream, EmptyStream, SignedUrls, check_range, range_header
 from lazyfs.registry.referrers import by_fallback_tag, described, fallback_tag, listed_with
 from lazyfs.registry.referrers_api import ReferrersApi
@@ -24,26 +25,26 @@ from lazyfs.registry.upload import Uploader
 
 
 class RemoteRepository:
-    """One repository of one registry (the Repository protocol). Thread-safe; every call blocks.
+    """One repository at one endpoint (the Repository protocol). Thread-safe; every call blocks.
 
     `close_transport` is called by close(): None when the transport belongs to somebody else.
     """
 
     def __init__(
         self,
-        host: str,
-        name: str,
+        endpoint: Endpoint,
         exchange: Exchange,
         retry: RetryPolicy,
         close_transport: Callable[[], None] | None = None,
     ) -> None:
-        self.host = host
-        self.name = name
+        self.endpoint = endpoint
+        self.host = endpoint.host
+        self.name = endpoint.repository
         self._exchange = exchange
         self._retry = retry
         self._close_transport = close_transport
         self._signed = SignedUrls()
-        self._root = f"{exchange.base_url}/v2/{quote(name)}"
+        self._root = exchange.root
         self._uploader = Uploader(exchange, retry, self._root)
         self._referrers = ReferrersApi(exchange, retry, self._root)
         self._listing = threading.Lock()
@@ -226,6 +227,6 @@ class RemoteRepository:
             answer.discard()
         address = f"{self._root}/blobs/{digest}"
         answer = self._exchange.ask("GET", address, kind=kind, what=what, deadline=deadline, headers=headers, pace=pace)
-        if answer.status in (200, 206) and answer.url != address:
+        if answer.status in (200, 206) and answer.redirected:
             self._signed.keep(digest, answer.url)
         return answer

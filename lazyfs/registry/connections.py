@@ -9,6 +9,7 @@ from __future__ import annotations
 import http.client
 import io
 import socket
+import ssl
 import threading
 import time
 from dataclasses import dataclass
@@ -22,22 +23,8 @@ from urllib3.connectionpool import HTTPConnectionPool, HTTPSConnectionPool
 from urllib3.exceptions import HTTPError, NameResolutionError
 
 from lazyfs.registry.addresses import refusal
-from lazyfs.registry.environment import Authorities
-
-
-@dataclass(frozen=True, slots=True)
-class Pace:
-    """How lively an answer must be where somebody else could give it.
-
-    `begin_by` (time.monotonic()): when its header must be here, connection, login and redirects included. Then no pause
-    may be longer than `stall` seconds, and `floor` bytes a second must come, measured over `window` seconds of waiting
-    for the network: the time that the reader takes is not the host's.
-    """
-
-    begin_by: float
-    stall: float
-    floor: float = 0.0
-    window: float = 1.0
+from lazyfs.registry.pace import Pace
+from lazyfs.registry.tls import TlsContexts
 
 
 @dataclass(frozen=True, slots=True)
@@ -185,20 +172,27 @@ def timed_pools(current: CurrentLimits, guard: Guard = Guard.USER) -> dict[str, 
     class TimedTlsPool(HTTPSConnectionPool):
         ConnectionCls = TimedTlsConnection
 
+        def _validate_conn(self, conn: Any) -> None:
+            """Connect; the inherited method also warns where verification was switched off, at every connection."""
+            if conn.is_closed:
+                conn.connect()
+
     return {"http": TimedPool, "https": TimedTlsPool}
 
 
 class TimedAdapter(HTTPAdapter):
-    """requests' adapter over timed pools, one pool per host, with one TLS context for all connections.
+    """requests' adapter over timed pools, one pool per host, with one TLS context for all connections of a kind.
+
+    `verify` of send() is the context of an https request.
 
     Used without a Session: a Session would read a redirect's body whole, whatever its size, and keep cookies.
     """
 
     def __init__(
-        self, current: CurrentLimits, authorities: Authorities, pool_size: int, guard: Guard = Guard.USER
+        self, current: CurrentLimits, contexts: TlsContexts, pool_size: int, guard: Guard = Guard.USER
     ) -> None:
         self._pools = timed_pools(current, guard)
-        self._authorities = authorities
+        self._contexts = contexts
         super().__init__(pool_connections=pool_size, pool_maxsize=pool_size, max_retries=0)
 
     def init_poolmanager(self, *args: Any, **kwargs: Any) -> None:
@@ -207,7 +201,7 @@ class TimedAdapter(HTTPAdapter):
 
     def proxy_manager_for(self, proxy: str, **kwargs: Any) -> Any:
         if proxy not in self.proxy_manager and proxy.lower().startswith("https://"):
-            kwargs["proxy_ssl_context"] = self._authorities.context()
+            kwargs["proxy_ssl_context"] = self._contexts.context()
         manager = super().proxy_manager_for(proxy, **kwargs)
         manager.pool_classes_by_scheme = self._pools
         return manager
@@ -218,7 +212,10 @@ class TimedAdapter(HTTPAdapter):
         host, pool = super().build_connection_pool_key_attributes(request, verify, cert)
         if host.get("scheme") == "https":
             # One context: loading the bundle anew for each connection costs 20 ms and half a megabyte.
-            pool = {"cert_reqs": "CERT_REQUIRED", "ssl_context": self._authorities.context()}
+            context = verify if isinstance(verify, ssl.SSLContext) else self._contexts.context()
+            # urllib3 sets the context's verify_mode to what the pool says.
+            verified = context.verify_mode != ssl.CERT_NONE
+            pool = {"cert_reqs": "CERT_REQUIRED" if verified else "CERT_NONE", "ssl_context": context}
         return host, pool
 
     def cert_verify(self, conn: Any, url: Any, verify: Any, cert: Any) -> None:

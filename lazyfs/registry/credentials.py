@@ -1,6 +1,7 @@
-"""Credentials as `docker login` leaves them: $DOCKER_CONFIG/config.json or ~/.docker/config.json.
+"""Files of logins as docker, podman and skopeo leave them (config.json, auth.json).
 
-Read: `auths` with auth, username and password, or identitytoken. Credential helpers are programs and are not run.
+Source: containers-auth.json(5) and Docker's documentation of config.json. `auths` holds logins by host, or by a part of
+its repositories ("host/team"); `credHelpers` and `credsStore` name programs that are asked instead.
 """
 
 from __future__ import annotations
@@ -8,16 +9,17 @@ from __future__ import annotations
 import base64
 import binascii
 import json
-import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from lazyfs.errors import UsageError
+from lazyfs.registry.config_files import read_bounded
 
 MAX_CONFIG = 1 << 20  # bytes
 # All names under which Docker Hub's credentials have been stored; the first is docker login's own.
 _HUB = ("index.docker.io", "docker.io", "registry-1.docker.io", "registry.hub.docker.com")
+HUB_SERVERS = ("https://index.docker.io/v1/", "docker.io")  # what programs have been told to keep them under
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,65 +29,98 @@ class Credentials:
     username: str
     password: str = field(repr=False)
     identity_token: str = field(repr=False)
-    source: Path  # the file they are from
+    source: str  # the file, the program or the option they are from, for messages
 
     def basic(self) -> str:
         """Return the value of a Basic Authorization header."""
         return "Basic " + base64.b64encode(f"{self.username}:{self.password}".encode()).decode()
 
 
-def config_path() -> Path:
-    """Return where Docker's configuration lies for this user."""
-    directory = os.environ.get("DOCKER_CONFIG")
-    return (Path(directory) if directory else Path(os.path.expanduser("~/.docker"))) / "config.json"
+@dataclass(frozen=True, slots=True)
+class AuthFile:
+    """A parsed file. `program` answers for the file's hosts: the name of a credential program, "" for none."""
+
+    path: Path
+    auths: dict[str, Any] = field(repr=False)
+    helpers: dict[str, str]
+    store: str
+
+    def program(self, host: str) -> str:
+        """Return the name of the program that keeps the login for `host` ("host[:port]"), "" when none does."""
+        by_host: dict[str, str] = {}
+        for key, name in self.helpers.items():
+            by_host.setdefault(_bare(key), name)
+        return next((by_host[name] for name in names_of(host) if name in by_host), self.store)
+
+    def find(self, host: str, repository: str = "") -> Credentials | None:
+        """Return the login for a repository: of the longest part of its name that has one, then of the host.
+
+        Raise UsageError for an entry that is malformed.
+        """
+        by_name: dict[str, Any] = {}
+        for key, value in self.auths.items():
+            by_name.setdefault(_bare(key), value)
+        parts = repository.split("/") if repository else []
+        for count in range(len(parts), -1, -1):
+            for name in names_of(host):
+                full = "/".join((name, *parts[:count]))
+                if isinstance(by_name.get(full), dict) and (found := self._parse(by_name[full], full)) is not None:
+                    return found
+        return None
+
+    def _parse(self, entry: dict[str, Any], name: str) -> Credentials | None:
+        username, password = entry.get("username", ""), entry.get("password", "")
+        token = entry.get("identitytoken", "")
+        encoded = entry.get("auth", "")
+        if not all(isinstance(value, str) for value in (username, password, token, encoded)):
+            raise UsageError(f"credentials file {self.path}: the entry for {name} is malformed")
+        if encoded:
+            try:
+                username, colon, password = base64.b64decode(encoded, validate=True).decode().partition(":")
+            except (binascii.Error, ValueError):
+                colon = ""
+            if not colon:
+                raise UsageError(f"credentials file {self.path}: `auth` of {name} is not base64 of user:password")
+            password = password.rstrip("\0")  # docker pads
+        if not username and not token:
+            return None
+        return Credentials(username, password, token, str(self.path))
 
 
-def find_credentials(host: str, path: Path) -> Credentials | None:
-    """Return the login for registry `host` ("host[:port]"), None when there is none. Blocking: reads one file.
+def read_auth_file(path: Path) -> AuthFile | None:
+    """Return a file of logins, None when there is no such file. Blocking.
 
-    Raise UsageError for a file that can't be read or is not what Docker writes.
+    Raise UsageError for a file that can't be read or is not what Docker and podman write.
     """
+    raw = read_bounded(path, MAX_CONFIG)
+    if raw is None:
+        return None
     try:
-        with path.open("rb") as file:
-            raw = file.read(MAX_CONFIG + 1)
-        document = json.loads(raw)
-    except (FileNotFoundError, NotADirectoryError):
-        return None
-    except (OSError, ValueError, RecursionError) as error:
-        raise UsageError(f"credentials file {path} can't be read: {error}") from None
-    auths = document.get("auths") if isinstance(document, dict) else None
-    if not isinstance(auths, dict):
-        return None
-    by_host: dict[str, Any] = {}
-    for key, value in auths.items():
-        by_host.setdefault(_host_of_key(key), value)
-    for name in _HUB if host in _HUB else (host,):
-        if isinstance(by_host.get(name), dict):
-            return _parse(by_host[name], name, path)
-    return None
+        document = json.loads(raw) if raw.strip() else {}
+    except (ValueError, RecursionError) as error:
+        # Only where it breaks: the text itself holds secrets.
+        where = f"line {error.lineno}" if isinstance(error, json.JSONDecodeError) else "it is not text"
+        raise UsageError(f"credentials file {path} is not JSON ({where})") from None
+    if not isinstance(document, dict):
+        raise UsageError(f"credentials file {path} is no JSON object")
+    auths, helpers, store = document.get("auths"), document.get("credHelpers"), document.get("credsStore")
+    for name, value in (("auths", auths), ("credHelpers", helpers)):
+        if not isinstance(value, dict | None):
+            raise UsageError(f"credentials file {path}: `{name}` is no object")
+    helpers = helpers or {}
+    if not isinstance(store, str | None) or not all(isinstance(value, str) for value in helpers.values()):
+        raise UsageError(f"credentials file {path}: the name of a credential helper is no text")
+    return AuthFile(path, auths or {}, helpers, store or "")
 
 
-def _host_of_key(key: str) -> str:
-    """The host of "https://host/v1/", "host", or "" for a key of one namespace only ("host/team")."""
+def names_of(host: str) -> tuple[str, ...]:
+    """All names under which a host's logins may be kept."""
+    return _HUB if host in _HUB else (host,)
+
+
+def _bare(key: str) -> str:
+    """A key without its scheme and its API version: "https://host/v1/" is "host", "host/team" stays."""
     bare = key.removeprefix("https://").removeprefix("http://")
     host, _, rest = bare.partition("/")
-    return host if rest.rstrip("/") in ("", "v1", "v2") else ""
-
-
-def _parse(entry: dict[str, Any], name: str, path: Path) -> Credentials | None:
-    username, password = entry.get("username", ""), entry.get("password", "")
-    token = entry.get("identitytoken", "")
-    encoded = entry.get("auth", "")
-    if not all(isinstance(value, str) for value in (username, password, token, encoded)):
-        raise UsageError(f"credentials file {path}: the entry for {name} is malformed")
-    if encoded:
-        try:
-            username, colon, password = base64.b64decode(encoded, validate=True).decode().partition(":")
-        except (binascii.Error, UnicodeDecodeError):
-            colon = ""
-        if not colon:
-            raise UsageError(f"credentials file {path}: `auth` of {name} is not base64 of user:password")
-        password = password.rstrip("\0")  # docker pads
-    if not username and not token:
-        return None
-    return Credentials(username, password, token, path)
+    rest = rest.rstrip("/")
+    return host if rest in ("", "v1", "v2") else f"{host}/{rest}"

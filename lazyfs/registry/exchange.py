@@ -5,17 +5,22 @@ Authorization goes to the registry's own origin (scheme, host and port) and nowh
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
-from pathlib import Path
-from urllib.parse import urljoin, urlsplit
+from dataclasses import dataclass, replace
+from urllib.parse import quote, urljoin, urlsplit
 
 from lazyfs.errors import BadAnswer
+from lazyfs.registry.access import Access
 from lazyfs.registry.addresses import is_loopback
 from lazyfs.registry.auth import Authorizer
-from lazyfs.registry.connections import Guard, Limits, Pace
+from lazyfs.registry.connections import Guard, Limits
+from lazyfs.registry.endpoints import Endpoint
 from lazyfs.registry.hops import HopKind, OnHop
+from lazyfs.registry.logins import Logins
+from lazyfs.registry.pace import Pace
+from lazyfs.registry.tls import speaks_tls
 from lazyfs.registry.transport import Answer, Transport, host_of
 
 MAX_REDIRECTS = 5
@@ -49,27 +54,32 @@ class Body:
 
 
 class Exchange:
-    """Requests to one repository of one registry. Thread-safe; holds no state but the Authorizer's."""
+    """Requests to one repository at one endpoint. Thread-safe; holds no state but the Authorizer's."""
 
     def __init__(
         self,
-        base_url: str,
-        repository: str,
+        endpoint: Endpoint,
         transport: Transport,
         timeouts: Timeouts,
-        config_path: Path,
+        access: Access,
         *,
-        credentials_host: str,
         on_hop: OnHop | None = None,
     ) -> None:
-        self.base_url = base_url  # "https://HOST", no slash at the end
+        self.root = f"{endpoint.api}/{quote(endpoint.repository)}"  # what requests to the repository are put behind
         self.timeouts = timeouts
-        self._origin = _origin(base_url)
+        self._endpoint = endpoint
+        self._origin = _origin(endpoint.api)
         self._transport = transport
         self._on_hop = on_hop
         self._near = False  # the registry was last seen on this machine, and may lead there
-        secure = base_url.startswith("https:")
-        self._auth = Authorizer(credentials_host, repository, secure, config_path, self._ask_token)
+        # Others than the endpoint itself (storage, token servers) never see our certificate.
+        self._tls_elsewhere = replace(endpoint.tls, client=())
+        self._scheme_known = threading.Event()
+        if not endpoint.may_be_plain:
+            self._scheme_known.set()
+        logins = Logins(access, endpoint, transport.programs)
+        self._auth = Authorizer(endpoint.credentials_host, endpoint.repository, logins, self._ask_token)
+        self._auth.secure = not endpoint.plain_http
 
     def ask(
         self,
@@ -92,6 +102,7 @@ class Exchange:
         """
         redirects = 0
         renewed = False
+        url = self._address(url, deadline)
         while True:
             home = _origin(url) == self._origin
             authorization = self._auth.header(_soon(deadline, pace), pushes=pushes) if home else ""
@@ -116,7 +127,9 @@ class Exchange:
                 renewed = True
             elif answer.status == 403 and home:
                 answer.discard()
-                raise self._auth.refused(what, 403)
+                if renewed or not self._auth.changed(authorization, _soon(deadline, pace)):
+                    raise self._auth.refused(what, 403)
+                renewed = True
             elif answer.status in REDIRECTS:
                 answer.kind = "redirect"
                 answer.discard()
@@ -125,11 +138,33 @@ class Exchange:
                 if answer.status == 303 and method not in ("GET", "HEAD"):
                     method, body = "GET", None
             else:
+                answer.redirected = redirects > 0
                 return answer
 
     def may_also_pull(self, repository: str) -> None:
         """Have logins cover pulls from another repository of this registry, too: what a mount across them needs."""
         self._auth.widen(repository)
+
+    def _address(self, url: str, deadline: float) -> str:
+        """Return the URL to ask for `url`: with the scheme that an insecure registry speaks, and a mirror's `ns`."""
+        api = self._endpoint.api
+        if not url.startswith(f"{api}/"):
+            return url
+        if not self._scheme_known.is_set():
+            self._find_scheme(deadline)
+        url = f"{self._origin[0]}://{url.partition('://')[2]}"
+        if self._endpoint.namespace:
+            url += f"{'&' if '?' in url else '?'}ns={quote(self._endpoint.namespace, safe='')}"
+        return url
+
+    def _find_scheme(self, deadline: float) -> None:
+        """Fall back to plain HTTP where an insecure registry speaks no TLS. Several threads may find out at once."""
+        timeout = min(self.timeouts.connect, deadline - time.monotonic())
+        host = urlsplit(self._endpoint.api).netloc
+        if not self._transport.is_proxied(self._endpoint.api) and timeout > 0 and not speaks_tls(host, timeout):
+            self._origin = _origin(self._endpoint.api.replace("https:", "http:", 1))
+            self._auth.secure = False
+        self._scheme_known.set()
 
     def _send(
         self,
@@ -144,7 +179,8 @@ class Exchange:
         pace: Pace | None = None,
     ) -> Answer:
         # What a registry names is looked at before it is asked; the registry itself lies where the user says.
-        guard = Guard.USER if _origin(url) == self._origin else Guard.NEAR if self._near else Guard.FAR
+        home = _origin(url) == self._origin
+        guard = Guard.USER if home else Guard.NEAR if self._near else Guard.FAR
         return self._transport.send(
             method,
             url,
@@ -152,10 +188,11 @@ class Exchange:
             what=what,
             limits=Limits(deadline, self.timeouts.answer, pace),
             connect_timeout=self.timeouts.connect,
-            headers=headers,
+            headers={**dict(self._endpoint.headers), **headers} if home else headers,
             body=body.open() if body else None,
             body_size=body.size if body else 0,
             on_hop=self._on_hop,
+            tls=self._endpoint.tls if home else self._tls_elsewhere,
             guard=guard,
         )
 

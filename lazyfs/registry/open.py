@@ -7,17 +7,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lazyfs.reference import Reference
-from lazyfs.registry.credentials import config_path
+from lazyfs.registry import access as accesses
+from lazyfs.registry.access import Access
 from lazyfs.registry.hops import OnHop
 from lazyfs.registry.layout import LayoutRepository
 from lazyfs.registry.repository import Repository
 from lazyfs.registry.retry import RetryPolicy
 
 if TYPE_CHECKING:
+    from lazyfs.registry.endpoints import Endpoint
     from lazyfs.registry.transport import Transport
-
-# The host in Docker Hub's references is not the one that serves its API.
-_HUB, _HUB_API = "docker.io", "registry-1.docker.io"
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,8 +25,8 @@ class OpenOptions:
 
     `plain_http`: True forces HTTP, False HTTPS, None means HTTP on loopback only. `on_hop` is told of each request.
     `connect_timeout`, `answer_timeout` and `total_timeout` are seconds (see Timeouts). `transport`, where given, is
-    shared: its pools then serve all repositories opened with it, and closing it is up to its owner. `docker_config`:
-    the credentials file, when it is not the user's own.
+    shared: its pools then serve all repositories opened with it, and closing it is up to its owner. `access`: logins,
+    certificates and configuration files; None: what this process's environment says.
     """
 
     plain_http: bool | None = None
@@ -37,30 +36,36 @@ class OpenOptions:
     total_timeout: float = 300.0
     retry: RetryPolicy = field(default_factory=RetryPolicy)
     transport: Transport | None = None
-    docker_config: Path | None = None
+    access: Access | None = None
 
 
 def open_repository(reference: Reference, options: OpenOptions | None = None) -> Repository:
-    """Return the repository or OCI layout that `reference` lies in. Makes no request and reads no file."""
+    """Return the repository or OCI layout that `reference` lies in. Makes no request.
+
+    Blocking for a registry: reads the configuration files that may name its mirrors. Raise UsageError for those.
+    """
     options = options or OpenOptions()
     if reference.transport == "oci":
         return LayoutRepository(Path(reference.path))
+    return _open_registry(reference, options)
+
+
+def _open_registry(reference: Reference, options: OpenOptions) -> Repository:
     # Only here: an OCI layout needs no HTTP library, and importing one takes a fifth of a second.
     from lazyfs.registry.client import RemoteRepository
     from lazyfs.registry.exchange import Exchange, Timeouts
+    from lazyfs.registry.routing import find_endpoints
     from lazyfs.registry.transport import Transport
 
-    plain = reference.is_loopback if options.plain_http is None else options.plain_http
-    host = _HUB_API if reference.host == _HUB else reference.host
+    access = options.access or accesses.from_environment()
+    endpoints = find_endpoints(reference, access, options.plain_http)
     transport = options.transport or Transport()
-    exchange = Exchange(
-        f"{'http' if plain else 'https'}://{host}",
-        reference.repository,
-        transport,
-        Timeouts(options.connect_timeout, options.answer_timeout, options.total_timeout),
-        options.docker_config or config_path(),
-        credentials_host=reference.host,
-        on_hop=options.on_hop,
-    )
-    close = transport.close if options.transport is None else None
-    return RemoteRepository(reference.host, reference.repository, exchange, options.retry, close)
+
+    def member(endpoint: Endpoint) -> RemoteRepository:
+        connect = endpoint.connect_timeout or options.connect_timeout
+        timeouts = Timeouts(connect, options.answer_timeout, options.total_timeout)
+        exchange = Exchange(endpoint, transport, timeouts, access, on_hop=options.on_hop)
+        close = transport.close if options.transport is None else None
+        return RemoteRepository(endpoint, exchange, options.retry, close)
+
+    return member(endpoints[-1])

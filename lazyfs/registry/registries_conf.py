@@ -18,7 +18,11 @@ MAX_MIRRORS = 31
 # The sentinel in `credential-helpers` that stands for the files of logins.
 AUTH_FILES = "containers-auth.json"
 # Files of short names alone are common and long: parsing one would take a start two milliseconds.
-_OF_USE = re.compile(rb"""^[ \t]*\[*[ \t]*["']?(?:registry|registries|credential-helpers)["']?[ \t]*[].=]""", re.M)
+_OF_USE = re.compile(
+    rb"""^[ \t]*(?:\[[ \t]*\[?[ \t]*["']?registr"""
+    rb"""|["']?(?:registry|registries|credential-helpers)["']?[ \t]*(?:\.|=[ \t]*[\[{]))""",
+    re.MULTILINE,
+)
 _LOCATION = re.compile(
     r"(?:[A-Za-z0-9](?:[A-Za-z0-9._-]*[A-Za-z0-9])?|\[[0-9A-Fa-f:.]+\])(?::[0-9]{1,5})?(?:/[a-z0-9._-]+)*"
 )

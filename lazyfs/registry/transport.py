@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+import ssl
 import time
 from collections.abc import Callable, Iterable, Mapping
 from http.client import HTTPException
@@ -15,8 +16,11 @@ from lazyfs import __version__
 from lazyfs.errors import BadAnswer, DocumentInvalid, RegistryError, RegistryTimeout, RegistryUnreachable
 from lazyfs.registry.addresses import name_refusal
 from lazyfs.registry.connections import AddressRefused, CurrentLimits, Guard, Limits, TimedAdapter
+from lazyfs.registry.credential_programs import CredentialPrograms
+from lazyfs.registry.endpoints import NO_TLS, Tls
 from lazyfs.registry.environment import Authorities, Proxies
 from lazyfs.registry.hops import Hop, HopKind, OnHop
+from lazyfs.registry.tls import TlsContexts, explain
 from lazyfs.registry.waits import retry_after
 
 POOL_SIZE = 32  # idle connections kept per host
@@ -49,6 +53,7 @@ class Answer:
         self.what = what
         self.kind = kind
         self.received = 0  # bytes of the body so far
+        self.redirected = False  # another address answered than was asked
         self._raw = response.raw
         self._report = report
         self._sent = sent
@@ -116,14 +121,18 @@ class Answer:
 
 
 class Transport:
-    """Connection pools, proxies and certificates. Thread-safe; may be shared by all repositories of a process."""
+    """Connection pools, proxies, certificates. Thread-safe; may be shared by all repositories of a process.
+
+    `programs` remembers what credential programs said, for as long as the transport lives.
+    """
 
     def __init__(self, proxies: Proxies | None = None, authorities: Authorities | None = None) -> None:
         self._proxies = proxies or Proxies()
         self._current = CurrentLimits()
-        authorities = authorities or Authorities()
+        self._contexts = TlsContexts(authorities or Authorities())
+        self.programs = CredentialPrograms()
         # Pools of their own: a connection that the user's word opened must not serve a registry's.
-        self._adapters = {guard: TimedAdapter(self._current, authorities, POOL_SIZE, guard) for guard in Guard}
+        self._adapters = {guard: TimedAdapter(self._current, self._contexts, POOL_SIZE, guard) for guard in Guard}
 
     def close(self) -> None:
         """Close idle connections. Blocks not at all; the transport may be used again."""
@@ -144,13 +153,14 @@ class Transport:
         body_size: int = 0,
         on_hop: OnHop | None = None,
         guard: Guard = Guard.USER,
+        tls: Tls = NO_TLS,
     ) -> Answer:
         """Send one request and return its answer, of whatever status, once its header has come. Follows no redirect.
 
         `body_size` is the length of `body` in bytes. Blocks until `limits` at most (name resolution apart, which the
         system's resolver bounds). `guard`: who named the host; what a registry named is not asked at addresses that
         are none of its business, as far as we resolve them: through a proxy only the name can be looked at. Raise
-        RegistryUnreachable, RegistryTimeout, BadAnswer.
+        RegistryUnreachable, RegistryTimeout, BadAnswer, and UsageError for certificates that can't be loaded.
         """
         host = host_of(url)
         started = time.monotonic()
@@ -176,7 +186,11 @@ class Transport:
         try:
             request = requests.Request(method, url, headers=sending, data=body).prepare()
             response = self._adapters[guard].send(
-                request, stream=True, timeout=(min(connect_timeout, left), left), proxies=proxies
+                request,
+                stream=True,
+                timeout=(min(connect_timeout, left), left),
+                proxies=proxies,
+                verify=self._contexts.context(tls) if url.startswith("https:") else True,  # type: ignore[arg-type]
             )
             if self._current.reader is not None:
                 self._current.reader.begun = True
@@ -185,7 +199,7 @@ class Transport:
             raise _forbidden(host, what, f"leads to {error}") from None
         except (requests.RequestException, HTTPError, HTTPException, OSError, ValueError) as error:
             report(kind, 0, 0)
-            raise _translate(error, host, what) from None
+            raise _translate(error, host, what, bool(tls.client)) from None
         except BaseException:
             report(kind, 0, 0)  # an error of the body's source
             raise
@@ -194,6 +208,10 @@ class Transport:
         told.note(response)
         peer = "" if proxies else self._current.peer
         return Answer(response, url, what, report, kind=kind, sent=body_size, peer=peer)
+
+    def is_proxied(self, url: str) -> bool:
+        """Tell whether requests to `url` go through a proxy."""
+        return bool(self._proxies.for_url(url))
 
 
 class _Told:
@@ -221,15 +239,13 @@ def host_of(url: str) -> str:
     return urlsplit(url).netloc.rpartition("@")[2]
 
 
-def _translate(error: Exception, host: str, what: str) -> RegistryError:
+def _translate(error: Exception, host: str, what: str, has_client: bool) -> RegistryError:
     if _caused_by(error, (requests.Timeout, TimeoutError)):
         return RegistryTimeout(host, f"{host} did not answer in time when asked for {what}")
-    if isinstance(error, requests.exceptions.SSLError):
-        failed = RegistryUnreachable(
-            host,
-            f"no trusted TLS connection to {host}: {_reason(error)}",
-            hint="for a registry without TLS use --plain-http; for a private CA set SSL_CERT_FILE",
-        )
+    refused = next((cause for cause in _causes(error) if isinstance(cause, ssl.SSLError)), None)
+    if refused is not None:
+        sentence, hint = explain(refused, host, has_client)
+        failed = RegistryUnreachable(host, sentence, hint=hint)
         failed.temporary = False
         return failed
     if isinstance(error, requests.exceptions.ProxyError):

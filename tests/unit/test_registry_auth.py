@@ -15,8 +15,9 @@ from hypothesis import strategies as st
 
 from lazyfs import reference
 from lazyfs.errors import BadAnswer, Unauthorized, UsageError
+from lazyfs.registry.access import Access, from_environment
 from lazyfs.registry.auth import Challenge, parse_challenges
-from lazyfs.registry.credentials import config_path, find_credentials
+from lazyfs.registry.credentials import Credentials, read_auth_file
 from lazyfs.registry.hops import Hop
 from lazyfs.registry.open import OpenOptions, open_repository
 from lazyfs.registry.repository import Repository
@@ -30,6 +31,11 @@ SECRET = "hunter2-correct-horse"
 def write_config(path: Path, auths: dict[str, object]) -> Path:
     path.write_text(json.dumps({"auths": auths}))
     return path
+
+
+def find_credentials(host: str, path: Path, repository: str = "") -> Credentials | None:
+    file = read_auth_file(path)
+    return file.find(host, repository) if file is not None else None
 
 
 def encoded(user: str, password: str) -> str:
@@ -49,7 +55,7 @@ def bearer() -> Iterator[FakeRegistry]:
 
 def opened(registry: FakeRegistry, config: Path, hops: list[Hop] | None = None) -> Repository:
     options = OpenOptions(
-        docker_config=config,
+        access=Access(auth_files=(config,)),
         retry=RetryPolicy(attempts=2, first=0.001),
         on_hop=hops.append if hops is not None else None,
     )
@@ -248,7 +254,7 @@ def test_hosts_are_found_under_all_their_names(config: Path, key: str, host: str
     write_config(config, {"other.example": {"auth": encoded("eve", "x")}, key: {"auth": encoded("alice", "a:b")}})
     found = find_credentials(host, config)
     assert found is not None
-    assert (found.username, found.password, found.source) == ("alice", "a:b", config)
+    assert (found.username, found.password, found.source) == ("alice", "a:b", str(config))
 
 
 def test_a_login_for_another_port_or_namespace_is_not_ours(config: Path) -> None:
@@ -283,7 +289,7 @@ def test_secrets_are_not_in_a_repr(config: Path) -> None:
 
 def test_docker_config_names_the_directory(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("DOCKER_CONFIG", str(tmp_path))
-    assert config_path() == tmp_path / "config.json"
+    assert from_environment().auth_files[-1] == tmp_path / "config.json"
     monkeypatch.delenv("DOCKER_CONFIG")
     monkeypatch.setenv("HOME", "/home/somebody")
-    assert config_path() == Path("/home/somebody/.docker/config.json")
+    assert from_environment().auth_files[-1] == Path("/home/somebody/.docker/config.json")

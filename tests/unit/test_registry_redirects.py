@@ -13,6 +13,7 @@ import pytest
 
 from lazyfs import reference
 from lazyfs.errors import BadAnswer, RegistryUnreachable, Unauthorized, UsageError
+from lazyfs.registry.access import Access
 from lazyfs.registry.hops import Hop
 from lazyfs.registry.open import OpenOptions, open_repository
 from lazyfs.registry.ranges import MAX_SIGNED, SignedUrls
@@ -34,7 +35,7 @@ def opened(registry: FakeRegistry, tmp_path: Path, **options: object) -> Reposit
     config = tmp_path / "config.json"
     login = base64.b64encode(b"alice:word").decode()
     config.write_text(json.dumps({"auths": {registry.host: {"auth": login}}}))
-    options = {"retry": RetryPolicy(attempts=3, first=0.001), "docker_config": config, **options}
+    options = {"retry": RetryPolicy(attempts=3, first=0.001), "access": Access(auth_files=(config,)), **options}
     return open_repository(
         reference.parse(f"{registry.host}/team/app:v1"),
         OpenOptions(**options),  # type: ignore[arg-type]
@@ -152,10 +153,10 @@ def test_an_unknown_authority_is_refused_at_once_with_a_hint(
     for name in ("REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE", "SSL_CERT_FILE", "SSL_CERT_DIR"):
         monkeypatch.delenv(name, raising=False)
     repository = opened(secure, tmp_path, plain_http=False)
-    with pytest.raises(RegistryUnreachable, match="TLS") as caught:
+    with pytest.raises(RegistryUnreachable, match="is self-signed") as caught:
         repository.manifest("v1")
     assert not caught.value.temporary
-    assert "SSL_CERT_FILE" in caught.value.hint
+    assert "--tls-ca" in caught.value.hint
     assert secure.count() == 0
     repository.close()
 

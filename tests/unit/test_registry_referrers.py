@@ -12,6 +12,7 @@ import pytest
 from lazyfs import oci, reference
 from lazyfs.digest import EMPTY, of
 from lazyfs.errors import DocumentInvalid
+from lazyfs.registry.access import Access
 from lazyfs.registry.layout import LayoutRepository
 from lazyfs.registry.open import OpenOptions, open_repository
 from lazyfs.registry.referrers import described, fallback_tag, listed_with
@@ -127,7 +128,7 @@ def test_a_blob_is_mounted_from_another_repository(auth: str, tmp_path: Path, mo
     with FakeRegistry(isolated=True, auth=auth, users={"u": "p"}) as registry:
         login = {"auths": {registry.host: {"username": "u", "password": "p"}}}
         (tmp_path / "config.json").write_text(json.dumps(login))
-        options = OpenOptions(retry=QUICK, docker_config=tmp_path / "config.json")
+        options = OpenOptions(retry=QUICK, access=Access(auth_files=(tmp_path / "config.json",)))
         digest = registry.add_blob(b"layer", "team/base")
         here, there = (
             open_repository(reference.parse(f"{registry.host}/{name}:1"), options) for name in ("app", "team/base")
@@ -164,7 +165,7 @@ def test_a_token_endpoint_that_gives_no_wider_tokens(tmp_path: Path) -> None:
         login = {"auths": {registry.host: {"username": "u", "password": "p"}}}
         (tmp_path / "config.json").write_text(json.dumps(login))
         digest = registry.add_blob(b"layer", "base")
-        options = OpenOptions(retry=QUICK, docker_config=tmp_path / "config.json")
+        options = OpenOptions(retry=QUICK, access=Access(auth_files=(tmp_path / "config.json",)))
         here, there = (
             open_repository(reference.parse(f"{registry.host}/{name}:1"), options) for name in ("app", "base")
         )

@@ -1,0 +1,94 @@
+"""Which login an endpoint gets: the flags, then credential programs and files in podman's order."""
+
+from __future__ import annotations
+
+import logging
+import time
+from dataclasses import dataclass
+
+from lazyfs.errors import UsageError
+from lazyfs.registry.access import Access
+from lazyfs.registry.credential_programs import CredentialPrograms
+from lazyfs.registry.credentials import HUB_SERVERS, Credentials, names_of, read_auth_file
+from lazyfs.registry.endpoints import Endpoint
+from lazyfs.registry.registries_conf import AUTH_FILES, read_registries_conf
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """A login, or why there is none: `tried` says where was looked, in words for a message."""
+
+    credentials: Credentials | None
+    tried: str
+
+
+class Logins:
+    """The logins of one endpoint. Files are read at each call, so what `docker login` changes holds at once."""
+
+    def __init__(self, access: Access, endpoint: Endpoint, programs: CredentialPrograms) -> None:
+        self._access = access
+        self._host = endpoint.credentials_host
+        self._repository = endpoint.repository
+        self._explicit = access.login if endpoint.origin else None
+        self._programs = programs
+
+    def find(self, deadline: float, *, fresh: bool = False) -> Found:
+        """Return the login. Blocking: reads files and may run a program, until `deadline` at most.
+
+        `fresh`: what programs said before is not good enough. A program that fails is passed over, and told about when
+        nothing else has a login. Raise UsageError for a file that is malformed or was named and is missing.
+        """
+        if self._explicit is not None:
+            given = Credentials(self._explicit.username, self._explicit.password, "", "the command line")
+            return Found(given, f"the login for {self._host} from the command line")
+        problems: list[str] = []
+        not_before = time.monotonic() if fresh else 0.0
+        conf = read_registries_conf(self._access.registries_conf)
+        order = conf.helpers if AUTH_FILES in conf.helpers else (*conf.helpers, AUTH_FILES)
+        for name in order:
+            found = (
+                self._from_files(deadline, not_before, problems)
+                if name == AUTH_FILES
+                else self._from_program(name, deadline, not_before, problems)
+            )
+            if found is not None:
+                return Found(found, f"the login for {self._host} from {found.source}")
+        if problems:
+            log.warning("no login for %s: %s", self._host, "; ".join(problems))
+            return Found(None, f"no credentials, as {problems[0]}")
+        places = " and ".join(str(path) for path in self._access.auth_files if path.exists())
+        places = places or " and ".join(str(path) for path in self._access.auth_files[-1:])
+        return Found(None, f"no credentials, as {places or 'no file'} has none for {self._host}")
+
+    @property
+    def file(self) -> str:
+        """The file that a login may be put into, for hints."""
+        return str(self._access.auth_files[-1]) if self._access.auth_files else ""
+
+    def _from_files(self, deadline: float, not_before: float, problems: list[str]) -> Credentials | None:
+        for path in self._access.auth_files:
+            file = read_auth_file(path)
+            if file is None:
+                if self._access.auth_file_given:
+                    raise UsageError(f"credentials file {path} does not exist")
+                continue
+            program = file.program(self._host)
+            found = self._from_program(program, deadline, not_before, problems) if program else None
+            found = found or file.find(self._host, self._repository)
+            if found is not None:
+                return found
+        return None
+
+    def _from_program(self, name: str, deadline: float, not_before: float, problems: list[str]) -> Credentials | None:
+        servers = HUB_SERVERS if len(names_of(self._host)) > 1 else (self._host,)
+        for server in servers:
+            try:
+                found = self._programs.ask(name, server, self._access.environment, deadline, not_before)
+            except UsageError as error:
+                problems.append(error.message)
+                return None
+            if found is not None:
+                return found
+        return None
