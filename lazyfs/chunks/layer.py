@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from lazyfs.chunks.layer_store import LayerStore
 from lazyfs.chunks.spool import Spool
 from lazyfs.chunks.whole import WholeCheck
-from lazyfs.errors import LayerQuarantined
+from lazyfs.errors import LayerQuarantined, LazyfsError
 from lazyfs.format.table import FORM_PLAIN, NO_FRAME, LayerTable
 from lazyfs.oci import Descriptor
 from lazyfs.registry.repository import Repository
@@ -51,6 +51,7 @@ class ServedLayer:
     users: int = 0  # trees that hold the layer
     bytes_by_priority: list[int] = field(default_factory=lambda: [0, 0, 0])  # compressed bytes fetched
     refill: Callable[[], object] | None = None  # fetches a plain layer again, whole; blocking
+    trouble: LazyfsError | None = None  # why the last request failed; None: bytes came since
 
     @property
     def digest(self) -> str:

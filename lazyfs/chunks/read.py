@@ -162,10 +162,13 @@ class Reader:
 
     async def _refill(self, layer: ServedLayer, chunk: int) -> bytes | None:
         """Unpack a plain layer anew because a chunk of it was evicted or damaged: there is no smaller unit to fetch."""
-        if layer.refill is None:
-            return None
-        await self._single.run((layer.number, -1), partial(self._run_refill, layer.refill))
+        await self.refill(layer)
         return await trio.to_thread.run_sync(layer.store.read, chunk, limiter=self.counters.limiter)
+
+    async def refill(self, layer: ServedLayer) -> None:
+        """Unpack a plain layer anew, once for all who want that now. A checkpoint. Raise what the unpacking raises."""
+        if layer.refill is not None:
+            await self._single.run((layer.number, -1), partial(self._run_refill, layer.refill))
 
     async def _run_refill(self, refill: Callable[[], object]) -> bytes:
         await trio.to_thread.run_sync(refill, limiter=self._refills)

@@ -285,6 +285,7 @@ class Remote:
                 fetched = await self._scheduler.run(fetch.ticket, self._job(layer, fetch, left, end))
             except LazyfsError as error:
                 self._on_error(error)
+                layer.trouble = error
                 asked = float(getattr(error, "retry_after", 0.0))
                 wait = (asked or _BACKOFF[min(tries, len(_BACKOFF) - 1)]) * random.uniform(1.0, 1.2)
                 if not error.temporary or time.monotonic() + wait >= end:
@@ -336,6 +337,7 @@ class Remote:
     ) -> None:
         """Let frames of `size` compressed bytes land. The loop calls it, perhaps late, and would die of an error."""
         layer.bytes_by_priority[priority] += size
+        layer.trouble = None
         for frame in fetch.landed:
             self._forget(layer, fetch, frame)  # they are in the store by now, see fetch_frames
         fetch.landed = list(arrived)
