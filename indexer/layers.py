@@ -16,7 +16,7 @@ from typing import BinaryIO
 
 from indexer.compress import Compressors
 from indexer.frames import IN_FLIGHT
-from indexer.layer import convert_layer
+from indexer.layer import LayerOptions, convert_layer
 from indexer.options import ConvertOptions
 from indexer.push import Upload
 from indexer.report import Action, LayerReport
@@ -69,7 +69,7 @@ class LayerWork:
             return []
         side_by_side = min(self._options.jobs, len(unique), SIDE_BY_SIDE)
         pool = ThreadPoolExecutor(side_by_side, "layer")
-        with Compressors(self._options.compression, self._options.jobs) as compressors:
+        with Compressors(self._options.compression, self._options.jobs, self._options.form) as compressors:
             try:
                 futures = {
                     layer.digest: pool.submit(self._one, layer, diff_id, compressors, IN_FLIGHT // side_by_side)
@@ -96,7 +96,8 @@ class LayerWork:
             pump = Pump(decompressed(blob), self._cancelled)
             try:
                 with _create(path) as target:
-                    result = convert_layer(pump, target, compressors, in_flight)
+                    options = LayerOptions(self._options.form, self._options.prefetch, self._scratch, self._cancelled)
+                    result = convert_layer(pump, target, compressors, in_flight, options)
             except (TarInvalid, FrameInvalid):
                 # Was it the registry's doing? Then that is what to say.
                 _drain(pump, blob)
@@ -108,7 +109,7 @@ class LayerWork:
                 raise
         _check_source(layer, blob.digest if blob.hashed else result.source_diff_id, diff_id, result.source_diff_id)
         annotations = {**result.annotations, oci.SOURCE_LAYER: source_key(layer.digest, self._options.compression)}
-        descriptor = oci.Descriptor(oci.OCI_LAYER_ZSTD, result.digest, result.size, annotations)
+        descriptor = oci.Descriptor(result.media_type, result.digest, result.size, annotations)
         report = LayerReport(
             layer.digest,
             layer.size,
