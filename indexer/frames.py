@@ -20,10 +20,10 @@ from indexer.compress import FRAME_LIMIT, FRAME_SIZE, Batch, Compressors
 from indexer.options import OutputForm
 from lazyfs.errors import StoreBroken
 from lazyfs.format.entry import Chunk
-from lazyfs.units import MiB
+from lazyfs.units import KiB, MiB
 
 CHUNK_SIZE = MiB  # bytes of content verified at once
-PODMAN_CHUNK_SIZE = 256 * 1024  # bytes; what podman moves when a byte of a large file has changed
+PODMAN_CHUNK_SIZE = 256 * KiB  # bytes; what podman moves when a byte of a large file has changed
 IN_FLIGHT = 32  # batches waiting for compression or for the writer, of all layers together: up to 2.1 MiB each
 _EMPTY = hashlib.sha256().digest()
 
