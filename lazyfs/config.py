@@ -29,11 +29,13 @@ class Settings:
     read_timeout: float = 300.0  # a read fails with EIO after this; 0: never
     connect_timeout: float = 5.0
     answer_timeout: float = 30.0  # from a request to its first byte, and between two reads of a body
+    offline: bool = False  # ask no registry: only images that are whole on this node can be mounted
     prefetch: bool = True  # fetch up to the landmark after a mount
     background: bool = True  # fill and verify whole layers after a mount
     lazy_from: tuple[str, ...] = ("*",)  # repositories (shell patterns) whose layers are used before the whole check
     allow_unverified: bool = False  # be lazy with layers that have a TOC and no digest for it
     host_connections: int = 8  # concurrent requests to one registry host
+    certs_dir: Path = Path("/etc/containerd/certs.d")  # containerd's hosts.toml files, by registry
     daemon_linger: float = 2.0  # a daemon started by a command stops this long after its last mount
 
     @property

@@ -11,10 +11,12 @@ from lazyfs.units import MiB
 
 if TYPE_CHECKING:
     from lazyfs.config import Settings
+    from lazyfs.registry.access import Access, Login
     from lazyfs.registry.hops import Hop
     from lazyfs.registry.open import OpenOptions
     from lazyfs.registry.repository import Repository
 
+_MAX_LINE = 64 << 10  # bytes of a login; clouds' tokens have a few thousand
 IMAGE_HELP = "docker://HOST/REPO:TAG, HOST/REPO:TAG, HOST/REPO@sha256:…, or oci:DIR[:REF]"
 
 
@@ -36,6 +38,26 @@ def add_plain_http(parser: argparse.ArgumentParser) -> None:
         default=None,
         help="talk to the registry without TLS, or never; otherwise only to this machine's own address",
     )
+
+
+def add_registry(parser: argparse.ArgumentParser, *sides: str) -> None:
+    """Add what every command that talks to a registry takes: --plain-http, logins and certificates.
+
+    `sides`: prefixes for a command with several registries, each with a login of its own ("src", "dest").
+    """
+    add_plain_http(parser)
+    add = parser.add_argument_group("registry options").add_argument
+    for side in sides or ("",):
+        name, of = (f"--{side}-creds", f" for {side.upper()}") if side else ("--creds", "")
+        variable = _creds_variable(side)
+        hidden = "other users see arguments: prefer the next one"
+        add(name, metavar="USER:PASSWORD", help=f"the login{of}; {hidden}")
+        add(f"{name}-file", metavar="FILE", help=f"a file with USER:PASSWORD{of}, - for standard input; or ${variable}")
+    add("--authfile", metavar="FILE", help="logins as podman and docker write them, instead of the usual files")
+    add("--tls-ca", metavar="FILE", action="append", default=[], help="trust these authorities, too (PEM; repeatable)")
+    add("--tls-cert", metavar="FILE", help="our client certificate (PEM)")
+    add("--tls-key", metavar="FILE", help="its key; otherwise in the same file")
+    add("--insecure-skip-verify", action="store_true", help="don't check the registry's certificate")
 
 
 def add_json(parser: argparse.ArgumentParser) -> None:
@@ -71,9 +93,12 @@ def platform(args: argparse.Namespace) -> str:
 
 
 def open_options(
-    args: argparse.Namespace, chosen: Settings, on_hop: Callable[[Hop], None] | None = None
+    args: argparse.Namespace, chosen: Settings, on_hop: Callable[[Hop], None] | None = None, *, side: str = ""
 ) -> OpenOptions:
-    """Return the registry options of a command: transport from the flags, timeouts from the settings."""
+    """Return the registry options of a command: access and transport from the flags, timeouts from the settings.
+
+    `side` is one of those given to `add_registry`. Blocking. Raise UsageError.
+    """
     from lazyfs.registry.open import OpenOptions
 
     return OpenOptions(
@@ -81,6 +106,36 @@ def open_options(
         on_hop=on_hop,
         connect_timeout=chosen.connect_timeout,
         answer_timeout=chosen.answer_timeout,
+        access=access(args, chosen, side),
+    )
+
+
+def access(args: argparse.Namespace, chosen: Settings, side: str = "") -> Access:
+    """Return what flags and environment say of logins, certificates and registries' files. Blocking. Raise UsageError.
+
+    `side` is one of those given to `add_registry`.
+    """
+    import dataclasses
+    from pathlib import Path
+
+    from lazyfs.registry import access as accesses
+
+    def path(name: str) -> Path | None:
+        value = getattr(args, name, None)
+        return Path(value).expanduser().absolute() if value else None
+
+    found = accesses.from_environment(certs_dir=chosen.certs_dir)
+    authfile, certificate, key = path("authfile"), path("tls_cert"), path("tls_key")
+    if key is not None and certificate is None:
+        raise UsageError("--tls-key needs --tls-cert")
+    if authfile is not None:
+        found = dataclasses.replace(found, auth_files=(authfile,), auth_file_given=True)
+    return dataclasses.replace(
+        found,
+        login=_login(args, side),
+        ca=tuple(Path(one).expanduser().absolute() for one in getattr(args, "tls_ca", ())),
+        client=(certificate, key) if certificate is not None else None,
+        skip_verify=bool(getattr(args, "insecure_skip_verify", False)),
     )
 
 
@@ -92,6 +147,40 @@ def fetch_bytes(repository: Repository, digest: str, blob_offset: int, size: int
             parts.append(data)
             size -= len(data)
     return b"".join(parts)
+
+
+def _creds_variable(side: str) -> str:
+    return f"LAZYFS_{side.upper()}_CREDS" if side else "LAZYFS_CREDS"
+
+
+def _login(args: argparse.Namespace, side: str) -> Login | None:
+    """Return the login given by flag, file or environment variable, in this order."""
+    import os
+
+    from lazyfs.registry.access import parse_login
+
+    name = f"{side}_creds" if side else "creds"
+    flag = f"--{name.replace('_', '-')}"
+    given, file = getattr(args, name, None), getattr(args, f"{name}_file", None)
+    if given is not None and file is not None:
+        raise UsageError(f"{flag} and {flag}-file exclude each other")
+    if given is not None:
+        return parse_login(given, flag)
+    if file is not None:
+        return parse_login(_first_line(file, f"{flag}-file"), f"{flag}-file {file}")
+    variable = os.environ.get(_creds_variable(side))
+    return parse_login(variable, f"${_creds_variable(side)}") if variable else None
+
+
+def _first_line(path: str, flag: str) -> str:
+    import os
+
+    try:
+        with open(0 if path == "-" else os.path.expanduser(path), "rb", closefd=path != "-") as file:
+            return file.readline(_MAX_LINE).decode()
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
+        raise UsageError(f"{flag} {path} can't be read: {reason}") from None
 
 
 def _platform(text: str) -> str:

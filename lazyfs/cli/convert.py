@@ -55,7 +55,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     parser.add_argument("--prefetch", metavar="FILE", help="a file of paths that a start reads, one a line, in order")
     parser.add_argument("--jobs", metavar="N", type=_jobs, help="layers and threads at once (default: CPU cores)")
     common.add_platform(parser)
-    common.add_plain_http(parser)
+    common.add_registry(parser, "src", "dest")
     parser.add_argument("--force", action="store_true", help="convert layers anew that could be kept or reused")
     common.add_json(parser)
     parser.set_defaults(run=run)
@@ -86,9 +86,11 @@ def run(args: argparse.Namespace, out: Output) -> int:
         scratch=_scratch(destination_reference),
         progress=out.progress,
     )
-    registry_options = replace(common.open_options(args, common.settings(args)), total_timeout=_PUSH_TIMEOUT)
-    source = open_repository(source_reference, registry_options)
-    destination = open_repository(destination_reference, registry_options)
+    settings = common.settings(args)
+    source_options = replace(common.open_options(args, settings, side="src"), total_timeout=_PUSH_TIMEOUT)
+    destination_options = replace(common.open_options(args, settings, side="dest"), total_timeout=_PUSH_TIMEOUT)
+    source = open_repository(source_reference, source_options)
+    destination = open_repository(destination_reference, destination_options)
     try:
         report = convert_image(source, source_reference, destination, destination_reference, options)
     finally:

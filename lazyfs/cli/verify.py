@@ -38,7 +38,7 @@ def add_parser(subparsers: Any) -> None:
     )
     common.add_image(parser)
     common.add_platform(parser)
-    common.add_plain_http(parser)
+    common.add_registry(parser)
     common.add_json(parser)
     parser.set_defaults(run=run)
 

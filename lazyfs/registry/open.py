@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,6 +16,7 @@ from lazyfs.registry.retry import RetryPolicy
 
 if TYPE_CHECKING:
     from lazyfs.registry.endpoints import Endpoint
+    from lazyfs.registry.health import Health
     from lazyfs.registry.transport import Transport
 
 
@@ -26,7 +27,8 @@ class OpenOptions:
     `plain_http`: True forces HTTP, False HTTPS, None means HTTP on loopback only. `on_hop` is told of each request.
     `connect_timeout`, `answer_timeout` and `total_timeout` are seconds (see Timeouts). `transport`, where given, is
     shared: its pools then serve all repositories opened with it, and closing it is up to its owner. `access`: logins,
-    certificates and configuration files; None: what this process's environment says.
+    certificates and configuration files; None: what this process's environment says. `health`: what is known of hosts,
+    shared like the transport.
     """
 
     plain_http: bool | None = None
@@ -37,6 +39,7 @@ class OpenOptions:
     retry: RetryPolicy = field(default_factory=RetryPolicy)
     transport: Transport | None = None
     access: Access | None = None
+    health: Health | None = None
 
 
 def open_repository(reference: Reference, options: OpenOptions | None = None) -> Repository:
@@ -61,11 +64,18 @@ def _open_registry(reference: Reference, options: OpenOptions) -> Repository:
     endpoints = find_endpoints(reference, access, options.plain_http)
     transport = options.transport or Transport()
 
-    def member(endpoint: Endpoint) -> RemoteRepository:
+    def member(endpoint: Endpoint, retry: RetryPolicy) -> RemoteRepository:
         connect = endpoint.connect_timeout or options.connect_timeout
         timeouts = Timeouts(connect, options.answer_timeout, options.total_timeout)
         exchange = Exchange(endpoint, transport, timeouts, access, on_hop=options.on_hop)
         close = transport.close if options.transport is None else None
-        return RemoteRepository(endpoint, exchange, options.retry, close)
+        return RemoteRepository(endpoint, exchange, retry, close)
 
-    return member(endpoints[-1])
+    if len(endpoints) == 1:
+        return member(endpoints[0], options.retry)
+    from lazyfs.registry.health import Health
+    from lazyfs.registry.mirrored import MirroredRepository
+
+    once = replace(options.retry, attempts=1)  # another source may answer meanwhile
+    members = [member(endpoint, once) for endpoint in endpoints]
+    return MirroredRepository(reference.host, reference.repository, members, options.health or Health(), options.retry)

@@ -45,6 +45,8 @@ def test_the_documented_defaults_are_the_defaults() -> None:
             assert parse_size(told) == field.default, field.name
         elif isinstance(field.default, bool):
             assert told == str(field.default).lower(), field.name
+        elif isinstance(field.default, Path):
+            assert told == str(field.default), field.name
         elif isinstance(field.default, tuple):
             assert told == '["*"]' and field.default == ("*",), field.name
         else:
