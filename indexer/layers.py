@@ -1,30 +1,30 @@
-"""The layers of one image, side by side: each is reused, kept or converted, and its source verified.
+"""The layers of a source, side by side: each is reused, kept or converted, and its source verified.
 
-A layer's blob ends up in a temporary file; pushing it is the caller's.
+A layer's blob ends up in a file of the run; bringing it to the destination is the caller's.
 """
 
 from __future__ import annotations
 
-import hashlib
 import threading
 import time
+from collections.abc import Iterator
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from contextlib import suppress
-from dataclasses import dataclass
-from pathlib import Path
-from typing import BinaryIO
+from dataclasses import dataclass, replace
 
 from indexer.compress import Compressors
+from indexer.copy import Copier, check_diff_id, check_digest, create
 from indexer.frames import IN_FLIGHT
 from indexer.layer import LayerOptions, convert_layer
 from indexer.options import ConvertOptions
 from indexer.push import Upload
-from indexer.report import Action, LayerReport
-from indexer.reuse import Earlier, as_oci, is_converted, source_key
+from indexer.record import LayerCache
+from indexer.report import Action, LayerReport, Origin
+from indexer.reuse import LAYER_TYPES, as_oci, is_converted, source_key
 from indexer.source import BlobSource, Pump, decompressed
+from indexer.work import Converted, WorkDirectory
 from lazyfs import oci
-from lazyfs.digest import hex_of
-from lazyfs.errors import DiffIdMismatch, DigestMismatch, FrameInvalid, Interrupted, StoreBroken, TarInvalid
+from lazyfs.errors import DiffIdMismatch, FrameInvalid, Interrupted, TarInvalid
 from lazyfs.registry.repository import Repository
 
 SIDE_BY_SIDE = 4  # layers at once, at most: each has buffers of its own, and memory is promised
@@ -32,41 +32,46 @@ SIDE_BY_SIDE = 4  # layers at once, at most: each has buffers of its own, and me
 
 @dataclass(frozen=True, slots=True)
 class DoneLayer:
-    """What became of a layer, and the blob to be pushed."""
+    """What became of a layer, how its blob gets to the destination, and the key that it is recorded by."""
 
     descriptor: oci.Descriptor
     diff_id: str
     report: LayerReport
     upload: Upload | None  # None: at the destination already
+    key: str = ""  # "": not recorded
 
 
 class LayerWork:
-    """The layers of one image under way."""
+    """The layers under way. One use; `done` may be looked at from any thread."""
 
     def __init__(
         self,
         source: Repository,
         destination: Repository,
         options: ConvertOptions,
-        scratch: Path,
-        earlier: dict[str, Earlier],
+        work: WorkDirectory,
+        earlier: dict[str, Converted],
+        cache: LayerCache | None = None,
     ) -> None:
+        self.done: list[LayerReport] = []  # as they get ready
         self._earlier = earlier
         self._source = source
         self._destination = destination
         self._options = options
-        self._scratch = scratch
+        self._work = work
+        self._cache = cache
         self._cancelled = threading.Event()
+        self._copier = Copier(source, destination, options, work, self._cancelled)
 
-    def run(self, layers: list[tuple[oci.Descriptor, str]]) -> list[DoneLayer]:
-        """Return what became of each layer, in order; equal layers are worked on once. The first error ends all."""
+    def run(self, layers: list[tuple[oci.Descriptor, str]]) -> dict[str, DoneLayer]:
+        """Return what became of each layer (descriptor, diff ID) by its digest. The first error ends all."""
         unique: dict[str, tuple[oci.Descriptor, str]] = {}
         for layer, diff_id in layers:
             _, known = unique.setdefault(layer.digest, (layer, diff_id))
             if known != diff_id:
                 raise DiffIdMismatch(layer.digest, diff_id, known)
         if not unique:
-            return []
+            return {}
         side_by_side = min(self._options.jobs, len(unique), SIDE_BY_SIDE)
         pool = ThreadPoolExecutor(side_by_side, "layer")
         with Compressors(self._options.compression, self._options.jobs, self._options.form) as compressors:
@@ -80,23 +85,28 @@ class LayerWork:
             finally:
                 self._cancelled.set()
                 pool.shutdown(wait=True, cancel_futures=True)
-        return [futures[layer.digest].result() for layer, _ in layers]
+        return {digest: future.result() for digest, future in futures.items()}
 
     def _one(self, layer: oci.Descriptor, diff_id: str, compressors: Compressors, in_flight: int) -> DoneLayer:
         began = time.monotonic()
+        found = None
         if not self._options.force:
             found = self._reuse(layer, diff_id, began) or self._keep(layer, diff_id, began)
-            if found is not None:
-                return found
-        label = layer.digest[7:19]
-        path = self._scratch / hex_of(layer.digest)
-        with self._options.progress(label, layer.size) as progress:
+        done = found or self._convert(layer, diff_id, compressors, in_flight, began)
+        self.done.append(done.report)
+        return done
+
+    def _convert(
+        self, layer: oci.Descriptor, diff_id: str, compressors: Compressors, in_flight: int, began: float
+    ) -> DoneLayer:
+        path = self._work.new_file(layer.digest)
+        with self._options.progress(layer.digest[7:19], layer.size) as progress:
             # A blob that is its own diff ID is a bare tar: one pass of sha256 proves both.
             blob = BlobSource(self._source, layer, progress.advance, hashed=layer.digest != diff_id)
             pump = Pump(decompressed(blob), self._cancelled)
             try:
-                with _create(path) as target:
-                    options = LayerOptions(self._options.form, self._options.prefetch, self._scratch, self._cancelled)
+                with create(path) as target:
+                    options = LayerOptions(self._options.form, self._options.prefetch, path.parent, self._cancelled)
                     result = convert_layer(pump, target, compressors, in_flight, options)
             except (TarInvalid, FrameInvalid):
                 # Was it the registry's doing? Then that is what to say.
@@ -104,12 +114,16 @@ class LayerWork:
                 if not blob.hashed:
                     blob = BlobSource(self._source, layer, lambda size: None)
                     _drain(Pump(blob.blocks(), self._cancelled), blob)
-                if blob.digest != layer.digest:
-                    raise DigestMismatch("layer", layer.digest, blob.digest) from None
+                check_digest(layer, blob.digest)
                 raise
-        _check_source(layer, blob.digest if blob.hashed else result.source_diff_id, diff_id, result.source_diff_id)
-        annotations = {**result.annotations, oci.SOURCE_LAYER: source_key(layer.digest, self._options.compression)}
-        descriptor = oci.Descriptor(result.media_type, result.digest, result.size, annotations)
+        check_digest(layer, blob.digest if blob.hashed else result.source_diff_id)
+        check_diff_id(layer, diff_id, result.source_diff_id)
+        plain = source_key(layer.digest, self._options, result.prefetched)
+        descriptor = oci.Descriptor(
+            result.media_type, result.digest, result.size, {**result.annotations, oci.SOURCE_LAYER: plain}
+        )
+        key = self._key(layer)
+        self._work.keep(key, Converted(descriptor, result.diff_id), path)
         report = LayerReport(
             layer.digest,
             layer.size,
@@ -119,57 +133,59 @@ class LayerWork:
             result.entries,
             time.monotonic() - began,
             result.diff_id == diff_id,
+            notes=result.notes,
         )
-        return DoneLayer(descriptor, result.diff_id, report, Upload(result.digest, result.size, path))
+        return DoneLayer(descriptor, result.diff_id, report, Upload(result.digest, result.size, path), key)
+
+    def _key(self, layer: oci.Descriptor) -> str:
+        """Return the key of a layer's records: by the whole prefetch list, for which of it matters isn't known yet."""
+        return source_key(layer.digest, self._options, self._options.prefetch)
 
     def _reuse(self, layer: oci.Descriptor, diff_id: str, began: float) -> DoneLayer | None:
-        earlier = self._earlier.get(source_key(layer.digest, self._options.compression))
-        if earlier is None or not self._destination.has_blob(earlier.descriptor.digest):
-            return None
-        report = _untouched(layer, earlier.descriptor, Action.REUSED, began, kept=diff_id == earlier.diff_id)
-        return DoneLayer(earlier.descriptor, earlier.diff_id, report, None)
+        key = self._key(layer)
+        for found, origin, upload in self._candidates(key):
+            descriptor = replace(found.descriptor, media_type=LAYER_TYPES[self._options.form])
+            report = _untouched(layer, descriptor, Action.REUSED, began, kept=diff_id == found.diff_id, origin=origin)
+            return DoneLayer(descriptor, found.diff_id, report, upload, key)
+        return None
+
+    def _candidates(self, key: str) -> Iterator[tuple[Converted, Origin, Upload | None]]:
+        """Yield earlier conversions that can be had, the cheapest first."""
+        there = self._earlier.get(key)
+        if there is not None and self._destination.has_blob(there.descriptor.digest):
+            yield there, Origin.DESTINATION, None
+        local = self._work.find(key)
+        if local is not None:
+            digest, size = local.descriptor.digest, local.descriptor.size
+            if self._destination.has_blob(digest):
+                yield local, Origin.WORK, None
+            elif (path := self._work.blob(key, local)) is not None:
+                yield local, Origin.WORK, Upload(digest, size, path)
+        cached = self._cache.find(key) if self._cache is not None else None
+        if cached is not None and self._cache is not None:
+            copier = Copier(self._cache.repository, self._destination, self._options, self._work, self._cancelled)
+            yield cached, Origin.CACHE, copier.take(cached.descriptor, cached.diff_id)
 
     def _keep(self, layer: oci.Descriptor, diff_id: str, began: float) -> DoneLayer | None:
-        if not is_converted(self._source, layer):
+        # A layer in the wanted form has files in some order; with a list they are to be in that one.
+        if self._options.prefetch or not is_converted(self._source, layer, self._options.form):
             return None
-        upload: Upload | None = None
-        if not self._destination.has_blob(layer.digest):
-            path = self._scratch / hex_of(layer.digest)
-            self._copy(layer, diff_id, path)
-            upload = Upload(layer.digest, layer.size, path)
-        report = _untouched(layer, layer, Action.KEPT, began, kept=True)
-        return DoneLayer(as_oci(layer, layer.annotations), diff_id, report, upload)
-
-    def _copy(self, layer: oci.Descriptor, diff_id: str, path: Path) -> None:
-        """Copy a layer to a file unchanged, verifying both its digests on the way."""
-        with self._options.progress(layer.digest[7:19], layer.size) as progress, _create(path) as target:
-            blob = BlobSource(self._source, layer, progress.advance)
-
-            unpacked = hashlib.sha256()
-            for block in Pump(decompressed(blob, copy=target), self._cancelled):
-                unpacked.update(block)
-        _check_source(layer, blob.digest, diff_id, "sha256:" + unpacked.hexdigest())
-
-
-def _check_source(layer: oci.Descriptor, actual: str, diff_id: str, actual_diff_id: str) -> None:
-    if actual != layer.digest:
-        raise DigestMismatch("layer", layer.digest, actual)
-    if actual_diff_id != diff_id:
-        raise DiffIdMismatch(layer.digest, diff_id, actual_diff_id)
-
-
-def _create(path: Path) -> BinaryIO:
-    try:
-        return path.open("wb")
-    except OSError as error:
-        raise StoreBroken(f"a temporary file can't be made: {error.strerror}") from None
+        upload = self._copier.take(layer, diff_id)
+        descriptor = as_oci(layer, self._options.form)
+        return DoneLayer(descriptor, diff_id, _untouched(layer, layer, Action.KEPT, began, kept=True), upload)
 
 
 def _untouched(
-    layer: oci.Descriptor, result: oci.Descriptor, action: Action, began: float, *, kept: bool
+    layer: oci.Descriptor,
+    result: oci.Descriptor,
+    action: Action,
+    began: float,
+    *,
+    kept: bool,
+    origin: Origin | None = None,
 ) -> LayerReport:
     seconds = time.monotonic() - began
-    return LayerReport(layer.digest, layer.size, result.digest, result.size, action, -1, seconds, kept)
+    return LayerReport(layer.digest, layer.size, result.digest, result.size, action, -1, seconds, kept, origin)
 
 
 def _drain(pump: Pump, blob: BlobSource) -> None:

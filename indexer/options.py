@@ -53,6 +53,10 @@ class ConvertOptions:
     prefetch: tuple[bytes, ...] = ()  # cleaned paths, in the order in which a start reads them
     jobs: int = 2
     force: bool = False  # convert layers although they could be taken as they are
+    all_platforms: bool = False  # the whole index, with what rides in it
+    docker: bool = False  # images of Docker's media types keep them
+    copy_referrers: bool = False
+    work: Path | None = None  # the directory of conversions that can be taken up again; None: nothing outlives the run
     scratch: Path | None = None
     progress: Callable[[str, int], AbstractContextManager[Advance]] = _no_progress  # of (label, bytes to be read)
 
@@ -70,6 +74,13 @@ class ConvertOptions:
             )
         if self.jobs < 1:
             raise UsageError("--jobs must be at least 1")
+        if self.docker and self.form is not OutputForm.ESTARGZ:
+            raise UsageError(
+                f"Docker's manifests have no type for {self.form.value} layers",
+                hint="use --format estargz, or leave out --docker",
+            )
+        if self.all_platforms and self.platform is not None:
+            raise UsageError("--platform and --all-platforms contradict each other")
         if self.prefetch and self.form is OutputForm.PODMAN:
             raise UsageError(
                 "podman's form knows no prefetch list, so --prefetch would change nothing",

@@ -3,40 +3,83 @@
 from __future__ import annotations
 
 import io
+import logging
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, TypeVar
 
-from lazyfs.errors import StoreBroken
+from lazyfs.errors import RegistryError, StoreBroken
 from lazyfs.registry.repository import Repository
+
+log = logging.getLogger(__name__)
+T = TypeVar("T")
 
 _UPLOADS = 4  # at once
 
 
 @dataclass(frozen=True, slots=True)
 class Upload:
-    """A blob to be pushed: in a file, or in memory."""
+    """A blob to be brought to the destination: out of a file, memory, or another repository.
+
+    `holder` is a repository that has it, from which a registry may take it over. Without `content`, `fetch` gets it
+    from there where the registry won't: it returns a file with the blob, verified.
+    """
 
     digest: str
     size: int
-    content: Path | bytes
+    content: Path | bytes | None
+    holder: Repository | None = None
+    fetch: Callable[[], Path] | None = None
 
 
-def push_blobs(destination: Repository, uploads: list[Upload]) -> int:
-    """Push what is not there yet. Return the bytes that had to be sent.
+@dataclass(frozen=True, slots=True)
+class Moved:
+    """Bytes of blobs: uploaded, and taken over by the registry from another of its repositories."""
 
-    Blocks until all are there. The first failure is raised, when the uploads under way have ended: PushRejected,
-    other RegistryErrors, StoreBroken when a file can't be read.
+    pushed: int
+    mounted: int
+
+
+def push_blobs(destination: Repository, uploads: list[Upload]) -> Moved:
+    """Bring to the destination what is not there yet.
+
+    First blobs are taken over from other repositories, and those that a registry won't take over are fetched and
+    verified; only then anything is sent. Blocks until all are there. The first failure is raised, when the uploads
+    under way have ended: PushRejected, other RegistryErrors, StoreBroken when a file can't be read, and what `fetch`
+    raises.
     """
-    unique = {upload.digest: upload for upload in uploads}
+    unique = list({upload.digest: upload for upload in uploads}.values())
     with ThreadPoolExecutor(_UPLOADS, "push") as pool:
-        futures: list[Future[int]] = [pool.submit(_push, destination, upload) for upload in unique.values()]
+        settled = _all(pool, lambda upload: _settle(destination, upload), unique)
+        waiting = [upload for upload in settled if upload is not None]
+        mounted = sum(before.size for before, after in zip(unique, settled, strict=True) if after is None)
+        pushed = sum(_all(pool, lambda upload: _push(destination, upload), waiting))
+    return Moved(pushed, mounted)
+
+
+def _all(pool: ThreadPoolExecutor, action: Callable[[Upload], T], uploads: list[Upload]) -> list[T]:
+    futures: list[Future[T]] = [pool.submit(action, upload) for upload in uploads]
+    try:
+        return [future.result() for future in futures]
+    except BaseException:
+        pool.shutdown(wait=False, cancel_futures=True)
+        raise
+
+
+def _settle(destination: Repository, upload: Upload) -> Upload | None:
+    """Return the upload with its content, or None once the registry has taken the blob over."""
+    if upload.holder is not None:
         try:
-            return sum(future.result() for future in futures)
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
+            if destination.mount_blob(upload.digest, upload.size, upload.holder):
+                return None
+        except RegistryError as error:  # a registry without mounts; an upload says what is really wrong
+            log.info("%s is not taken over from %s: %s", upload.digest, upload.holder.name, error)
+    if upload.content is None:
+        assert upload.fetch is not None
+        return replace(upload, content=upload.fetch())
+    return upload
 
 
 def _push(destination: Repository, upload: Upload) -> int:
@@ -47,6 +90,7 @@ def _push(destination: Repository, upload: Upload) -> int:
 def _open(upload: Upload) -> BinaryIO:
     if isinstance(upload.content, bytes):
         return io.BytesIO(upload.content)
+    assert upload.content is not None
     try:
         return upload.content.open("rb")
     except OSError as error:

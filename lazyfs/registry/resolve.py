@@ -47,7 +47,7 @@ def resolve_image(
     media_type, raw = repository.manifest(reference.target, deadline=deadline)
     outermost: Index | None = None
     for _ in range(MAX_DEPTH + 1):
-        _check_unambiguous(raw)
+        check_unambiguous(raw)
         if not oci.is_index(media_type, raw):
             return ResolvedImage(reference, oci.parse_manifest(raw, media_type), outermost, wanted)
         index = oci.parse_index(raw, media_type)
@@ -82,7 +82,7 @@ def check_config(config: ImageConfig, manifest: Manifest, platform: str | None) 
     return config
 
 
-def _check_unambiguous(raw: bytes) -> None:
+def check_unambiguous(raw: bytes) -> None:
     """Refuse a document that is a manifest to one reader and an index to another: the digest would name two images."""
     document = oci.load_json(raw, "manifest")
     if "manifests" in document and ("layers" in document or "config" in document):
