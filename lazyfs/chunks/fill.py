@@ -17,7 +17,7 @@ from lazyfs.chunks.frames import decoder, needed, read_exactly
 from lazyfs.chunks.layer import Check, ServedLayer
 from lazyfs.chunks.remote import MAX_FRAMES, Remote
 from lazyfs.chunks.schedule import Priority, Scheduler
-from lazyfs.errors import FrameInvalid, LazyfsError, TrustError
+from lazyfs.errors import DiffIdMismatch, FrameInvalid, LazyfsError, TocMismatch, TrustError
 from lazyfs.format.codec import MAX_FRAME
 from lazyfs.units import KiB, MiB
 
@@ -70,11 +70,18 @@ class Filler:
                     return layer.quarantine
                 # A layer that has passed is not made false by what its registry sends now.
                 if layer.check is not None and isinstance(error, (TrustError, FrameInvalid)):
-                    if layer.check.restarts:
-                        return error.message
-                    log.warning("the whole check begins again: layer=%s error=%s", layer.digest, error)
+                    senders = [] if _is_proof(error) else layer.blame(error.message)
+                    said = f"{error.message} (sent by {', '.join(senders)})" if senders else error.message
+                    if layer.check.restarts and (_is_proof(error) or layer.agreed()):
+                        layer.pardon()
+                        return said
+                    log.warning("the whole check begins again: layer=%s error=%s", layer.digest, said)
+                    restarts = layer.check.restarts
                     layer.check.restart()
-                    continue
+                    if restarts < 2 * layer.sources:
+                        continue
+                    # Some source never got to send all of it alone: what it would say is worth waiting for.
+                    pause = _LONG_PAUSE
                 log.warning("fill paused for %.0f s: layer=%s error=%s", pause, layer.digest, error)
             await trio.sleep(pause)
             pause = min(2 * pause, _LONG_PAUSE)
@@ -108,6 +115,8 @@ class Filler:
             size = SEGMENT
             if priority is Priority.BACKGROUND:
                 size = await self._step_back(layer)
+            else:
+                await self._until_welcome(layer)
             end = min(at + _LOOK, stop)
             runs = self._segments(layer, at, end, size)
             if runs:
@@ -118,8 +127,14 @@ class Filler:
             at = end
             await trio.lowlevel.checkpoint()
 
+    async def _until_welcome(self, layer: ServedLayer) -> None:
+        """Wait while the layer's host limits how often it may be asked: readers need what it still allows."""
+        while (wait := self._scheduler.held_for(layer.host)) > 0:
+            await trio.sleep(min(wait, _LONG_PAUSE))  # another source may turn up meanwhile
+
     async def _step_back(self, layer: ServedLayer) -> int:
         """Wait a moment for running demand reads. Return the size of the next background request (bytes)."""
+        await self._until_welcome(layer)
         if self._scheduler.is_quiet(layer.host):
             return SEGMENT
         await self._scheduler.until_calm(layer.host, trio.current_time() + _CALM)
@@ -207,6 +222,11 @@ class Filler:
                 feed = partial(feed_frames, check, rest, at + piece == end)
                 rest = await trio.to_thread.run_sync(feed, limiter=self._limiter)
         check.next = extent + 1
+
+
+def _is_proof(error: LazyfsError) -> bool:
+    """Tell whether the blob had the promised digest when the error was found: then no source can mend it."""
+    return isinstance(error, (DiffIdMismatch, TocMismatch))
 
 
 def is_spooled(layer: ServedLayer, extent: int) -> bool:

@@ -201,6 +201,7 @@ def fetch_frames(
                 ready[frame] = frame_chunks(layer, frame, decoded)
             except (DigestMismatch, FrameInvalid) as error:
                 damaged[frame] = error
+                stream.reject(error.message)
                 if early and early[-1][0] == frame + 1:
                     del early[-1]
             over = extent - len(data) if frame + 1 < stop else 0

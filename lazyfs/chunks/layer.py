@@ -11,6 +11,7 @@ from lazyfs.chunks.whole import WholeCheck
 from lazyfs.errors import LayerQuarantined, LazyfsError
 from lazyfs.format.table import FORM_PLAIN, NO_FRAME, LayerTable
 from lazyfs.oci import Descriptor
+from lazyfs.registry.mirrored import MirroredRepository
 from lazyfs.registry.repository import Repository
 
 
@@ -64,7 +65,34 @@ class ServedLayer:
 
     @property
     def host(self) -> str:
-        return self.repository.host
+        """The host that the next fetch goes to: that of a mirror while one is well."""
+        repository = self.repository
+        return repository.link if isinstance(repository, MirroredRepository) else repository.host
+
+    # -- sources: mirrors and the origin
+
+    @property
+    def sources(self) -> int:
+        """How many hosts the layer's bytes may come from."""
+        repository = self.repository
+        return len(repository.hosts) if isinstance(repository, MirroredRepository) else 1
+
+    def blame(self, reason: str) -> list[str]:
+        """Tell that the blob was wrong as a whole. Return the hosts that sent it, as far as that is known."""
+        repository = self.repository
+        return repository.blame(self.digest, reason) if isinstance(repository, MirroredRepository) else []
+
+    def agreed(self) -> bool:
+        """Tell whether every source has sent the whole blob alone and wrong: then it is the image that is wrong."""
+        repository = self.repository
+        if not isinstance(repository, MirroredRepository):
+            return True
+        return repository.health.all_condemned(self.digest, repository.hosts)
+
+    def pardon(self) -> None:
+        """Take back what was said against the sources: they all agree, so it was not their doing."""
+        if isinstance(self.repository, MirroredRepository):
+            self.repository.health.pardon(self.digest)
 
     def ensure_readable(self) -> None:
         """Raise LayerQuarantined when a check found the layer false."""

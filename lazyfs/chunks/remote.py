@@ -18,7 +18,7 @@ import trio
 from lazyfs.chunks.frames import Fetched, fetch_frames, needed
 from lazyfs.chunks.layer import ServedLayer
 from lazyfs.chunks.schedule import Priority, Scheduler, Ticket
-from lazyfs.errors import DaemonFault, LazyfsError, ReadDeadline
+from lazyfs.errors import DaemonFault, LazyfsError, ReadDeadline, TooManyRequests
 from lazyfs.format.table import NO_FRAME
 from lazyfs.registry.repository import Repository
 from lazyfs.units import KiB, MiB
@@ -31,7 +31,8 @@ MAX_FRAMES = 512  # of one request: tiny frames must not hold up the loop, nor p
 _SKIP = 32  # frames that a read-ahead steps over because they are here already
 _STREAMS = 64  # sequential readers remembered, node-wide
 _BACKOFF = (0.2, 0.5, 1.0, 2.0, 5.0)  # seconds between tries, with jitter
-_DAMAGED_TRIES = 2  # wrong bytes are fetched again once: a bad mirror or a flipped bit on the way; then they are real
+_DAMAGED_TRIES = 2  # wrong bytes are fetched again once, and once from each other source; then they are real
+_UNTOLD = 30.0  # seconds that background leaves a host alone after a 429 that doesn't say
 _LONGEST_TRY = 300.0  # seconds of one request; frames that came before its end stay
 _FOREVER = 10 * 365 * 86400.0  # seconds, where read_timeout is 0
 
@@ -287,6 +288,8 @@ class Remote:
                 self._on_error(error)
                 layer.trouble = error
                 asked = float(getattr(error, "retry_after", 0.0))
+                if isinstance(error, TooManyRequests):
+                    self._scheduler.hold(layer.host, asked or _UNTOLD)
                 wait = (asked or _BACKOFF[min(tries, len(_BACKOFF) - 1)]) * random.uniform(1.0, 1.2)
                 if not error.temporary or time.monotonic() + wait >= end:
                     return error
@@ -327,7 +330,8 @@ class Remote:
                 continue  # it was here before, and came along because it lies between others
             self._on_error(error)
             flight.tries += 1
-            if flight.tries >= _DAMAGED_TRIES:
+            if flight.tries >= max(_DAMAGED_TRIES, layer.sources + 1):
+                layer.pardon()
                 flight.error = error
                 self._forget(layer, fetch, frame)
                 flight.done.set()

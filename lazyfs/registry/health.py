@@ -220,6 +220,17 @@ class Health:
         with self._lock:
             return self._thing(what).condemned.issuperset(hosts)
 
+    def pardon(self, what: str) -> None:
+        """Take back all that was said against hosts because of a blob: they agree on it, so it is as it is."""
+        with self._lock:
+            thing = self._thing(what)
+            for name, times in thing.lies.items():
+                host = self._host(name)
+                host.lies = max(0, host.lies - times)
+                host.all_lies = max(0, host.all_lies - times)
+            thing.lies.clear()
+            thing.condemned.clear()
+
     def note_stale(self, host: str, what: str) -> None:
         """Note that a host's tag leads to something that nobody has: it is asked last for it, for a while."""
         with self._lock:

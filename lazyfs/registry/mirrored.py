@@ -42,7 +42,7 @@ WINDOW = 1.0  # seconds over which a rate is measured; a drip may begin anywhere
 DELAY = PATIENCE + max(STALL, 2 * WINDOW)  # seconds that one bad mirror may cost a read
 _PROBE = 64 << 10  # bytes asked of a failing host to see whether it is well again
 _PROBE_TIME = 10.0  # seconds
-_TOTAL, _SLOWEST = 300.0, 64 << 10  # seconds, and bytes a second, where no deadline is given (see Timeouts)
+_SLOWEST = 64 << 10  # bytes a second for which a call without a deadline has time (see Timeouts)
 _WORDS = 160  # characters of each mirror's error in the origin's
 
 
@@ -81,13 +81,21 @@ class MirroredRepository:
     """
 
     def __init__(
-        self, host: str, name: str, members: Sequence[Member], health: Health, retry: RetryPolicy | None = None
+        self,
+        host: str,
+        name: str,
+        members: Sequence[Member],
+        health: Health,
+        retry: RetryPolicy | None = None,
+        *,
+        total: float = 300.0,
     ) -> None:
         self.host = host
         self.name = name
         self.members = tuple(members)
         self.health = health
         self._retry = retry or RetryPolicy()
+        self._total = total  # seconds of a call without a deadline
         self._resolved: dict[str, str] = {}  # tag -> the host that resolved it last
 
     @property
@@ -112,7 +120,7 @@ class MirroredRepository:
         by_digest = digests.is_digest(target)
         what = target if by_digest else f"{self.name}:{target}"
         able = self._able(lambda endpoint: endpoint.can_pull if by_digest else endpoint.can_resolve)
-        limit = _limit(deadline, 0)
+        limit = self._limit(deadline, 0)
 
         def ask(member: Member, pace: Pace | None) -> tuple[str, bytes]:
             return member.manifest(target, deadline=limit, pace=pace)
@@ -134,7 +142,7 @@ class MirroredRepository:
 
     def blob(self, descriptor: Descriptor, *, deadline: float | None = None) -> bytes:
         """Return a small document whole, verified; see Repository."""
-        limit = _limit(deadline, descriptor.size)
+        limit = self._limit(deadline, descriptor.size)
 
         def ask(member: Member, pace: Pace | None) -> bytes:
             return member.blob(descriptor, deadline=limit, pace=pace)
@@ -144,7 +152,7 @@ class MirroredRepository:
     def fetch(self, digest: str, blob_offset: int, size: int, *, deadline: float | None = None) -> ByteStream:
         """Start reading a range of a blob; see Repository. The stream goes from member to member as need be."""
         digests.parse(digest, "blob digest")
-        stream = _Stream(self, digest, blob_offset, size, _limit(deadline, size))
+        stream = _Stream(self, digest, blob_offset, size, self._limit(deadline, size))
         if size:
             stream.open()
         return stream
@@ -256,6 +264,9 @@ class MirroredRepository:
             # A mirror that is down may have what the origin lacks: worth another try.
             error.temporary = digests.is_digest(what) and any(each.temporary for each in failed.values())
         return error
+
+    def _limit(self, deadline: float | None, size: int) -> float:
+        return deadline if deadline is not None else time.monotonic() + self._total + size / _SLOWEST
 
     def _able(self, can: Callable[[Endpoint], bool]) -> list[Member]:
         return [member for member in self.members if can(member.endpoint)] or list(self.members)
@@ -381,10 +392,6 @@ class _Stream:
         self.close()
 
 
-def _limit(deadline: float | None, size: int) -> float:
-    return deadline if deadline is not None else time.monotonic() + _TOTAL + size / _SLOWEST
-
-
 def _final(error: LazyfsError | None) -> bool:
     """Tell whether a member has said its last word."""
     return error is not None and not error.temporary
@@ -404,6 +411,7 @@ def read_again(repository: Repository, digest: str, action: Callable[[], T], wro
         except wrong as error:
             blamed = repository.blame(digest, error.message)
             if not blamed or repository.health.all_condemned(digest, repository.hosts):
+                repository.health.pardon(digest)
                 raise
             log.warning("%s is fetched again from another source than %s: %s", digest, ", ".join(blamed), error)
     return action()

@@ -91,6 +91,9 @@ class _Bytes:
     def close(self) -> None:
         pass
 
+    def reject(self, reason: str) -> None:
+        pass
+
     def __enter__(self) -> _Bytes:
         return self
 
