@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from lazyfs import reference as references
 from lazyfs.cli import common
+from lazyfs.cli.endpoint_checks import endpoint_checks
 from lazyfs.cli.host_checks import Check, State
 from lazyfs.cli.output import count
 from lazyfs.errors import BadAnswer, LazyfsError, ManifestMissing, RegistryError
@@ -30,13 +31,20 @@ _PROBE = 4 * KiB  # bytes
 def all_checks(args: argparse.Namespace, settings: Settings) -> list[Check]:
     """Ask the registry of `args.image`. Blocking, some requests. Never raises a LazyfsError: it is a finding."""
     hops: list[Hop] = []
+    found: list[Check] = []
     try:
         reference = references.parse(args.image)
-        repository = open_repository(reference, common.open_options(args, settings, hops.append))
+        options = common.open_options(args, settings, hops.append)
+        if reference.transport == "docker" and options.access is not None:
+            found = endpoint_checks(reference, options.access, options.plain_http)
+        repository = open_repository(reference, options)
     except LazyfsError as error:
-        return [Check("image", State.FAIL, error.message, error.hint)]
+        if any(check.state is State.FAIL for check in found):
+            return found
+        return [*found, Check("image", State.FAIL, error.message, error.hint)]
     try:
-        found, manifest = _manifest(repository, reference, args, hops)
+        asked, manifest = _manifest(repository, reference, args, hops)
+        found += asked
         if manifest is not None:
             found += [_layers(manifest, settings), *_ranges(repository, manifest)]
         return found
