@@ -1,7 +1,8 @@
 """Plain layers, those without a TOC that we read: unpacked whole into chunks and a layer table, checked on the way.
 
 The work is done in a process of its own (`unpack`), fed with the blob through a pipe: hashing, inflating and parsing
-don't hold the daemon up, and what the tar makes of memory goes away with it. The result has the shape of every other layer, so that it is mapped, verified on each read, and evictable.
+don't hold the daemon up, and what the tar makes of memory goes away with it. The result has the shape of every other
+layer, so that it is mapped, verified on each read, and evictable.
 """
 
 from __future__ import annotations
@@ -10,23 +11,23 @@ import fcntl
 import json
 import os
 import subprocess
-import time
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
 from lazyfs.child import command, read_answer
-from lazyfs.errors import BadAnswer, RegistryError, StoreBroken, TarInvalid
+from lazyfs.chunks.lines import Lines
+from lazyfs.chunks.whole_blob import WholeBlob
+from lazyfs.errors import StoreBroken, TarInvalid
 from lazyfs.registry.repository import Repository
 from lazyfs.units import MiB
 
-_BLOCK = MiB  # bytes of one read from the network at most
 _PIPE = MiB  # bytes that the pipe to the child holds, where the kernel lets us
 _WAIT = 60.0  # seconds that the child may take for table and answer after its last byte
 _CPU_BASE = 120  # seconds of processor time for any layer: tens of gigabytes of zeros, or millions of names
 _CPU_RATE = 1_000_000  # bytes of blob for each further second; honest ones need a tenth of it
-_RESUMES = 5  # broken transfers in a row without a byte between them
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,10 +41,14 @@ class PlainLayer:
     table: Path
 
 
-def unpack_plain(repository: Repository, layer: PlainLayer, on_bytes: Callable[[int], None]) -> None:
+def unpack_plain(
+    repository: Repository, layer: PlainLayer, on_bytes: Callable[[int], None], lines: Lines | None = None
+) -> None:
     """Fetch a whole blob and unpack it into `layer.data` and `layer.table`. Blocking, for as long as the fetch takes.
 
-    Raise RegistryError, DigestMismatch, DiffIdMismatch, FormatError or StoreError; then neither file counts.
+    `on_bytes` is told how many bytes of the blob each block had; what it raises ends the work. `lines` lends
+    connections; without it there is one. Raise RegistryError, DigestMismatch, DiffIdMismatch, FormatError or
+    StoreError; then neither file counts.
     """
     job = {
         "blob_digest": layer.blob_digest, "blob_size": layer.blob_size, "diff_id": layer.diff_id,
@@ -62,7 +67,11 @@ def unpack_plain(repository: Repository, layer: PlainLayer, on_bytes: Callable[[
         assert child.stdin is not None
         _widen(child.stdin)
         try:
-            _pour(repository, layer, child.stdin, on_bytes)
+            blob = WholeBlob(repository, layer.blob_digest, layer.blob_size, lines or Lines(0))
+            with closing(iter(blob)) as blocks:
+                for block in blocks:
+                    _write(child.stdin, block)
+                    on_bytes(len(block))
         except BrokenPipeError:
             pass  # the child gave up; its answer says why
         except BaseException:
@@ -74,26 +83,6 @@ def unpack_plain(repository: Repository, layer: PlainLayer, on_bytes: Callable[[
             child.kill()
             raise TarInvalid(f"layer {layer.blob_digest} took more than {_WAIT:.0f} s to put in order") from None
     read_answer(answer, complaint, child.returncode, TarInvalid)
-
-
-def _pour(repository: Repository, layer: PlainLayer, pipe: IO[bytes], on_bytes: Callable[[int], None]) -> None:
-    """Send the whole blob down the pipe, resumed where a connection broke."""
-    done = failures = 0
-    while done < layer.blob_size:
-        try:
-            with repository.fetch(layer.blob_digest, done, layer.blob_size - done) as stream:
-                while data := stream.read(_BLOCK):
-                    _write(pipe, data)
-                    done += len(data)
-                    failures = 0
-                    on_bytes(len(data))
-            if done < layer.blob_size:
-                raise BadAnswer(repository.host, f"layer {layer.blob_digest} ends after {done} bytes")
-        except RegistryError as error:
-            failures += 1
-            if not error.temporary or failures > _RESUMES:
-                raise
-            time.sleep(0.05 * 2**failures)
 
 
 def _widen(pipe: IO[bytes]) -> None:

@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
+from importlib import import_module
 from itertools import chain
-from typing import Protocol
+from typing import Any, Protocol
 
 import zstandard
 
@@ -105,11 +107,12 @@ def _is_skippable(head: bytes) -> bool:
 
 def _inflater() -> tuple[Callable[[], _Member], type[Exception]]:
     """Return what begins a gzip member, and what it raises for a damaged one."""
+    module: Any = zlib
     try:
-        from zlib_ng import zlib_ng
+        module = import_module("zlib_ng.zlib_ng")
     except ImportError:
-        return lambda: zlib.decompressobj(31), zlib.error
-    return lambda: zlib_ng.decompressobj(31), zlib_ng.error
+        pass  # zlib comes with every Python
+    return partial(module.decompressobj, 31), module.error
 
 
 def _gunzip(blocks: Iterable[bytes]) -> Iterator[bytes]:
