@@ -13,12 +13,12 @@ from functools import partial
 
 import trio
 
-from lazyfs.chunks.frames import decoder, needed, read_exactly
+from lazyfs.chunks.feed import feed_frames
+from lazyfs.chunks.frames import needed, read_exactly
 from lazyfs.chunks.layer import Check, ServedLayer
 from lazyfs.chunks.remote import MAX_FRAMES, Remote
 from lazyfs.chunks.schedule import Priority, Scheduler
 from lazyfs.errors import DiffIdMismatch, FrameInvalid, LazyfsError, TocMismatch, TrustError
-from lazyfs.format.codec import MAX_FRAME
 from lazyfs.units import KiB, MiB
 
 log = logging.getLogger(__name__)
@@ -27,7 +27,6 @@ SEGMENT = 4 * MiB  # compressed bytes of one background request while nobody rea
 _SMALL = 256 * KiB  # compressed bytes of one while somebody does
 _LOOK = 256  # frames looked at in one go: the loop has readers to serve
 _PIECE = 8 * MiB  # compressed bytes of an extent that does not go through the spool, in one request
-_LARGEST = MAX_FRAME + MAX_FRAME // 128 + MiB  # compressed bytes that a frame of MAX_FRAME may take
 _AHEAD = 2  # requests under way: while one is decoded the next one crosses the network
 _PAUSE = 5.0  # seconds before a failed fill is tried again, growing to _LONG_PAUSE
 _LONG_PAUSE = 60.0
@@ -64,6 +63,7 @@ class Filler:
                     await self._check(layer, layer.check)
                 else:
                     await self._complete(layer)
+                layer.trouble = None
                 return ""
             except LazyfsError as error:
                 if layer.quarantine:
@@ -82,6 +82,7 @@ class Filler:
                         continue
                     # Some source never got to send all of it alone: what it would say is worth waiting for.
                     pause = _LONG_PAUSE
+                layer.trouble = error
                 log.warning("fill paused for %.0f s: layer=%s error=%s", pause, layer.digest, error)
             await trio.sleep(pause)
             pause = min(2 * pause, _LONG_PAUSE)
@@ -219,7 +220,7 @@ class Filler:
                 await trio.to_thread.run_sync(check.whole.feed_tail, rest, limiter=self._limiter)
                 rest = b""
             else:
-                feed = partial(feed_frames, check, rest, at + piece == end)
+                feed = partial(feed_frames, check.whole, rest, at + piece == end)
                 rest = await trio.to_thread.run_sync(feed, limiter=self._limiter)
         check.next = extent + 1
 
@@ -258,25 +259,7 @@ def feed_spooled(layer: ServedLayer, check: Check) -> bool:
         if extent == layer.extents - 1:
             check.whole.feed_tail(data)
         else:
-            feed_frames(check, data, True)
+            feed_frames(check.whole, data, True)
         check.next = extent + 1
         fed += max(len(data), 1)
     return fed > 0
-
-
-def feed_frames(check: Check, data: bytes, last: bool) -> bytes:
-    """Give the check the whole frames in `data`, which begins with one; return what is left. Blocking.
-
-    `last`: nothing follows. Raise FrameInvalid for something else than frames, or one that decodes to over MAX_FRAME.
-    """
-    view = memoryview(data)
-    while view:
-        try:
-            decoded, used = decoder().decode_first(view, MAX_FRAME)
-        except FrameInvalid:
-            if last or len(view) > _LARGEST:
-                raise
-            break  # most likely it ends in the next piece
-        check.whole.feed_frame(view[:used], decoded)
-        view = view[used:]
-    return bytes(view)

@@ -6,16 +6,17 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol
 
 from lazyfs import digest as digests
 from lazyfs.chunks.layer import ServedLayer
 from lazyfs.errors import DigestMismatch, FrameInvalid
 from lazyfs.format.codec import FrameDecoder
-from lazyfs.format.table import LayerTable
+from lazyfs.format.members import MemberDecoder
+from lazyfs.format.table import FORM_ESTARGZ, LayerTable
 from lazyfs.registry.repository import ByteStream
 from lazyfs.units import MiB
 
-_SLACK = 8 * MiB  # bytes of headers that a frame may hold behind its last chunk
 _READ = 1 * MiB  # bytes of one read from a stream
 _TOGETHER = 16 << 10  # bytes; smaller frames are read from the network and handed on several at a time
 _thread = threading.local()
@@ -27,6 +28,17 @@ def decoder() -> FrameDecoder:
     if found is None:
         found = _thread.decoder = FrameDecoder()
     return found
+
+
+class PrefixDecoder(Protocol):
+    """What the frames of any form are read with."""
+
+    def decode_prefix(self, data: bytes | memoryview, size: int, /) -> bytes: ...
+
+
+def decoder_for(form: int) -> PrefixDecoder:
+    """Return this thread's decoder for the frames of a form (FORM_*): gzip members, or zstd frames."""
+    return MemberDecoder() if form == FORM_ESTARGZ else decoder()
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,21 +61,6 @@ def read_exactly(stream: ByteStream, size: int) -> bytes:
         parts.append(data)
         have += len(data)
     return b"".join(parts)
-
-
-def decode_extent(data: bytes, *, bound: int) -> bytes:
-    """Decode all frames of an extent: a payload frame and frames of headers behind it. At most `bound` bytes come out.
-
-    Raise FrameInvalid.
-    """
-    parts: list[bytes] = []
-    view, size = memoryview(data), 0
-    while view:
-        part, used = decoder().decode_first(view, bound - size)
-        parts.append(part)
-        size += len(part)
-        view = view[used:]
-    return parts[0] if len(parts) == 1 else b"".join(parts)
 
 
 def frame_chunks(layer: ServedLayer, frame: int, decoded: bytes) -> dict[int, bytes]:
@@ -102,10 +99,14 @@ def store_chunks(layer: ServedLayer, chunks: dict[int, bytes]) -> None:
         layer.store.write_run(first, run)
 
 
-def frame_bound(table: LayerTable, frame: int) -> int:
-    """Return how many bytes a frame may decode to: its chunks, and a slack for headers between and behind them."""
-    ends = (table.chunk_inner[chunk] + table.chunk_size[chunk] for chunk in table.frame_chunks(frame))
-    return int(max(ends, default=0)) + _SLACK
+def frame_wanted(table: LayerTable, frame: int) -> int:
+    """Return how many decoded bytes from a frame's start hold all its chunks; headers or dead files may follow."""
+    ends = (
+        table.chunk_inner[chunk] + table.chunk_size[chunk]
+        for chunk in table.frame_chunks(frame)
+        if table.chunk_frame[chunk] == frame
+    )
+    return int(max(ends, default=0))
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,12 +118,12 @@ class Fetched:
 
 
 def needed(table: LayerTable, frame: int) -> int:
-    """Return how many compressed bytes at a frame's start hold all of it, whatever else its extent brings behind it.
+    """Return how many compressed bytes at a frame's start hold all its chunks, whatever else its extent brings.
 
-    zstd makes nothing larger by more than 1/256 and a header a block: an extent may be gigabytes of files that no name
-    leads to, and neither memory nor a reader has room for them.
+    zstd makes nothing larger by more than 1/256 and a header a block, deflate by less: an extent may be gigabytes of
+    files that no name leads to, and neither memory nor a reader has room for them.
     """
-    bound = frame_bound(table, frame)
+    bound = frame_wanted(table, frame)
     return min(int(table.frame_blob_end[frame] - table.frame_blob_offset[frame]), bound + (bound >> 7) + _READ)
 
 
@@ -167,7 +168,7 @@ def fetch_frames(
     written. A frame with wrong bytes is passed over: its neighbours are no worse for it. Raise RegistryError; frames
     delivered before that are good.
     """
-    table = layer.table
+    table, frames = layer.table, decoder_for(layer.table.form)
     start = table.frame_blob_offset[first]
     size = table.frame_blob_offset[stop - 1] + needed(table, stop - 1) - start
     damaged: dict[int, DigestMismatch | FrameInvalid] = {}
@@ -197,7 +198,7 @@ def fetch_frames(
             if len(data) == extent:
                 early.append((frame + 1, table.frame_blob_offset[frame], data))
             try:
-                decoded, _ = decoder().decode_first(data, frame_bound(table, frame))
+                decoded = frames.decode_prefix(data, frame_wanted(table, frame))
                 ready[frame] = frame_chunks(layer, frame, decoded)
             except (DigestMismatch, FrameInvalid) as error:
                 damaged[frame] = error

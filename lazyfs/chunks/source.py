@@ -25,6 +25,7 @@ class LayerSource:
     verified: bool = False  # the whole check has passed
     verified_at: int = 0  # seconds since the epoch
     quarantine: str = ""  # why nothing may be read from it; empty: it may
+    reason: str = ""  # why it is plain although its descriptor promises a TOC
 
 
 def encode_source(source: LayerSource) -> bytes:
@@ -38,6 +39,7 @@ def encode_source(source: LayerSource) -> bytes:
         "verified": source.verified,
         "verifiedAt": source.verified_at,
         "quarantine": source.quarantine,
+        "reason": source.reason,
     }
     return json.dumps(value, indent=1).encode() + b"\n"
 
@@ -56,7 +58,8 @@ def decode_source(raw: bytes) -> LayerSource | None:
         diff_id = value["diffId"]
         if diff_id and not digests.is_digest(diff_id):
             return None
-        texts = (value["form"], value["origin"], value["quarantine"])
+        reason = value.get("reason", "")
+        texts = (value["form"], value["origin"], value["quarantine"], reason)
         if not all(isinstance(text, str) for text in texts) or not isinstance(value["verified"], bool):
             return None
         return LayerSource(
@@ -67,6 +70,7 @@ def decode_source(raw: bytes) -> LayerSource | None:
             value["verified"],
             int(value["verifiedAt"]),
             value["quarantine"],
+            reason,
         )
     except (ValueError, TypeError, KeyError, RecursionError, OverflowError, DocumentInvalid):
         return None

@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+from lazyfs.chunks.zero_runs import ZeroRuns
 from lazyfs.errors import TocMismatch
 from lazyfs.format.entry import (
     DROPPED_XATTRS,
@@ -289,10 +290,11 @@ class TarCheck:
 
     # -- the verdict
 
-    def finish(self, frame_raw: Sequence[int]) -> None:
+    def finish(self, frame_raw: Sequence[int], zeros: ZeroRuns | None = None) -> None:
         """Raise TocMismatch unless table and tar tell the same tree.
 
         `frame_raw` has, by frame of the table, where its bytes start in the tar stream; -1: no frame began there.
+        `zeros` knows where the stream held zeros; None: holes are not accepted.
         Blocks for about 2 µs a row and chunk.
         """
         table = self._table
@@ -310,19 +312,24 @@ class TarCheck:
                 if start != self._start[table.inode(row)]:
                     raise self._mismatch(table.path_of(row), "is a hard link to another file in the TOC")
             elif kind == Kind.REG:
-                self._check_chunks(row, frame_raw)
+                self._check_chunks(row, frame_raw, zeros)
             if self._adopted and kind not in (Kind.HARDLINK, Kind.WHITEOUT, Kind.DIR):
                 if start in starts:
                     raise self._mismatch(table.path_of(row), "is a hard link in the tar and none in the TOC")
                 starts.add(start)
 
-    def _check_chunks(self, row: int, frame_raw: Sequence[int]) -> None:
+    def _check_chunks(self, row: int, frame_raw: Sequence[int], zeros: ZeroRuns | None) -> None:
         """Check that each chunk's bytes are the very ones that a full unpack writes there."""
         table = self._table
         origin = self._payload[row] - table.data_offset[row]
         for chunk in table.file_chunks(row):
             frame = table.chunk_frame[chunk]
-            begin = _NOT_SEEN if frame == NO_FRAME else frame_raw[frame]
+            if frame == NO_FRAME:
+                start = origin + table.chunk_data_offset[chunk]
+                if zeros is None or not zeros.holds(start, table.chunk_size[chunk]):
+                    raise self._mismatch(table.path_of(row), "has a hole in the TOC and no zeros there in the tar")
+                continue
+            begin = frame_raw[frame]
             if begin == _NOT_SEEN or begin + table.chunk_inner[chunk] != origin + table.chunk_data_offset[chunk]:
                 raise self._mismatch(table.path_of(row), "has its content elsewhere in the TOC than in the tar")
 

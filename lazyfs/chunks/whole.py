@@ -12,9 +12,11 @@ from array import array
 
 from lazyfs import digest as digests
 from lazyfs.chunks.tar_check import TarCheck
-from lazyfs.errors import DiffIdMismatch, DigestMismatch, TarInvalid, TocMismatch
+from lazyfs.chunks.zero_runs import ZeroRuns
+from lazyfs.errors import DiffIdMismatch, DigestMismatch, FrameInvalid, TarInvalid, TocMismatch
 from lazyfs.format.footer import SKIPPABLE, SKIPPABLE_HEADER
-from lazyfs.format.table import FORM_ZSTD_CHUNKED, LayerTable
+from lazyfs.format.members import MemberStream
+from lazyfs.format.table import FORM_ESTARGZ, FORM_PLAIN, NO_FRAME, LayerTable
 from lazyfs.format.tar import TarScanner
 
 
@@ -22,8 +24,8 @@ class WholeCheck:
     """Feed it a blob in order: frames with what they decode to, then the rest; `finish` gives the verdict.
 
     Not thread-safe; it may move from thread to thread between calls. Nothing is raised before `finish`, because only
-    the blob's digest can tell a damaged transfer from a lying TOC. Memory: 16 bytes a row, 8 a frame, and the entries
-    that differ from their row so far.
+    the blob's digest can tell a damaged transfer from a lying TOC. Memory: 16 bytes a row, 8 a frame, the entries that
+    differ from their row so far and, where the table has holes, 16 a run of zeros.
     """
 
     def __init__(self, blob_digest: str, diff_id: str, table: LayerTable, layer_name: str) -> None:
@@ -38,11 +40,19 @@ class WholeCheck:
         self._raw_offset = 0
         self._scanner = TarScanner()
         self._tar = TarCheck(table, layer_name)
+        self._zeros = ZeroRuns() if NO_FRAME in table.chunk_frame else None
+        self._members = MemberStream()  # of gzip layers
         self._frame_raw = array("q", [-1]) * table.frame_count  # where each frame's bytes start in the tar stream
         self._next_frame = 0
         self._false: TocMismatch | None = None
         self._tail_skip = 0  # bytes of the tail that belong to the skippable frame under way
         self._tail_header = b""
+        self._tail_broken: TocMismatch | None = None  # of a gzip layer
+
+    @property
+    def is_gzip(self) -> bool:
+        """Whether the layer's frames are gzip members: `feed_members` takes them, not `feed_frame`."""
+        return self._table.form == FORM_ESTARGZ
 
     @property
     def blob_offset(self) -> int:
@@ -54,6 +64,22 @@ class WholeCheck:
 
         One or more whole frames; every frame that the table names must begin a call.
         """
+        self._blob(compressed)
+        self._tar_bytes(decoded)
+
+    def feed_members(self, compressed: bytes | memoryview, last: bool) -> None:
+        """Take the blob's next bytes before the tail of a gzip layer, in pieces of any size. Blocking; decodes them.
+
+        Every frame that the table names must begin a call, and the call before it be told that it is the `last` one.
+        Raise FrameInvalid for something else than whole members; nothing may be fed after that.
+        """
+        self._blob(compressed)
+        for decoded in self._members.feed(compressed):
+            self._tar_bytes(decoded)
+        if last and not self._members.at_boundary:
+            raise FrameInvalid("a gzip member runs into the next one that the TOC names")
+
+    def _blob(self, compressed: bytes | memoryview) -> None:
         frames, at = self._table.frame_blob_offset, self._next_frame
         while at < len(self._frame_raw) and frames[at] < self._blob_offset:
             at += 1
@@ -63,8 +89,12 @@ class WholeCheck:
         self._next_frame = at
         self._blob_hash.update(compressed)
         self._blob_offset += len(compressed)
+
+    def _tar_bytes(self, decoded: bytes | memoryview) -> None:
         self._raw_hash.update(decoded)
         self._raw_offset += len(decoded)
+        if self._zeros is not None:
+            self._zeros.feed(decoded)
         if self._false is None:
             try:
                 for item in self._scanner.feed(decoded):
@@ -75,11 +105,19 @@ class WholeCheck:
                 self._false = TocMismatch(self._layer, error.message)
 
     def feed_tail(self, compressed: bytes | memoryview) -> None:
-        """Take bytes behind the last frame: TOC and footer, in pieces of any size."""
+        """Take bytes behind the last frame: TOC and footer, in pieces of any size. Of a gzip layer they are tar too."""
         self._blob_hash.update(compressed)
         self._blob_offset += len(compressed)
-        if self._table.form == FORM_ZSTD_CHUNKED and self._false is None:
-            self._check_tail(memoryview(compressed))
+        if not self.is_gzip:
+            if self._false is None and self._table.form != FORM_PLAIN:
+                self._check_tail(memoryview(compressed))
+            return
+        try:
+            # For the diff ID's sake even when the TOC is known to be false.
+            for decoded in self._members.feed(compressed if self._tail_broken is None else b""):
+                self._tar_bytes(decoded)
+        except FrameInvalid as error:
+            self._tail_broken = TocMismatch(self._layer, f"what follows its last frame is broken: {error.message}")
 
     def _check_tail(self, data: memoryview) -> None:
         """A decoder passes over skippable frames only; any other would be content that the diff ID here misses."""
@@ -111,10 +149,12 @@ class WholeCheck:
             raise DiffIdMismatch(self._layer, self._diff_id, unpacked)
         if self._false is not None:
             raise self._false
-        if self._tail_skip or self._tail_header:
-            raise TocMismatch(self._layer, "the blob ends inside a skippable frame")
+        if self._tail_broken is not None:
+            raise self._tail_broken
+        if self._tail_skip or self._tail_header or not self._members.at_boundary:
+            raise TocMismatch(self._layer, "the blob ends inside a frame")
         try:
             self._scanner.finish()
         except TarInvalid as error:
             raise TocMismatch(self._layer, error.message) from None
-        self._tar.finish(self._frame_raw)
+        self._tar.finish(self._frame_raw, self._zeros)

@@ -88,7 +88,7 @@ def add_parser(subparsers: Any) -> None:
     )
     common.add_image(parser)
     common.add_platform(parser)
-    common.add_plain_http(parser)
+    common.add_registry(parser)
     common.add_json(parser)
     parser.add_argument("--layers", action="store_true", help="whole digests, diff IDs and media types of the layers")
     parser.add_argument("--files", action="store_true", help="fetch the tables of contents and count their entries")
@@ -137,7 +137,7 @@ def _classify(descriptor: Descriptor, allow_unverified: bool) -> _Layer:
     source = toc_source(descriptor, allow_unverified=allow_unverified)
     if isinstance(source, NotLazy):
         return _Layer(descriptor, "", plain_form(descriptor), False, source.reason)
-    return _Layer(descriptor, "", "zstd:chunked", True, "", source)
+    return _Layer(descriptor, "", source.form.value, True, "", source)
 
 
 def plain_form(descriptor: Descriptor) -> str:
@@ -169,17 +169,18 @@ def _fetch_rest(
     def toc_work(number: int) -> Callable[[], None]:
         def work() -> None:
             recorder.work.number = number
-            _count_entries(repository, layers[number])
+            _look(repository, layers[number])
 
         return work
 
     works: list[Callable[[], None]] = [config_work]
-    lazy = [number for number, layer in enumerate(layers) if layer.lazy] if with_tocs else []
-    works += [toc_work(number) for number in lazy]
+    looked = [number for number, layer in enumerate(layers) if layer.lazy or _may_have_footer(layer)]
+    looked = looked if with_tocs else []
+    works += [toc_work(number) for number in looked]
     config_error, *errors = side_by_side(works, _THREADS)
     if config_error is not None:
         raise config_error
-    for number, error in zip(lazy, errors, strict=True):
+    for number, error in zip(looked, errors, strict=True):
         if error is not None:
             layer = layers[number]
             layer.lazy, layer.reason = False, error.message
@@ -188,12 +189,29 @@ def _fetch_rest(
     return configs[0]
 
 
-def _count_entries(repository: Repository, layer: _Layer) -> None:
-    from lazyfs.format.lazy import read_toc
+def _may_have_footer(layer: _Layer) -> bool:
+    """Whether a layer that can't be lazy may be one of the forms that are refused for a reason of their own."""
+    from lazyfs.oci import DOCKER_LAYER_GZIP, OCI_LAYER_GZIP
+
+    return not layer.lazy and layer.descriptor.media_type in (OCI_LAYER_GZIP, DOCKER_LAYER_GZIP)
+
+
+def _look(repository: Repository, layer: _Layer) -> None:
+    """Fetch a layer's table of contents and count its entries, or its footer and tell why it has none to count."""
+    from lazyfs.format.footer import MAX_FOOTER
+    from lazyfs.format.lazy import NotLazy, read_toc, refusal
     from lazyfs.format.toc import parse_toc
 
-    assert layer.toc is not None
-    toc = read_toc(layer.toc, partial(common.fetch_bytes, repository, layer.descriptor.digest))
+    fetch = partial(common.fetch_bytes, repository, layer.descriptor.digest)
+    if layer.toc is None:
+        size = min(layer.descriptor.size, MAX_FOOTER)
+        last = fetch(layer.descriptor.size - size, size) if size else b""
+        layer.reason = refusal(last, layer.descriptor.size) or layer.reason
+        return
+    toc = read_toc(layer.toc, fetch)
+    if isinstance(toc, NotLazy):
+        layer.lazy, layer.form, layer.reason = False, plain_form(layer.descriptor), toc.reason
+        return
     layer.form = toc.form.value
     layer.toc_size = len(toc.raw)
     layer.entries = sum(1 for _ in parse_toc(toc.raw, toc.payload_end))

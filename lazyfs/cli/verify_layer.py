@@ -13,7 +13,8 @@ from types import TracebackType
 
 from lazyfs import child
 from lazyfs import digest as digests
-from lazyfs.chunks.frames import decode_extent, frame_bound
+from lazyfs.chunks.feed import feed_frames
+from lazyfs.chunks.frames import decoder_for, frame_wanted, needed
 from lazyfs.chunks.whole import WholeCheck
 from lazyfs.cli import common
 from lazyfs.errors import (
@@ -25,10 +26,9 @@ from lazyfs.errors import (
     RegistryError,
     StoreBroken,
 )
-from lazyfs.format.codec import MAX_FRAME
 from lazyfs.format.inflate import open_stream
-from lazyfs.format.lazy import NotLazy, TocSource, read_toc, toc_source
-from lazyfs.format.table import FORM_ZSTD_CHUNKED, NO_FRAME, LayerTable
+from lazyfs.format.lazy import TABLE_FORMS, NotLazy, TocSource, read_toc, toc_source
+from lazyfs.format.table import LayerTable
 from lazyfs.format.tar import TarScanner
 from lazyfs.oci import Descriptor
 from lazyfs.registry.repository import ByteStream, Repository
@@ -150,9 +150,11 @@ def _verify_lazy(
         with tempfile.TemporaryDirectory(prefix="lazyfs-verify-") as scratch:
             toc, out = Path(scratch, "toc"), Path(scratch, "table")
             found = read_toc(source, partial(common.fetch_bytes, repository, descriptor.digest))
+            if isinstance(found, NotLazy):
+                return _verify_plain(repository, descriptor, diff_id, advance)
             toc.write_bytes(found.raw)
             job = {
-                "toc": str(toc), "out": str(out), "form": FORM_ZSTD_CHUNKED, "blob_size": descriptor.size,
+                "toc": str(toc), "out": str(out), "form": TABLE_FORMS[found.form], "blob_size": descriptor.size,
                 "payload_end": found.payload_end,
             }  # fmt: skip
             child.run_job({"tables": [job]})
@@ -171,23 +173,31 @@ def _verify_lazy(
 
 def _feed(reader: BlobReader, table: LayerTable, whole: WholeCheck) -> None:
     """Give the check the blob in order, cut at the frames that the table names, each chunk's digest checked."""
-    lead = reader.read_exactly(table.frame_blob_offset[0] if table.frame_count else table.payload_end)
-    if lead:
-        whole.feed_frame(lead, decode_extent(lead, bound=MAX_FRAME))
+    frames = decoder_for(table.form)
+    _feed_extent(reader, whole, b"", table.frame_blob_offset[0] if table.frame_count else table.payload_end)
     for frame in range(table.frame_count):
-        data = reader.read_exactly(table.frame_blob_end[frame] - table.frame_blob_offset[frame])
-        decoded = decode_extent(data, bound=max(frame_bound(table, frame), MAX_FRAME))
-        _check_chunks(table, frame, decoded)
-        whole.feed_frame(data, decoded)
+        begin = reader.read_exactly(needed(table, frame))
+        _check_chunks(table, frame, frames.decode_prefix(begin, frame_wanted(table, frame)))
+        _feed_extent(reader, whole, begin, table.frame_blob_end[frame])
     while tail := reader.read(_READ):
         whole.feed_tail(tail)
     whole.finish()
 
 
+def _feed_extent(reader: BlobReader, whole: WholeCheck, begin: bytes, end: int) -> None:
+    """Give the check an extent that ends at blob offset `end`, of which `begin` was read already."""
+    rest = begin
+    while True:
+        more = reader.read(min(end - reader.position, _READ))
+        rest = feed_frames(whole, rest + more if rest else more, reader.position >= end or not more)
+        if reader.position >= end or not more:
+            return
+
+
 def _check_chunks(table: LayerTable, frame: int, decoded: bytes) -> None:
     view = memoryview(decoded)
     for chunk in table.frame_chunks(frame):
-        if table.chunk_frame[chunk] == NO_FRAME:
+        if table.chunk_frame[chunk] != frame:
             continue  # a hole of a sparse file: it has no bytes
         start, size = table.chunk_inner[chunk], table.chunk_size[chunk]
         if start + size > len(decoded):

@@ -16,6 +16,7 @@ _MAX_WINDOW = 128 * MiB  # bytes; what zstd itself stops at without being asked 
 _MAGIC = b"\x28\xb5\x2f\xfd"
 _RAW, _RLE, _COMPRESSED = 0, 1, 2
 _CHECKSUM = 4  # bytes
+_SLACK = 8 * MiB  # bytes behind what is wanted for which a frame is still decoded in one go
 
 
 def frame_size(data: bytes | memoryview) -> int:
@@ -70,6 +71,39 @@ class FrameDecoder:
         """
         size = frame_size(data)
         return self._decode(data[:size], max_size), size
+
+    def decode_prefix(self, data: bytes | memoryview, size: int) -> bytes:
+        """Return `size` bytes or more of the beginning of the frame that `data` begins with. Blocks (CPU).
+
+        `data` may hold more than the frame, or less if that suffices; what lies far behind the wanted bytes is neither
+        decoded nor checked: the caller has a digest for what it takes. Memory: `size` and 8 MiB. Raise FrameInvalid.
+        """
+        try:
+            promised = zstandard.frame_content_size(data)
+        except zstandard.ZstdError as error:
+            raise FrameInvalid(f"a zstd frame's header is broken: {error}") from None
+        out = self._whole(data, promised) if 0 <= promised <= size + _SLACK else self._begin(data, size)
+        if len(out) < size:
+            raise FrameInvalid(f"a zstd frame holds {len(out)} bytes of the {size} wanted")
+        return out
+
+    def _whole(self, data: bytes | memoryview, promised: int) -> bytes:
+        try:
+            size = frame_size(data)
+        except FrameInvalid:
+            return self._begin(data, promised)  # its end may have been left out
+        return self._decode(data[:size], promised)
+
+    def _begin(self, data: bytes | memoryview, size: int) -> bytes:
+        parts = []
+        try:
+            with self._context.stream_reader(data, read_across_frames=False, closefd=False) as reader:
+                while size > 0 and (part := reader.read(min(MiB, size))):
+                    parts.append(part)
+                    size -= len(part)
+        except zstandard.ZstdError as error:
+            raise FrameInvalid(f"a zstd frame does not decode: {error}") from None
+        return parts[0] if len(parts) == 1 else b"".join(parts)
 
     def _decode(self, frame: bytes | memoryview, max_size: int) -> bytes:
         try:

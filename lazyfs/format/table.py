@@ -24,7 +24,9 @@ FLAG_OPAQUE = 1  # a directory that hides what lower layers have under it
 FLAG_IMPLICIT = 2  # a directory that no entry names; a lower layer's attributes show through
 FLAG_REPLACES = 4  # a directory that stands where the layer removed one: opaque, and nothing shows through
 FORM_PLAIN = 0  # no TOC in the blob: made by unpacking the whole layer
-FORM_ZSTD_CHUNKED = 1
+FORM_ZSTD_CHUNKED = 1  # stargz's, and what podman 4 writes
+FORM_ESTARGZ = 2
+FORM_STORAGE_ZSTD = 3  # zstd:chunked of containers/storage
 
 # name -> typecode. Offsets and sizes in bytes; *_data_offset in data space, *_blob_offset in blob space.
 ROW_COLUMNS = {

@@ -17,18 +17,22 @@ from lazyfs.errors import TocInvalid
 from lazyfs.format.entry import MAX_FILE, MAX_PATH, MAX_XATTRS, Chunk, Entry, Kind, clean_path
 from lazyfs.format.rfc3339 import TimeTable
 from lazyfs.format.toc_json import (
+    HOLE,
     KINDS,
     MAX_CHUNK,
     MAX_ENTRIES,
+    MAX_HOLES,
     MAX_ID,
     MAX_INNER,
     MAX_MAJOR,
     MAX_MINOR,
     MAX_TOC,
+    MIN_HOLE,
     TocDocument,
     TocItem,
     is_utf8,
 )
+from lazyfs.format.zeros import ZeroDigests
 
 
 def parse_toc(raw: bytes, payload_end: int) -> Iterator[tuple[Entry, list[Chunk]]]:
@@ -65,6 +69,9 @@ class _Reader:
         self._groups: dict[int, str] = {}
         self._frame = -1  # blob offset of the frame of the last chunk
         self._inner_end = 0  # bytes of that frame's decompressed form that are taken
+        self._end = 0  # blob offset before which the last file with an `endOffset` claims all frames
+        self._zeros = ZeroDigests()
+        self._holes = 0  # bytes of zeros so far
 
     def read(self, items: list[TocItem]) -> Iterator[tuple[Entry, list[Chunk]]]:
         number, total = 0, len(items)
@@ -126,18 +133,21 @@ class _Reader:
         size, done = file.size, 0
         while True:
             item = items[number]
-            if item.chunk_type:
-                raise TocInvalid(f"has a chunk of type {item.chunk_type[:20]!r}, which is not read yet")
+            if item.chunk_type not in ("", "zeros"):
+                raise TocInvalid(f"has a chunk of the unknown type {item.chunk_type[:20]!r}")
             chunk_size = item.chunk_size or size - done
             if item.chunk_offset != done or not 0 < chunk_size <= size - done:
                 raise TocInvalid(f"its chunk of {chunk_size} at {item.chunk_offset} does not follow {done} of {size}")
-            if chunk_size > MAX_CHUNK:
-                raise TocInvalid(f"has a chunk of {chunk_size} bytes, more than the {MAX_CHUNK} allowed")
-            self._place(item, chunk_size)
             told = item.chunk_digest
             if not told and chunk_size == size:
                 told = file.digest
-            out.append(Chunk(done, chunk_size, item.offset, item.inner_offset, _digest(told)))
+            if item.chunk_type and chunk_size >= MIN_HOLE:
+                self._hole(done, chunk_size, told, out)
+            else:
+                if chunk_size > MAX_CHUNK:
+                    raise TocInvalid(f"has a chunk of {chunk_size} bytes, more than the {MAX_CHUNK} allowed")
+                self._place(item, chunk_size)
+                out.append(Chunk(done, chunk_size, item.offset, item.inner_offset, _digest(told)))
             done += chunk_size
             if done == size:
                 break
@@ -148,12 +158,34 @@ class _Reader:
                 raise TocInvalid(f"is followed by a chunk of {items[number].name[:200]!r}")
         if file.digest and file.digest != told:
             _digest(file.digest)
+        if file.end_offset:
+            self._bound(file.end_offset, out)
         return number
+
+    def _hole(self, offset: int, size: int, told: str, out: list[Chunk]) -> None:
+        """Add a run of zeros, which nobody fetches, in pieces that are no trouble to read."""
+        self._holes += size
+        if self._holes > MAX_HOLES:
+            raise TocInvalid(f"is one too many for the {MAX_HOLES} bytes of zeros that a layer may claim")
+        if told and _digest(told) != self._zeros.digest(size):
+            raise TocInvalid(f"has a chunk of {size} zeros whose digest is not that of zeros")
+        for start in range(0, size, HOLE):
+            piece = min(HOLE, size - start)
+            out.append(Chunk(offset + start, piece, -1, 0, self._zeros.digest(piece)))
+
+    def _bound(self, end: int, chunks: list[Chunk]) -> None:
+        """Check what a file says of the end of its frames: no other may begin before it."""
+        last = max((chunk.blob_offset for chunk in chunks), default=-1)
+        if not max(last, self._end - 1) < end <= self._payload_end:
+            raise TocInvalid(f"its last frame begins at {last} and claims to end at {end}")
+        self._end = end
 
     def _place(self, item: TocItem, size: int) -> None:
         """Check that a chunk lies behind the one before it: content of one stream can't overlap."""
         if item.offset >= self._payload_end:
             raise TocInvalid(f"its content at {item.offset} lies behind the last frame's end, {self._payload_end}")
+        if item.offset < self._end:
+            raise TocInvalid(f"its content at {item.offset} lies in another file's, which ends at {self._end}")
         if item.inner_offset > MAX_INNER:
             raise TocInvalid(f"its content lies {item.inner_offset} bytes into a frame, more than {MAX_INNER}")
         if item.offset < self._frame or (item.offset == self._frame and item.inner_offset < self._inner_end):

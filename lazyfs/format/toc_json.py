@@ -14,12 +14,15 @@ from typing import Annotated, Literal
 import msgspec
 
 from lazyfs.format.entry import Kind
-from lazyfs.units import MiB
+from lazyfs.units import GiB, MiB
 
 MAX_TOC = 150 * MiB  # bytes, compressed and decompressed alike; containers/storage draws the line there too
 MAX_ENTRIES = 4_000_000  # names and chunks together
 MAX_CHUNK = 64 * MiB  # bytes; a chunk is held in memory whole
 MAX_INNER = 64 * MiB  # bytes before a chunk in its frame; they are decompressed to get at it
+HOLE = 4 * MiB  # bytes; a larger chunk of zeros is read in pieces of this size
+MIN_HOLE = 1024  # bytes; writers call no shorter run of zeros a hole
+MAX_HOLES = 64 * GiB  # bytes of zeros in one layer: a TOC can claim terabytes for nothing
 MAX_ID = 0xFFFFFFFE  # chown(2) takes -1 for "leave it"
 MAX_MAJOR, MAX_MINOR = 0xFFF, 0xFFFFF  # what a Linux dev_t holds
 
@@ -66,6 +69,7 @@ class TocItem(msgspec.Struct, omit_defaults=True, rename="camel", gc=False):
     xattrs_raw: dict[str, bytes] | None = None
     digest: str = ""
     offset: _Int = 0
+    end_offset: _Int = 0  # containers/storage: behind the file's last frame
     inner_offset: _Int = 0
     chunk_offset: _Int = 0
     chunk_size: _Int = 0

@@ -21,14 +21,21 @@ from lazyfs.chunks.store import Store
 from lazyfs.chunks.whole import WholeCheck
 from lazyfs.config import Settings
 from lazyfs.errors import DiffIdMismatch, FormatError, LayerQuarantined, StoreError, TableInvalid
-from lazyfs.format.lazy import NotLazy, TocSource, read_toc, toc_source
-from lazyfs.format.table import FORM_PLAIN, FORM_ZSTD_CHUNKED, VERSION, LayerTable
-from lazyfs.oci import TOC_DIGEST, ZSTD_CHECKSUM, Descriptor, Manifest
+from lazyfs.format.footer import Form
+from lazyfs.format.lazy import TABLE_FORMS, NotLazy, TocSource, read_toc, toc_source
+from lazyfs.format.table import FORM_PLAIN, VERSION, LayerTable
+from lazyfs.oci import GITHUB_ZSTD_CHECKSUM, TOC_DIGEST, ZSTD_CHECKSUM, Descriptor, Manifest
 from lazyfs.registry.repository import Repository
 from lazyfs.units import format_size
 
 log = logging.getLogger(__name__)
 
+# What a layer's `source` file calls its form.
+_SOURCE_FORMS = {
+    Form.ZSTD_CHUNKED: "zstd-chunked",
+    Form.STORAGE_ZSTD_CHUNKED: "storage-zstd-chunked",
+    Form.ESTARGZ: "estargz",
+}
 _UNPACKED = "data.new"  # what the unpacker of a plain layer fills, until the store takes it over
 _REPORT = 8 << 20  # bytes between two remarks on a layer that is fetched in full
 
@@ -90,7 +97,7 @@ class Preparer:
             known, table, tail = self._make(repository, wanted, found, say)
         reason = found.reason if isinstance(found, NotLazy) else ""
         if isinstance(found, TocSource) and table.form == FORM_PLAIN:
-            reason = "its TOC can't be used"
+            reason = known.reason or "its TOC can't be used"
         return self._serve(repository, wanted, known, table, tail, reason)
 
     # -- what the store has
@@ -121,17 +128,22 @@ class Preparer:
     def _make(
         self, repository: Repository, wanted: Wanted, found: TocSource | NotLazy, say: Callable[[str], None]
     ) -> tuple[LayerSource, LayerTable, bytes]:
+        reason = ""
         if isinstance(found, TocSource):
             try:
-                return self._make_lazy(repository, wanted, found)
+                made = self._make_lazy(repository, wanted, found)
             except FormatError as error:
                 # A digest vouched for something that is no TOC that we read. The whole blob still has a diff ID.
-                log.warning("layer %s is not lazy: %s", wanted.descriptor.digest, error)
-        return self._make_plain(repository, wanted, say)
+                made = NotLazy(error.message)
+            if not isinstance(made, NotLazy):
+                return made
+            reason = made.reason
+            log.warning("layer %s is not lazy: %s", wanted.descriptor.digest, reason)
+        return self._make_plain(repository, wanted, say, reason)
 
     def _make_lazy(
         self, repository: Repository, wanted: Wanted, found: TocSource
-    ) -> tuple[LayerSource, LayerTable, bytes]:
+    ) -> tuple[LayerSource, LayerTable, bytes] | NotLazy:
         digest = wanted.descriptor.digest
         parts: dict[int, bytes] = {}
 
@@ -143,29 +155,33 @@ class Preparer:
             return parts[blob_offset]
 
         toc = read_toc(found, fetch)
+        if isinstance(toc, NotLazy):
+            return toc
         directory = self._store.path(digest)
         self._store.write_toc(digest, toc.raw)
         job = {
             "toc": os.fspath(directory / "toc"),
             "out": os.fspath(directory / "table"),
-            "form": FORM_ZSTD_CHUNKED,
+            "form": TABLE_FORMS[toc.form],
             "blob_size": wanted.descriptor.size,
             "payload_end": toc.payload_end,
         }
         self.builder.run({"tables": [job]})
-        source = LayerSource(wanted.descriptor, "zstd-chunked", wanted.origin, wanted.diff_id)
+        source = LayerSource(wanted.descriptor, _SOURCE_FORMS[toc.form], wanted.origin, wanted.diff_id)
         self._store.set_source(digest, source)
         tail = b"".join(parts[at] for at in sorted(parts))
+        if found.blob_offset + found.size < wanted.descriptor.size:
+            tail = b""  # the TOC alone: the check will want what lies behind it too
         return source, LayerTable(directory / "table"), tail[-(wanted.descriptor.size - toc.payload_end) :]
 
     def _make_plain(
-        self, repository: Repository, wanted: Wanted, say: Callable[[str], None]
+        self, repository: Repository, wanted: Wanted, say: Callable[[str], None], reason: str
     ) -> tuple[LayerSource, LayerTable, bytes]:
         digest = wanted.descriptor.digest
         layer = self._plain_job(wanted.descriptor, wanted.diff_id)
         self._unpack(repository, layer, say)
         table = LayerTable(layer.table)
-        source = LayerSource(wanted.descriptor, "plain", wanted.origin, wanted.diff_id, verified=True)
+        source = LayerSource(wanted.descriptor, "plain", wanted.origin, wanted.diff_id, verified=True, reason=reason)
         self._store.set_source(digest, source)
         opened = self._store.open_layer(digest, table)
         try:
@@ -262,4 +278,5 @@ def _fetch(repository: Repository, digest: str, blob_offset: int, size: int) -> 
 
 
 def _toc_claims(descriptor: Descriptor) -> str:
-    return descriptor.annotations.get(TOC_DIGEST) or descriptor.annotations.get(ZSTD_CHECKSUM) or ""
+    told = descriptor.annotations
+    return told.get(TOC_DIGEST) or told.get(GITHUB_ZSTD_CHECKSUM) or told.get(ZSTD_CHECKSUM) or ""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
@@ -14,8 +15,9 @@ from lazyfs import digest as digests
 from lazyfs import oci
 from lazyfs.errors import DigestMismatch, FooterInvalid, FormatError, TocInvalid, TrustError
 from lazyfs.format import zstd_chunked
-from lazyfs.format.footer import STARGZ_BODY, STARGZ_MAGIC, Form, parse_footer
-from lazyfs.format.lazy import TAIL, NotLazy, TocSource, read_toc, toc_source
+from lazyfs.format.footer import MAX_FOOTER, STARGZ_BODY, STARGZ_MAGIC, Form, parse_footer
+from lazyfs.format.lazy import TAIL, NotLazy, Toc, TocSource, refusal, toc_source
+from lazyfs.format.lazy import read_toc as read_any
 from lazyfs.format.toc import parse_toc
 from lazyfs.format.toc_json import MAX_TOC
 from tests.helpers.blobs import LayerBlob, annotated, flipped, without_sparse, zstd_chunked_layer
@@ -30,6 +32,12 @@ def source_of(layer: LayerBlob, *, allow_unverified: bool = False) -> TocSource:
     source = toc_source(layer.descriptor, allow_unverified=allow_unverified)
     assert isinstance(source, TocSource), source
     return source
+
+
+def read_toc(source: TocSource, fetch: Callable[[int, int], bytes]) -> Toc:
+    toc = read_any(source, fetch)
+    assert isinstance(toc, Toc), toc.reason
+    return toc
 
 
 def why_not(layer: LayerBlob) -> str:
@@ -131,12 +139,13 @@ NONE = {"TOC_DIGEST": None, "ZSTD_CHECKSUM": None, "ZSTD_POSITION": None, "UNCOM
 
 @pytest.mark.parametrize("layer, reason", [
     (annotated(SMALL, **NONE), "no TOC"),
-    (replace(SMALL, media_type=oci.OCI_LAYER_GZIP), "eStargz is not read yet"),
+    (replace(annotated(SMALL, TOC_DIGEST=None), media_type=oci.OCI_LAYER_GZIP), "its type is gzip"),
     (replace(annotated(SMALL, **NONE), media_type=oci.OCI_LAYER_GZIP), "has no TOC"),
     (replace(SMALL, media_type=oci.OCI_LAYER), "has no TOC"),
     (annotated(SMALL, **GITHUB), "both kinds"),
     (annotated(SMALL, ZSTD_CHECKSUM=None, ZSTD_POSITION=None, **GITHUB), "both kinds"),
-    (annotated(SMALL, **{**NONE, **GITHUB}), "containers/storage is not read yet"),
+    (annotated(SMALL, TOC_DIGEST=None, **GITHUB), "both kinds"),
+    (annotated(SMALL, **{**NONE, **GITHUB}), "more than"),
     (annotated(SMALL, TOC_DIGEST="sha512:" + "0" * 128), "not a sha256 digest"),
     (annotated(SMALL, ZSTD_CHECKSUM="sha256:" + "A" * 64), "not a sha256 digest"),
     (annotated(SMALL, ZSTD_POSITION="1:2:3"), "four numbers"),
@@ -154,14 +163,23 @@ def test_why_a_layer_is_not_lazy(layer: LayerBlob, reason: str) -> None:
 @pytest.mark.parametrize("footer, reason", [
     (legacy(100), "no digests"),
     (external(), "another image"),
-    (estargz(100), "not read yet"),
-    (storage_zstd(100, 20, 30), "not read yet"),
-    (bytes(60), "no footer"),
 ])  # fmt: skip
 def test_a_refused_footer_names_its_reason(footer: bytes, reason: str) -> None:
     """The annotations claim our form, the blob is of another."""
     layer = annotated(replace(SMALL, blob=SMALL.blob + footer), ZSTD_POSITION=None)
-    with pytest.raises(FooterInvalid, match=reason):
+    found = read_any(source_of(layer), layer.fetch)
+    assert isinstance(found, NotLazy) and reason in found.reason
+    assert refusal(layer.blob[-MAX_FOOTER:], len(layer.blob)) == found.reason
+
+
+@pytest.mark.parametrize("footer, error", [
+    (estargz(100), DigestMismatch),
+    (storage_zstd(100, 20, 30), DigestMismatch),
+    (bytes(60), FooterInvalid),
+])  # fmt: skip
+def test_a_footer_of_another_form_does_not_get_round_the_digest(footer: bytes, error: type[Exception]) -> None:
+    layer = annotated(replace(SMALL, blob=SMALL.blob + footer), ZSTD_POSITION=None)
+    with pytest.raises(error):
         read_toc(source_of(layer), layer.fetch)
 
 
