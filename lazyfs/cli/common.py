@@ -17,7 +17,10 @@ if TYPE_CHECKING:
     from lazyfs.registry.repository import Repository
 
 _MAX_LINE = 64 << 10  # bytes of a login; clouds' tokens have a few thousand
-IMAGE_HELP = "docker://HOST/REPO:TAG, HOST/REPO:TAG, HOST/REPO@sha256:…, or oci:DIR[:REF]"
+IMAGE_HELP = (
+    "docker://HOST/REPO:TAG, HOST/REPO:TAG, HOST/REPO@sha256:…, oci:DIR[:REF], oci-archive:FILE[:REF], "
+    "docker-archive:FILE[:REPO:TAG], or containerd:NAME"
+)
 
 
 def add_image(parser: argparse.ArgumentParser, *, optional: bool = False) -> None:
@@ -25,7 +28,7 @@ def add_image(parser: argparse.ArgumentParser, *, optional: bool = False) -> Non
     parser.add_argument("image", metavar="IMAGE", nargs="?" if optional else None, help=IMAGE_HELP)
 
 
-def add_platform(parser: argparse.ArgumentParser) -> None:
+def add_platform(parser: argparse._ActionsContainer) -> None:
     """Add --platform (`args.platform`: "os/arch[/variant]", None for this machine's)."""
     parser.add_argument("--platform", metavar="OS/ARCH", type=_platform, help="instead of this machine's platform")
 
@@ -58,6 +61,8 @@ def add_registry(parser: argparse.ArgumentParser, *sides: str) -> None:
     add("--tls-cert", metavar="FILE", help="our client certificate (PEM)")
     add("--tls-key", metavar="FILE", help="its key; otherwise in the same file")
     add("--insecure-skip-verify", action="store_true", help="don't check the registry's certificate")
+    add("--containerd-address", metavar="SOCKET", help="of containerd:NAME; or $CONTAINERD_ADDRESS")
+    add("--containerd-namespace", metavar="NAME", help="of containerd:NAME; or $CONTAINERD_NAMESPACE")
 
 
 def add_json(parser: argparse.ArgumentParser) -> None:
@@ -65,17 +70,29 @@ def add_json(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print one JSON object to stdout")
 
 
-def daemon_image(text: str) -> str:
-    """Return IMAGE as the daemon understands it, which works in another directory. Raise ReferenceInvalid."""
-    if not text.startswith("oci:"):
-        return text
+def daemon_image(args: argparse.Namespace) -> str:
+    """Return `args.image` as the daemon understands it, which has another directory and another environment.
+
+    Raise ReferenceInvalid, UsageError.
+    """
     import dataclasses
     import os
 
     from lazyfs import reference
 
-    parsed = reference.parse(text)
-    return str(dataclasses.replace(parsed, path=os.path.abspath(parsed.path)))
+    parsed = reference.parse(args.image)
+    if parsed.transport == "docker":
+        return str(args.image)
+    if parsed.transport == "containerd":
+        from lazyfs.containerd.address import namespace_name, socket_path
+
+        address = socket_path(parsed.path or getattr(args, "containerd_address", None) or "")
+        namespace = namespace_name(parsed.host or getattr(args, "containerd_namespace", None) or "")
+        return str(dataclasses.replace(parsed, path=address, host=namespace))
+    whole = dataclasses.replace(parsed, path=os.path.abspath(parsed.path))
+    if reference.parse(str(whole)) != whole:  # the directory that we are in counts, too
+        raise UsageError(f"the path {whole.path!r} has a colon, and can't be told from an image's name behind it")
+    return str(whole)
 
 
 def settings(args: argparse.Namespace) -> Settings:
@@ -107,6 +124,8 @@ def open_options(
         connect_timeout=chosen.connect_timeout,
         answer_timeout=chosen.answer_timeout,
         access=access(args, chosen, side),
+        containerd_address=getattr(args, "containerd_address", None) or "",
+        containerd_namespace=getattr(args, "containerd_namespace", None) or "",
     )
 
 

@@ -54,7 +54,7 @@ def run(args: argparse.Namespace, out: Output) -> int:
     with control_client.open_daemon(settings, Path(directory) if solo else None) as daemon:
         answer = daemon.call(
             "mount_image",
-            image=common.daemon_image(args.image),
+            image=common.daemon_image(args),
             platform=args.platform,
             plain_http=args.plain_http,
             access=common.access(args, settings).to_json(),

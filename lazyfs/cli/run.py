@@ -152,7 +152,7 @@ def _mounted(
     with control_client.open_daemon(settings, solo) as daemon:
         answer = daemon.call(
             "mount_image",
-            image=common.daemon_image(args.image),
+            image=common.daemon_image(args),
             platform=args.platform,
             plain_http=args.plain_http,
             access=common.access(args, settings).to_json(),

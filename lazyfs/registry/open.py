@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lazyfs.reference import Reference
 from lazyfs.registry import access as accesses
 from lazyfs.registry.access import Access
 from lazyfs.registry.hops import OnHop
-from lazyfs.registry.layout import LayoutRepository
+from lazyfs.registry.local import open_local
 from lazyfs.registry.repository import Repository
 from lazyfs.registry.retry import RetryPolicy
 
@@ -28,7 +27,8 @@ class OpenOptions:
     `connect_timeout`, `answer_timeout` and `total_timeout` are seconds (see Timeouts). `transport`, where given, is
     shared: its pools then serve all repositories opened with it, and closing it is up to its owner. `access`: logins,
     certificates and configuration files; None: what this process's environment says. `health`: what is known of hosts,
-    shared like the transport.
+    shared like the transport. `containerd_address` and `containerd_namespace`: for references that name none; "": what
+    the environment says, or the usual ones.
     """
 
     plain_http: bool | None = None
@@ -40,16 +40,24 @@ class OpenOptions:
     transport: Transport | None = None
     access: Access | None = None
     health: Health | None = None
+    containerd_address: str = ""
+    containerd_namespace: str = ""
 
 
 def open_repository(reference: Reference, options: OpenOptions | None = None) -> Repository:
-    """Return the repository or OCI layout that `reference` lies in. Makes no request.
+    """Return the repository, layout, archive or containerd that `reference` lies in. Makes no request.
 
-    Blocking for a registry: reads the configuration files that may name its mirrors. Raise UsageError for those.
+    Blocking for a registry: reads the configuration files that may name its mirrors. Raise UsageError for those, and
+    ToolMissing where containerd's client lacks a package.
     """
     options = options or OpenOptions()
-    if reference.transport == "oci":
-        return LayoutRepository(Path(reference.path))
+    if reference.transport != "docker":
+        return open_local(
+            reference,
+            address=options.containerd_address,
+            namespace=options.containerd_namespace,
+            timeout=options.total_timeout,
+        )
     return _open_registry(reference, options)
 
 
