@@ -177,7 +177,12 @@ def _end_storage(
     tar_split, raw_size = split.finish()
     if tar_split is None:
         notes.append("it has entries that a tar-split can't tell: podman 5 pulls it whole")
-    tail, annotations = storage_write.encode_tail(toc.finish(tar_split), tar_split, raw_size, writer.blob_size, level)
+    if toc.escaped:
+        # podman 4.3 reads JSON by itself and stops at the first escaped quote, without an error.
+        notes.append("it has names that podman 4 misreads in a TOC: podman 4 pulls it whole")
+    tail, annotations = storage_write.encode_tail(
+        toc.finish(tar_split), tar_split, raw_size, writer.blob_size, level, old_keys=not toc.escaped
+    )
     writer.append(tail)
     return annotations
 

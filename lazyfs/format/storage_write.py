@@ -64,10 +64,11 @@ class StorageTocWriter:
     """Collect entries in blob order with `add`, then take the JSON with `finish`. Not thread-safe.
 
     The same entries give the same bytes everywhere. A name, link target or attribute name that isn't UTF-8 raises
-    UnicodeDecodeError: this form has no words for it.
+    UnicodeDecodeError: this form has no words for it. `escaped` tells whether any text needed a backslash.
     """
 
     def __init__(self) -> None:
+        self.escaped = False
         self._out = bytearray(b'{"version":1,"entries":[')
         self._encode_into = msgspec.json.Encoder().encode_into
         self._times = TimeTable()
@@ -112,29 +113,29 @@ class StorageTocWriter:
         if self._count:
             out += b","
         self._count += 1
-        self._encode_into(item, out, len(out))
+        start = len(out)
+        self._encode_into(item, out, start)
+        self.escaped = self.escaped or out.find(b"\\", start) >= 0
         if len(out) > MAX_TOC or self._count > MAX_ENTRIES:
             raise TocInvalid(f"the layer needs a TOC of more than {MAX_TOC} bytes or {MAX_ENTRIES} entries")
 
 
 def encode_tail(
-    toc_json: bytes, tar_split: bytes | None, tar_split_raw_size: int, blob_offset: int, level: int
+    toc_json: bytes, tar_split: bytes | None, tar_split_raw_size: int, blob_offset: int, level: int, *, old_keys: bool
 ) -> tuple[bytes, dict[str, str]]:
     """Return what follows a layer's frames, and the annotations that its descriptor needs.
 
     `blob_offset` is the end of the frames; `tar_split` is compressed. Pure; blocks for the compression of the TOC. The
-    annotations stand under podman 4's names and under the newer ones; trust is rooted in the checksum of the TOC.
+    annotations stand under their newer names and, with `old_keys`, under those that podman 4 knows too. Trust is rooted
+    in the checksum of the TOC.
     """
     packed = zstandard.ZstdCompressor(level=level, write_content_size=True, write_checksum=False).compress(toc_json)
     toc_offset = blob_offset + SKIPPABLE_HEADER
     position = f"{toc_offset}:{len(packed)}:{len(toc_json)}:{TOC_TYPE}"
     checksum = digests.of(packed)
-    annotations = {
-        oci.ZSTD_CHECKSUM: checksum,
-        oci.ZSTD_POSITION: position,
-        oci.GITHUB_ZSTD_CHECKSUM: checksum,
-        oci.GITHUB_ZSTD_POSITION: position,
-    }
+    annotations = {oci.GITHUB_ZSTD_CHECKSUM: checksum, oci.GITHUB_ZSTD_POSITION: position}
+    if old_keys:
+        annotations |= {oci.ZSTD_CHECKSUM: checksum, oci.ZSTD_POSITION: position}
     tail = _skippable(packed)
     split_offset = split_size = 0
     if tar_split is not None:
