@@ -92,7 +92,8 @@ class TooManyRequests(RegistryError):
     temporary = True
 
     def __init__(self, host: str, message: str, *, retry_after: float = 0.0) -> None:
-        super().__init__(host, message, hint=f"try again in {retry_after:.0f} s" if retry_after else "try again later")
+        when = f"try again in {retry_after:.0f} s" if retry_after else "try again later"
+        super().__init__(host, message, hint=f"{when}; a login or a mirror may be allowed more")
         self.retry_after = retry_after
 
 

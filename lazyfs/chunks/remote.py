@@ -20,6 +20,7 @@ from lazyfs.chunks.layer import ServedLayer
 from lazyfs.chunks.schedule import Priority, Scheduler, Ticket
 from lazyfs.errors import DaemonFault, LazyfsError, ReadDeadline, TooManyRequests
 from lazyfs.format.table import NO_FRAME
+from lazyfs.registry.health import UNTOLD
 from lazyfs.registry.repository import Repository
 from lazyfs.units import KiB, MiB
 
@@ -32,7 +33,6 @@ _SKIP = 32  # frames that a read-ahead steps over because they are here already
 _STREAMS = 64  # sequential readers remembered, node-wide
 _BACKOFF = (0.2, 0.5, 1.0, 2.0, 5.0)  # seconds between tries, with jitter
 _DAMAGED_TRIES = 2  # wrong bytes are fetched again once, and once from each other source; then they are real
-_UNTOLD = 30.0  # seconds that background leaves a host alone after a 429 that doesn't say
 _LONGEST_TRY = 300.0  # seconds of one request; frames that came before its end stay
 _FOREVER = 10 * 365 * 86400.0  # seconds, where read_timeout is 0
 
@@ -289,7 +289,7 @@ class Remote:
                 layer.trouble = error
                 asked = float(getattr(error, "retry_after", 0.0))
                 if isinstance(error, TooManyRequests):
-                    self._scheduler.hold(layer.host, asked or _UNTOLD)
+                    self._scheduler.hold(layer.host, asked or UNTOLD)
                 wait = (asked or _BACKOFF[min(tries, len(_BACKOFF) - 1)]) * random.uniform(1.0, 1.2)
                 if not error.temporary or time.monotonic() + wait >= end:
                     return error

@@ -17,6 +17,7 @@ from lazyfs.registry.addresses import is_loopback
 from lazyfs.registry.auth import Authorizer
 from lazyfs.registry.connections import Guard, Limits
 from lazyfs.registry.endpoints import Endpoint
+from lazyfs.registry.health import UNTOLD
 from lazyfs.registry.hops import HopKind, OnHop
 from lazyfs.registry.logins import Logins
 from lazyfs.registry.pace import Pace
@@ -116,8 +117,8 @@ class Exchange:
                 body=body,
                 pace=pace,
             )
-            if home and answer.peer:
-                self._near = is_loopback(answer.peer)
+            if home:
+                self._note(answer)
             if answer.status == 401 and home:
                 answer.kind = "challenge"
                 answer.discard()
@@ -140,6 +141,15 @@ class Exchange:
             else:
                 answer.redirected = redirects > 0
                 return answer
+
+    def _note(self, answer: Answer) -> None:
+        if answer.peer:
+            self._near = is_loopback(answer.peer)
+        if answer.status == 429 or answer.told.left is not None:
+            limited = answer.status == 429
+            self._transport.health.note_limit(
+                self._endpoint.host, answer.told.left, answer.told.wait or UNTOLD if limited else 0.0
+            )
 
     def may_also_pull(self, repository: str) -> None:
         """Have logins cover pulls from another repository of this registry, too: what a mount across them needs."""

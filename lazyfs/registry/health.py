@@ -29,7 +29,7 @@ log = logging.getLogger(__name__)
 
 _OPENS_AT = 3  # failures in a row; one that costs a reader seconds counts as three
 _FIRST_PAUSE, _LONGEST_PAUSE = 2.0, 120.0  # seconds that a failing host is left alone, doubling
-_UNTOLD = 30.0  # seconds to wait after a 429 that doesn't say
+UNTOLD = 30.0  # seconds to wait after a 429 that doesn't say
 _LONGEST_WAIT = 3600.0  # seconds; whatever a 429 asks for, it is tried again then
 _LIES = 3  # wrong answers after which a host is asked last, whatever it is asked for
 _DISTRUST, _LONGEST_DISTRUST = 600.0, 86_400.0  # seconds, doubling
@@ -168,7 +168,7 @@ class Health:
                 self._lied(host, found, what, error.message)
                 return
             if isinstance(error, TooManyRequests):
-                wait = min(error.retry_after or _UNTOLD, _LONGEST_WAIT)
+                wait = min(error.retry_after or UNTOLD, _LONGEST_WAIT)
                 found.limited = max(found.limited, now + wait)
                 log.warning("%s limits how often it may be asked: not asked for %.0f s", host, wait)
                 return

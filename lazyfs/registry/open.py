@@ -27,7 +27,7 @@ class OpenOptions:
     `connect_timeout`, `answer_timeout` and `total_timeout` are seconds (see Timeouts). `transport`, where given, is
     shared: its pools then serve all repositories opened with it, and closing it is up to its owner. `access`: logins,
     certificates and configuration files; None: what this process's environment says. `health`: what is known of hosts,
-    shared like the transport. `containerd_address` and `containerd_namespace`: for references that name none; "": what
+    when it is not the transport's. `containerd_address` and `containerd_namespace`: for references that name none; "": what
     the environment says, or the usual ones.
     """
 
@@ -81,9 +81,11 @@ def _open_registry(reference: Reference, options: OpenOptions) -> Repository:
 
     if len(endpoints) == 1:
         return member(endpoints[0], options.retry)
-    from lazyfs.registry.health import Health
     from lazyfs.registry.mirrored import MirroredRepository
 
     once = replace(options.retry, attempts=1)  # another source may answer meanwhile
     members = [member(endpoint, once) for endpoint in endpoints]
-    return MirroredRepository(reference.host, reference.repository, members, options.health or Health(), options.retry)
+    health = options.health or transport.health
+    return MirroredRepository(
+        reference.host, reference.repository, members, health, options.retry, total=options.total_timeout
+    )

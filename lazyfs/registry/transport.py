@@ -19,6 +19,7 @@ from lazyfs.registry.connections import AddressRefused, CurrentLimits, Guard, Li
 from lazyfs.registry.credential_programs import CredentialPrograms
 from lazyfs.registry.endpoints import NO_TLS, Tls
 from lazyfs.registry.environment import Authorities, Proxies
+from lazyfs.registry.health import Health
 from lazyfs.registry.hops import Hop, HopKind, OnHop
 from lazyfs.registry.tls import TlsContexts, explain
 from lazyfs.registry.waits import retry_after
@@ -44,8 +45,10 @@ class Answer:
         kind: HopKind,
         sent: int,
         peer: str = "",
+        told: Told,
     ) -> None:
         self.peer = peer  # the address that answered; "" through a proxy
+        self.told = told
         self.status = response.status_code
         self.headers: Mapping[str, str] = response.headers  # case-insensitive
         self.url = url
@@ -123,7 +126,8 @@ class Answer:
 class Transport:
     """Connection pools, proxies, certificates. Thread-safe; may be shared by all repositories of a process.
 
-    `programs` remembers what credential programs said, for as long as the transport lives.
+    `health` is what is known of the hosts that were asked with it. `programs` remembers what credential programs said,
+    for as long as the transport lives.
     """
 
     def __init__(self, proxies: Proxies | None = None, authorities: Authorities | None = None) -> None:
@@ -131,6 +135,7 @@ class Transport:
         self._current = CurrentLimits()
         self._contexts = TlsContexts(authorities or Authorities())
         self.programs = CredentialPrograms()
+        self.health = Health()
         # Pools of their own: a connection that the user's word opened must not serve a registry's.
         self._adapters = {guard: TimedAdapter(self._current, self._contexts, POOL_SIZE, guard) for guard in Guard}
 
@@ -176,7 +181,7 @@ class Transport:
             if on_hop is not None:
                 on_hop(Hop(kind, host, what, status, started, time.monotonic() - started, size, told.wait, told.left))
 
-        told = _Told()
+        told = Told()
         left = limits.pause(started, begun=False)
         if left <= 0:
             raise RegistryTimeout(host, f"no time was left to ask {host} for {what}")
@@ -207,14 +212,14 @@ class Transport:
             self._current.limits = None
         told.note(response)
         peer = "" if proxies else self._current.peer
-        return Answer(response, url, what, report, kind=kind, sent=body_size, peer=peer)
+        return Answer(response, url, what, report, kind=kind, sent=body_size, peer=peer, told=told)
 
     def is_proxied(self, url: str) -> bool:
         """Tell whether requests to `url` go through a proxy."""
         return bool(self._proxies.for_url(url))
 
 
-class _Told:
+class Told:
     """What an answer's header says of how often we may ask."""
 
     wait = 0.0
