@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from indexer import related
 from indexer.copy import Copier
@@ -22,7 +23,7 @@ from indexer.options import ConvertOptions
 from indexer.plan import Node, Plan, Role, is_foreign, read_all, read_image
 from indexer.push import Upload, push_blobs
 from indexer.record import LayerCache
-from indexer.report import ConvertReport, ImageReport, KeptReport, LayerReport, Origin
+from indexer.report import SCHEMA, ConvertReport, ImageReport, KeptReport, LayerReport, Origin
 from indexer.reuse import docker_type, earlier_layers
 from indexer.work import Converted, WorkDirectory
 from lazyfs import digest as digests
@@ -138,6 +139,19 @@ class Conversion:
             yield
         finally:
             self._cancelled.set()
+
+    def so_far(self) -> dict[str, Any]:
+        """Return the report of a conversion that failed, without its error: the layers that got ready."""
+        return {
+            "schema": SCHEMA,
+            "status": "failed",
+            "source": str(self._source_reference),
+            "destination": str(self._destination_reference),
+            "form": self._options.form.value,
+            "level": self._options.compression,
+            "layers": [layer.to_json() for layer in list(self.layers)],
+            "notes": list(self.notes),
+        }
 
     def _plan(self) -> Plan:
         if self._options.all_platforms:

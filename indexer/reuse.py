@@ -50,7 +50,7 @@ _NEEDED = {
 _BANNED = {
     OutputForm.ZSTD_CHUNKED: _STORAGES,
     OutputForm.ESTARGZ: _STORAGES | _OURS,
-    OutputForm.PODMAN: _OURS | {oci.TOC_DIGEST},
+    OutputForm.PODMAN: frozenset({oci.TOC_DIGEST}),  # the older annotations stand beside the newer, for podman 4
 }
 
 

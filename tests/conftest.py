@@ -40,6 +40,7 @@ def pytest_configure(config: pytest.Config) -> None:
     os.environ["LAZYFS_TEST_SESSION"] = config.stash[_SESSION]
     # Short, because Unix sockets lie below it; on disk, because overlayfs takes no overlay as its upper directory.
     config.stash[_TOP] = Path(tempfile.mkdtemp(prefix="lazyfs-test-", dir="/var/tmp"))
+    os.environ["XDG_CACHE_HOME"] = str(config.stash[_TOP] / "cache")  # the converter's work directory, and nobody's own
     config.stash[_WORKERS_LEFT] = []
     config.stash[_TOP].chmod(0o755)  # tests run as other users too
     config.add_cleanup(lambda: shutil.rmtree(config.stash[_TOP], ignore_errors=True))

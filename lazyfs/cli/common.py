@@ -80,9 +80,12 @@ def daemon_image(args: argparse.Namespace) -> str:
 
     from lazyfs import reference
 
-    parsed = reference.parse(args.image)
+    image = str(args.image)
+    if image.partition(":")[0] not in reference.LOCAL:
+        return image
+    parsed = reference.parse(image)
     if parsed.transport == "docker":
-        return str(args.image)
+        return image
     if parsed.transport == "containerd":
         from lazyfs.containerd.address import namespace_name, socket_path
 

@@ -14,27 +14,31 @@ from lazyfs.units import format_size
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from indexer.report import ConvertReport
+    from indexer.report import ConvertReport, LayerReport
     from lazyfs.cli.output import Output
     from lazyfs.reference import Reference
+    from lazyfs.registry.open import OpenOptions
+    from lazyfs.registry.repository import Repository
 
 _PUSH_TIMEOUT = 6 * 3600.0  # seconds for one upload or document; a stalled server is noticed long before
 
 _DESCRIPTION = """\
-Convert the layers of SRC to zstd:chunked and push the image to DST. The converted image still pulls and runs anywhere
-that takes OCI images with zstd layers; its config, and so its layers' diff IDs, stay the same.
+Convert the layers of SRC to a form that starts lazily and push the image to DST. The converted image still pulls and
+runs anywhere: zstd-chunked and podman's form keep the layers' diff IDs, estargz is for runtimes that know gzip only.
 
-Layers that are in that form already are kept, and layers converted before to DST are reused. Nothing is pushed before
-every byte of SRC was verified."""
+Layers in that form already are kept, and layers converted before are reused, from DST, the work directory or the cache
+repository. Nothing is pushed before every byte that is to be pushed was verified. A conversion that was interrupted
+goes on where it was."""
 
 _EPILOG = """\
 examples:
   lazyfs convert docker://registry.example:5000/app:1 docker://registry.example:5000/app:1-lazy
   lazyfs convert oci:./layout:app oci:./layout:app-lazy
   lazyfs convert --platform linux/arm64 debian:12 registry.example:5000/debian:12-lazy
-  lazyfs convert --level 12 --jobs 4 --json oci:./app registry.example:5000/app:lazy
-
-DST is written to a temporary directory first: beside it for oci:DIR, else in $TMPDIR."""
+  lazyfs convert --all-platforms --copy-referrers --report report.json app:1 registry.example:5000/app:1-lazy
+  lazyfs convert --format estargz --docker registry.example:5000/app:1 registry.example:5000/app:1-esgz
+  lazyfs convert --cache-repo registry.example:5000/lazyfs-cache app:1 registry.example:5000/app:1-lazy
+  lazyfs convert --level 12 --jobs 4 --json oci:./app registry.example:5000/app:lazy"""
 
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -54,28 +58,50 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     )
     parser.add_argument("--prefetch", metavar="FILE", help="a file of paths that a start reads, one a line, in order")
     parser.add_argument("--jobs", metavar="N", type=_jobs, help="layers and threads at once (default: CPU cores)")
-    common.add_platform(parser)
-    common.add_registry(parser, "src", "dest")
+    which = parser.add_mutually_exclusive_group()
+    common.add_platform(which)
+    which.add_argument(
+        "--all-platforms", action="store_true", help="the whole index, with the attestations and the like in it"
+    )
+    parser.add_argument("--docker", action="store_true", help="leave an image of Docker's media types one (estargz)")
+    parser.add_argument(
+        "--copy-referrers", action="store_true", help="copy SBOMs and the like that refer to SRC; never signatures"
+    )
     parser.add_argument("--force", action="store_true", help="convert layers anew that could be kept or reused")
+    parser.add_argument(
+        "--cache-repo", metavar="REPO", help="a repository that remembers converted layers for all who convert"
+    )
+    parser.add_argument(
+        "--work-dir", metavar="DIR", help="where unfinished work is kept (default: ~/.cache/lazyfs/convert)"
+    )
+    parser.add_argument("--report", metavar="FILE", help="write a JSON report, also when the conversion fails")
+    common.add_registry(parser, "src", "dest")
     common.add_json(parser)
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace, out: Output) -> int:
     """Convert and push. Blocking. Raise LazyfsError; temporary files are gone then, too."""
+    from contextlib import ExitStack
     from dataclasses import replace
     from pathlib import Path
 
-    from indexer.image import convert_image
+    from indexer.image import Conversion
     from indexer.options import ConvertOptions, OutputForm
     from indexer.prefetch import read_prefetch
     from lazyfs import reference
+    from lazyfs.cli.report_file import ReportFile
+    from lazyfs.registry.local import check_destination
     from lazyfs.registry.open import open_repository
 
     # A layer's names are many small objects and no cycles; looking for some again and again costs several percent.
     gc.disable()
     source_reference = reference.parse(args.source)
     destination_reference = reference.parse(args.destination)
+    check_destination(destination_reference)
+    cache_reference = reference.parse(args.cache_repo) if args.cache_repo else None
+    if cache_reference is not None and (cache_reference.digest or cache_reference.tag not in ("", "latest")):
+        raise UsageError("--cache-repo takes a repository, not an image", hint="leave out the tag")
     options = ConvertOptions(
         platform=args.platform,
         form=OutputForm(args.compat or args.format),
@@ -83,46 +109,86 @@ def run(args: argparse.Namespace, out: Output) -> int:
         prefetch=read_prefetch(Path(args.prefetch)) if args.prefetch else (),
         jobs=args.jobs or len(os.sched_getaffinity(0)),
         force=args.force,
-        scratch=_scratch(destination_reference),
+        all_platforms=args.all_platforms,
+        docker=args.docker,
+        copy_referrers=args.copy_referrers,
+        work=_work_directory(args.work_dir, out),
         progress=out.progress,
     )
+    options.check()
+    report_file = ReportFile(Path(args.report)) if args.report else None
     settings = common.settings(args)
     source_options = replace(common.open_options(args, settings, side="src"), total_timeout=_PUSH_TIMEOUT)
     destination_options = replace(common.open_options(args, settings, side="dest"), total_timeout=_PUSH_TIMEOUT)
-    source = open_repository(source_reference, source_options)
-    destination = open_repository(destination_reference, destination_options)
-    try:
-        report = convert_image(source, source_reference, destination, destination_reference, options)
-    finally:
-        source.close()
-        destination.close()
+    with ExitStack() as opened:
+
+        def repository(where: Reference, how: OpenOptions) -> Repository:
+            found = open_repository(where, how)
+            opened.callback(found.close)
+            return found
+
+        conversion = Conversion(
+            repository(source_reference, source_options),
+            source_reference,
+            repository(destination_reference, destination_options),
+            destination_reference,
+            options,
+            repository(cache_reference, destination_options) if cache_reference else None,
+        )
+        if report_file is not None:
+            opened.enter_context(report_file.on_failure(conversion))
+        report = conversion.run()
+    if report_file is not None:
+        report_file.write(report.to_json())
     _say(report, out)
     return 0
 
 
 def _say(report: ConvertReport, out: Output) -> None:
     out.json(report.to_json())
-    for layer in report.layers:
-        entries = f"  {layer.entries} entries" if layer.entries >= 0 else ""
-        changed = "" if layer.diff_id_kept else "  new diff ID (sparse files expanded)"
-        out.line(
-            f"{layer.source_digest[7:19]} → {layer.digest[7:19]}  {layer.action.value:<9}  "
-            f"{format_size(layer.source_size)} → {format_size(layer.size)}{entries}{changed}"
-        )
+    for image in report.images:
+        if len(report.images) > 1:
+            out.line(f"{image.platform}  {image.manifest_digest}")
+        for layer in image.layers:
+            out.line(_layer_line(layer))
+    for note in report.notes:
+        out.note(note)
     out.line(
         f"{report.destination}  {report.manifest_digest}  {format_size(report.source_size)} → "
         f"{format_size(report.size)}, {format_size(report.pushed)} pushed, {report.seconds:.1f} s"
     )
 
 
-def _scratch(destination: Reference) -> Path | None:
-    """Return where the blobs of an OCI layout are made: on its own file system, so that moving them costs nothing."""
+def _layer_line(layer: LayerReport) -> str:
+    said = f"  {layer.entries} entries" if layer.entries >= 0 else ""
+    if layer.origin is not None:
+        said += f"  from the {layer.origin.value}"
+    if not layer.diff_id_kept:
+        said += "  new diff ID" + (f" ({'; '.join(layer.notes)})" if layer.notes else "")
+    return (
+        f"{layer.source_digest[7:19]} → {layer.digest[7:19]}  {layer.action.value:<9}  "
+        f"{format_size(layer.source_size)} → {format_size(layer.size)}{said}"
+    )
+
+
+def _work_directory(named: str | None, out: Output) -> Path | None:
+    """Return the work directory; None, with a remark, when the usual one can't be had."""
     from pathlib import Path
 
-    if destination.transport != "oci":
+    if named:
+        return Path(named).absolute()
+    cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    path = Path(cache) / "lazyfs" / "convert"
+    try:
+        if not path.is_absolute():
+            raise FileNotFoundError
+        path.mkdir(mode=0o700, parents=True, exist_ok=True)
+        if path.stat().st_uid != os.geteuid() or not os.access(path, os.W_OK | os.X_OK):
+            raise PermissionError
+    except OSError:
+        out.note(f"{path} can't be written, so an interrupted conversion starts from the beginning (--work-dir)")
         return None
-    layout = Path(destination.path).absolute()
-    return layout if layout.is_dir() else layout.parent
+    return path
 
 
 def _level(text: str) -> int:
