@@ -26,6 +26,8 @@ from lazyfs.registry.addresses import refusal
 from lazyfs.registry.pace import Pace
 from lazyfs.registry.tls import TlsContexts
 
+_LAST_WORD = 0.2  # seconds for an alert that is on its way
+
 
 @dataclass(frozen=True, slots=True)
 class Limits:
@@ -166,6 +168,17 @@ def timed_pools(current: CurrentLimits, guard: Guard = Guard.USER) -> dict[str, 
         response_class = TimedResponse
         guard_level = guard
 
+        def send(self, data: Any) -> None:
+            """Send; where the server has gone meanwhile, tell its last word.
+
+            In TLS 1.3 a server refuses our certificate after we think the handshake done.
+            """
+            try:
+                super().send(data)
+            except OSError:
+                _raise_alert(self.sock)
+                raise
+
     class TimedPool(HTTPConnectionPool):
         ConnectionCls = TimedConnection
 
@@ -178,6 +191,22 @@ def timed_pools(current: CurrentLimits, guard: Guard = Guard.USER) -> dict[str, 
                 conn.connect()
 
     return {"http": TimedPool, "https": TimedTlsPool}
+
+
+def _raise_alert(sock: Any) -> None:
+    """Raise the ssl.SSLError of a TLS alert that has arrived on a broken connection, if there is one."""
+    if not isinstance(sock, ssl.SSLSocket):
+        return
+    try:
+        sock.settimeout(_LAST_WORD)
+        sock.recv(1)
+    except ssl.SSLEOFError:
+        return
+    except ssl.SSLError as error:
+        if error.reason is not None:
+            raise
+    except (OSError, ValueError):
+        return
 
 
 class TimedAdapter(HTTPAdapter):

@@ -107,7 +107,12 @@ def explain(error: ssl.SSLError, host: str, has_client: bool) -> tuple[str, str]
                 f"{host} wants a client certificate",
                 "give --tls-cert FILE and --tls-key FILE, or client in its hosts.toml",
             )
-    said = reason.replace("_", " ").lower() or "the connection ended in the handshake"
+    if isinstance(error, ssl.SSLEOFError) and not has_client:
+        return (
+            f"{host} ended the TLS connection before it answered",
+            "registries that want a client certificate do so: --tls-cert FILE and --tls-key FILE",
+        )
+    said = reason.replace("_", " ").lower() or "it ended before an answer"
     return f"no TLS connection to {host}: {said}", ""
 
 
