@@ -54,9 +54,16 @@ class Daemon:
         """Hang up. The daemon releases what this connection leased."""
         self._socket.close()
 
-    def call(self, name: str, on_event: Callable[[str], None] | None = None, **args: Any) -> dict[str, Any]:
+    def call(
+        self,
+        name: str,
+        on_event: Callable[[str], None] | None = None,
+        on_progress: Callable[[int, int], None] | None = None,
+        **args: Any,
+    ) -> dict[str, Any]:
         """Make one call and wait for its answer; `on_event` gets the daemon's remarks before it. Blocking.
 
+        `on_progress` gets (done, total) in bytes where the daemon tells how far the call is.
         Raise the error that the daemon answers with, DaemonUnreachable when it goes away or hangs, DaemonFault when it
         breaks the protocol.
         """
@@ -72,8 +79,7 @@ class Daemon:
             if message.get("id") != self._number:
                 continue
             if "event" in message:
-                if on_event is not None and isinstance(message["event"], dict):
-                    on_event(str(message["event"].get("text", "")))
+                _pass_on(message["event"], on_event, on_progress)
             elif "error" in message:
                 raise decode_error(message["error"], DaemonFault)
             else:
@@ -103,6 +109,19 @@ class Daemon:
         if not isinstance(message, dict):
             raise DaemonFault("lazyfsd sent something that is no JSON object")
         return message
+
+
+def _pass_on(
+    event: object, on_event: Callable[[str], None] | None, on_progress: Callable[[int, int], None] | None
+) -> None:
+    if not isinstance(event, dict):
+        return
+    done, total = event.get("done"), event.get("total")
+    if isinstance(done, int) and isinstance(total, int):
+        if on_progress is not None:
+            on_progress(done, total)
+    elif on_event is not None:
+        on_event(str(event.get("text", "")))
 
 
 def connect(path: Path) -> Daemon:

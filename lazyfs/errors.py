@@ -86,6 +86,10 @@ class ManifestMissing(RegistryError):
     """No such tag or manifest."""
 
 
+class ImageIncomplete(RegistryError):
+    """An image of which bytes are missing on this node, where its registry can't be asked, or must not be."""
+
+
 class TooManyRequests(RegistryError):
     """429. `retry_after` in seconds, 0 when the registry did not say."""
 

@@ -44,7 +44,13 @@ class Room(Protocol):
     def note_written(self, size: int) -> None: ...
 
 
-def _holes(table: ChunkTable) -> frozenset[int]:
+def full_bytes(table: ChunkTable) -> int:
+    """Return the bytes of all chunks of a table but holes: what a complete layer holds."""
+    holes = sum(table.chunk_size[chunk] for chunk in hole_chunks(table))
+    return sum(table.chunk_size) - holes
+
+
+def hole_chunks(table: ChunkTable) -> frozenset[int]:
     """Chunks that are holes of sparse files: all zeros, in no frame, never stored."""
     if table.form == FORM_PLAIN:
         return frozenset()
@@ -66,7 +72,7 @@ class LayerStore:
         self._room = room
         self._health = health
         self._release = release
-        self._hole_chunks = _holes(table)
+        self._hole_chunks = hole_chunks(table)
 
     @property
     def digest(self) -> str:
@@ -109,6 +115,11 @@ class LayerStore:
         return sum(compress(self.table.chunk_size, self._files.flags))
 
     @property
+    def full_bytes(self) -> int:
+        """Bytes of all chunks but holes (uncompressed, without padding): `present_bytes` of a complete layer."""
+        return full_bytes(self.table)
+
+    @property
     def disk_usage(self) -> int:
         """Bytes that the chunks take on disk."""
         return self._files.disk_usage()
@@ -122,6 +133,24 @@ class LayerStore:
         """
         if chunk in self._hole_chunks:
             return self._checked(bytes(min(self.table.chunk_size[chunk], MAX_CHUNK)), chunk)
+        data = self._read(chunk)
+        if data is not None:
+            self._files.touch(chunk)
+        return data
+
+    def examine(self, chunk: int) -> bool | None:
+        """Hash a chunk on the disk without using it. None: it is not there; False: it was damaged, and is forgotten.
+
+        Holes of sparse files, which are nowhere on the disk, are not there.
+        """
+        if chunk in self._hole_chunks or not self.has(chunk):
+            return None
+        before = self.damaged
+        if self._read(chunk) is not None:
+            return True
+        return False if self.damaged > before else None
+
+    def _read(self, chunk: int) -> bytes | None:
         if not self.has(chunk):
             return None
         data = self._load(chunk)
@@ -136,7 +165,6 @@ class LayerStore:
                     self._files.mark(chunk, chunk + 1, 0)
                     self.damaged += 1
                     return None
-        self._files.touch(chunk)
         return data
 
     def _load(self, chunk: int) -> bytes | None:

@@ -11,7 +11,8 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -43,6 +44,7 @@ log = logging.getLogger(__name__)
 MAX_TOC = 1 << 30  # bytes of a raw TOC that is read back
 _GONE = ".gone-"  # directories on their way out
 _UNFINISHED = 3600.0  # seconds after which a directory without chunks is taken for the rest of a crash
+_HALVES = (".new", ".again", ".tmp")  # endings of files that get their name only when they are whole
 _OPEN_WAIT = 1.0  # seconds to wait for another process that is removing the layer
 
 
@@ -97,9 +99,10 @@ class Store:
         self._lock_file: OwnedFd | None = None
         self._shared = False
         self._closed_damaged = 0  # of layers that were closed since
+        self._held: Counter[str] = Counter()  # layers that a fetch completes, by how many
         self.health = DiskHealth(monotonic=monotonic)
         self.budget = Budget(bound, monotonic=monotonic)
-        self.evictor = Evictor(self, self.budget, catalog.pinned)
+        self.evictor = Evictor(self, self.budget, self._kept)
         self.evictor.scan()
 
     # -- the store as a whole
@@ -125,13 +128,42 @@ class Store:
             self._sweep()
 
     def _sweep(self) -> None:
-        """Finish removals that a crash cut short."""
+        """Finish removals that a crash cut short, and drop files that were only half made."""
         try:
             for name in os.listdir(self._layers.number):
                 if name.startswith(_GONE):
                     remove_tree(self._layers, name)
+                elif digests.is_digest(f"sha256:{name}"):
+                    self._drop_halves(name)
         except OSError as error:
             self.health.failed(error)
+
+    def _drop_halves(self, name: str) -> None:
+        directory = open_directory(self._layers, name, create=False)
+        for inner in os.listdir(directory.number) if directory is not None else ():
+            if directory is not None and (inner.startswith(".") or inner.endswith(_HALVES)):
+                log.info("left by a crash: layer=sha256:%s file=%s", name, inner)
+                os.unlink(inner, dir_fd=directory.number)
+
+    @contextmanager
+    def hold(self, wanted: Iterable[str]) -> Iterator[None]:
+        """Keep layers from eviction while they are being completed. Doesn't block."""
+        held = Counter(wanted)
+        with self._lock:
+            self._held += held
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._held -= held
+
+    def held(self) -> frozenset[str]:
+        """Return the layers that `hold` keeps. Doesn't block."""
+        with self._lock:
+            return frozenset(self._held)
+
+    def _kept(self) -> frozenset[str]:
+        return self.catalog.pinned() | self.held()
 
     def close(self) -> None:
         """Stop evicting, close all layers, release the lock. Waits 10 s at most for an eviction under way."""
@@ -302,6 +334,27 @@ class Store:
         slot = self._slots.get(digest)
         return slot is not None and slot.mounts > 0
 
+    def used_elsewhere(self, digest: str) -> bool:
+        """Tell whether another process has the layer open. Always False for a store that is held alone."""
+        if not self._shared:
+            return False
+        try:
+            chunks = open_file(self._open_existing(digest), "chunks", create=False)
+            if chunks is not None:
+                fcntl.flock(chunks.number, fcntl.LOCK_EX | fcntl.LOCK_NB)  # let go with the descriptor
+        except BlockingIOError:
+            return True
+        except (OSError, StoreError):
+            return False
+        return False
+
+    def drop_chunks(self, digest: str) -> int:
+        """Forget a layer's chunks while it stays in use. Return the bytes freed: readers fetch them again."""
+        with self.borrow(digest) as files:
+            freed = files.evict_all() if files is not None else 0
+        self.budget.freed(freed)
+        return freed
+
     def directory_usage(self, digest: str) -> int:
         """Return the bytes that a layer's directory takes on disk, all files together."""
         used = 0
@@ -337,6 +390,10 @@ class Store:
             log.warning("layer %s can't be removed from the store: %s", digest, error)
             return False
         return True
+
+    def table_path(self, digest: str) -> Path:
+        """Return where a layer's table lies, if it is there. Doesn't block."""
+        return self.root / "layers" / "sha256" / digests.hex_of(digest) / "table"
 
     def _rename_away(self, digest: str, name: str, gone: str) -> bool:
         """Take a directory out of everybody's sight, unless another process has it open or is filling it."""

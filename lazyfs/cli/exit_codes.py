@@ -50,6 +50,7 @@ TABLE: dict[type[LazyfsError], int] = {
     errors.Unauthorized: NOT_AUTHORISED,
     errors.RegistryUnreachable: REGISTRY,
     errors.RegistryTimeout: REGISTRY,
+    errors.ImageIncomplete: REGISTRY,
     errors.TooManyRequests: REGISTRY,
     errors.RegistryFault: REGISTRY,
     errors.BadAnswer: REGISTRY,

@@ -11,7 +11,7 @@ import logging
 import os
 import socket
 import struct
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -29,7 +29,11 @@ MAX_CLIENTS = 256
 _SEND_TIMEOUT = 30.0  # seconds that a client may take to read an answer
 _UCRED = struct.Struct("3i")  # pid, uid, gid
 
-Say = Callable[[str], None]
+
+class Say(Protocol):
+    """Tells the client something before the answer, from any thread: a remark, or with `total` how far its call is."""
+
+    def __call__(self, text: str, *, done: int = 0, total: int = 0) -> None: ...
 
 
 class Calls(Protocol):
@@ -103,12 +107,12 @@ class ControlServer:
     async def _one_call(self, stream: trio.SocketStream, line: bytes) -> None:
         number: object = None
         token = trio.lowlevel.current_trio_token()
-        events, incoming = trio.open_memory_channel[str](64)
+        events, incoming = trio.open_memory_channel[dict[str, Any]](64)
 
-        def say(text: str) -> None:
+        def say(text: str, *, done: int = 0, total: int = 0) -> None:
             def put() -> None:
                 try:
-                    events.send_nowait(text)
+                    events.send_nowait({"done": done, "total": total} if total else {"text": text})
                 except (trio.WouldBlock, trio.BrokenResourceError, trio.ClosedResourceError):
                     pass  # a remark too many for a slow client, or one after the answer
 
@@ -179,9 +183,11 @@ async def _read_lines(
     on_end.cancel()
 
 
-async def _pass_events(stream: trio.SocketStream, number: object, events: trio.MemoryReceiveChannel[str]) -> None:
-    async for text in events:
-        await _send(stream, {"id": number, "event": {"text": text}})
+async def _pass_events(
+    stream: trio.SocketStream, number: object, events: trio.MemoryReceiveChannel[dict[str, Any]]
+) -> None:
+    async for event in events:
+        await _send(stream, {"id": number, "event": event})
 
 
 async def _send(stream: trio.SocketStream, message: dict[str, Any]) -> None:

@@ -24,11 +24,13 @@ from lazyfs import config
 from lazyfs import log as logs
 from lazyfs.answer import encode_error
 from lazyfs.chunks.catalog import Catalog
+from lazyfs.chunks.census import Census
 from lazyfs.chunks.fill import Filler
 from lazyfs.chunks.memory import MemoryCache
 from lazyfs.chunks.read import Reader
 from lazyfs.chunks.remote import Remote
 from lazyfs.chunks.schedule import Scheduler
+from lazyfs.chunks.stock import Stock
 from lazyfs.chunks.store import Store
 from lazyfs.config import Settings
 from lazyfs.container import sweep
@@ -37,6 +39,8 @@ from lazyfs.errors import DaemonFault, LazyfsError
 from lazyfs.mount.ahead import Ahead
 from lazyfs.mount.control import ControlServer
 from lazyfs.mount.donors import Donors
+from lazyfs.mount.fetching import Fetcher
+from lazyfs.mount.filling import Fillings
 from lazyfs.mount.forest import Forest, Owner
 from lazyfs.mount.images import Images, MountedImage
 from lazyfs.mount.mounted import Mounted
@@ -45,6 +49,7 @@ from lazyfs.mount.preparing import Preparer
 from lazyfs.mount.resolving import Resolver
 from lazyfs.mount.session import Session
 from lazyfs.mount.status import RequestCounters, StatusReport
+from lazyfs.mount.stock_calls import NodeUses, StockCalls
 
 log = logging.getLogger(__name__)
 
@@ -106,16 +111,19 @@ class Daemon:
             remote = Remote(scheduler, nursery, settings.read_timeout, requests.note_error)
             reader = Reader(memory, remote, donors.find)
             filler = Filler(scheduler, remote)
+            uses = NodeUses()
+            census = Census(store, catalog, uses)
             images = Images(
                 settings,
                 forest,
                 scheduler,
                 Ahead(reader, remote),
-                filler,
+                partial(Fillings, settings, nursery, filler, reader, preparer, donors),
                 donors,
                 memory,
                 preparer,
-                partial(Resolver, catalog, settings),
+                census,
+                partial(Resolver, catalog, settings, lambda manifest: not census.missing(manifest)),
                 nursery,
                 requests.note_hop,
             )
@@ -125,7 +133,10 @@ class Daemon:
             report = StatusReport(
                 settings, forest, operations, session, store, memory, reader.counters, scheduler, requests
             )
-            mounted = Mounted(settings, images, catalog, self._path_of, report.report, self._stop.set)
+            fetcher = Fetcher(settings, images, census, store, catalog)
+            stock = StockCalls(Stock(census, release=donors.close), fetcher)
+            mounted = Mounted(settings, images, catalog, self._path_of, report.report, self._stop.set, stock)
+            uses.bind(images, mounted)
             server = ControlServer(socket_of(settings, self._solo), mounted)
             session.open()
             try:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import fnmatch
 import logging
 import os
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -16,21 +15,33 @@ import trio
 
 from lazyfs import oci
 from lazyfs import reference as references
-from lazyfs.chunks.fill import Filler
+from lazyfs.chunks.census import Census
 from lazyfs.chunks.layer import ServedLayer
 from lazyfs.chunks.memory import MemoryCache
 from lazyfs.chunks.schedule import Scheduler
 from lazyfs.chunks.single_flight import SingleFlight
 from lazyfs.config import Settings
-from lazyfs.errors import LayerQuarantined, LazyfsError, ReadDeadline, StoreBroken, TableInvalid
+from lazyfs.errors import (
+    ImageIncomplete,
+    LayerQuarantined,
+    LazyfsError,
+    RegistryError,
+    StoreBroken,
+    TableInvalid,
+)
+from lazyfs.mount import missing
 from lazyfs.mount.ahead import Ahead, command_of
 from lazyfs.mount.donors import Donors
+from lazyfs.mount.filling import Fillings, guard
 from lazyfs.mount.forest import Forest, Planted
 from lazyfs.mount.preparing import Prepared, Preparer, Wanted
-from lazyfs.mount.resolving import Resolver
+from lazyfs.mount.resolving import Pull, Resolver
+from lazyfs.mount.whole_layers import WholeLayers
 from lazyfs.oci import ImageConfig, Manifest
 from lazyfs.reference import Reference
+from lazyfs.registry.access import Access, from_environment
 from lazyfs.registry.hops import OnHop
+from lazyfs.registry.offline import OfflineRepository
 from lazyfs.registry.open import OpenOptions, open_repository
 from lazyfs.registry.repository import Repository
 from lazyfs.registry.transport import Transport
@@ -41,7 +52,6 @@ log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-_PATIENCE = 300.0  # seconds without a byte after which a mount that waits for a check fails, where reads wait for ever
 _THREADS = 16  # documents and tails fetched at once
 _TREES_KEPT = 200  # files of trees; the oldest go at a start
 
@@ -60,11 +70,16 @@ class MountedImage:
     """An image in the forest."""
 
     reference: Reference
+    platform: str  # that was asked for
     manifest: Manifest
     config: ImageConfig
     planted: Planted
     layers: tuple[LayerFacts, ...]
     notes: tuple[str, ...]
+
+    def distinct_layers(self) -> list[ServedLayer]:
+        """Return the layers, each once."""
+        return list({fact.layer.digest: fact.layer for fact in self.layers}.values())
 
     @property
     def size(self) -> int:
@@ -81,10 +96,11 @@ class Images:
         forest: Forest,
         scheduler: Scheduler,
         ahead: Ahead,
-        filler: Filler,
+        fillings: Callable[[Callable[[ServedLayer, str], None]], Fillings],
         donors: Donors,
         memory: MemoryCache,
         preparer: Preparer,
+        census: Census,
         resolver: Callable[[ThreadPoolExecutor], Resolver],
         nursery: trio.Nursery,
         on_hop: OnHop,
@@ -93,51 +109,62 @@ class Images:
         self._forest = forest
         self._scheduler = scheduler
         self._ahead = ahead
-        self._filler = filler
+        self.fillings = fillings(self.quarantine)
         self._donors = donors
         self._memory = memory
         self._preparer = preparer
+        self._census = census
         self._nursery = nursery
         self._on_hop = on_hop
         self._transport = Transport()
         self._pool = ThreadPoolExecutor(_THREADS, "documents")
         self._resolver = resolver(self._pool)
         self._limiter = trio.CapacityLimiter(_THREADS)
+        self._whole = WholeLayers(scheduler, preparer.unpacking.lines)
         self._layers: dict[str, Prepared] = {}
         self._preparing: SingleFlight[str, Prepared] = SingleFlight()
         self._planting: SingleFlight[str, Planted] = SingleFlight()
-        self._background: dict[str, trio.CancelScope] = {}
-        self._checked: dict[str, trio.Event] = {}
 
     async def mount(
-        self, image: str, platform: str | None, plain_http: bool | None, say: Callable[[str], None]
+        self,
+        image: str,
+        platform: str | None,
+        plain_http: bool | None,
+        say: Callable[[str], None],
+        *,
+        pull: Pull = Pull.NEWER,
+        check: Callable[[Manifest], None] | None = None,
+        access: Access | None = None,
     ) -> MountedImage:
         """Resolve an image and put its tree into the forest. A checkpoint, as long as the network takes.
 
-        Each call is paired with one `release`. Raise ReferenceInvalid, PlatformMissing, RegistryError, TrustError,
+        `access` is the user's; None: what the daemon's own environment says.
+        `check` is called with the manifest, in a thread, before any layer is fetched; what it raises is raised. Each
+        call is paired with one `release`. Raise ReferenceInvalid, PlatformMissing, RegistryError, TrustError,
         FormatError or StoreError; then nothing is held.
         """
         reference = references.parse(image)
         wanted_platform = platform or oci.host_platform()
-        options = OpenOptions(
-            plain_http=plain_http,
-            on_hop=self._on_hop,
-            connect_timeout=self._settings.connect_timeout,
-            answer_timeout=self._settings.answer_timeout,
-            transport=self._transport,
-        )
-        repository = open_repository(reference, options)
-        resolved = await self._in_thread(partial(self._resolver.resolve, repository, reference, wanted_platform))
+        if self._settings.offline:
+            pull = Pull.NEVER
+        if reference.transport != "docker":
+            pull = Pull.NEWER  # it lies on this machine
+        repository = await self._in_thread(partial(self._open, reference, plain_http, pull, access))
+        resolved = await self._in_thread(partial(self._resolver.resolve, repository, reference, wanted_platform, pull))
         # The config comes beside the tails; only its diff IDs are needed before a layer is in use.
         manifest = resolved.manifest
-        notes = (
-            [f"the registry does not answer ({resolved.stale}): using what {reference} was last"]
-            if resolved.stale
-            else []
-        )
-        tails = self._preparer.begin_tails(repository, manifest, self._pool)
-        config = await self._in_thread(resolved.config.result)
-        prepared = await self._prepare_all(repository, manifest, config, tails, say)
+        if check is not None:
+            await self._in_thread(partial(check, manifest))
+        notes = await self._in_thread(partial(missing.check, self._census, reference, resolved, pull))
+        try:
+            tails = self._preparer.begin_tails(repository, manifest, self._pool)
+            config = await self._in_thread(resolved.config.result)
+            prepared = await self._prepare_all(repository, manifest, config, tails, say)
+        except RegistryError as error:
+            if not resolved.known or not error.temporary:
+                raise
+            gone = await self._in_thread(partial(self._census.missing, manifest))
+            raise missing.incomplete(reference, gone, error.message) from None
         try:
             planted = await self._plant(prepared)
         except BaseException:
@@ -156,12 +183,25 @@ class Images:
                     f"layer {fact.layer.digest[:19]}… ({format_size(fact.layer.descriptor.size)}) can't be lazy, "
                     f"{fact.reason}: fetched in full and checked"
                 )
-        return MountedImage(reference, manifest, config, planted, facts, tuple(notes))
+        return MountedImage(reference, wanted_platform, manifest, config, planted, facts, tuple(notes))
+
+    def _open(self, reference: Reference, plain_http: bool | None, pull: Pull, access: Access | None) -> Repository:
+        if pull is Pull.NEVER:
+            return OfflineRepository(reference.host, reference.repository)
+        options = OpenOptions(
+            plain_http=plain_http,
+            on_hop=self._on_hop,
+            connect_timeout=self._settings.connect_timeout,
+            answer_timeout=self._settings.answer_timeout,
+            transport=self._transport,
+            access=access or from_environment(certs_dir=self._settings.certs_dir),
+        )
+        return open_repository(reference, options)
 
     def expect_exec(self, image: MountedImage, entrypoint: str | None, command: list[str]) -> None:
         """Begin to fetch what a container of the image will execute. Doesn't wait."""
         words = command_of(image.config.process, entrypoint, command)
-        self._nursery.start_soon(self._guard, "ahead", partial(self._ahead.run, image.planted, words))
+        self._nursery.start_soon(guard, "ahead", partial(self._ahead.run, image.planted, words))
 
     async def release(self, image: MountedImage) -> None:
         """Give one mount of an image back; with the last one its tree and layers go. A checkpoint."""
@@ -169,8 +209,7 @@ class Images:
 
     async def close(self) -> None:
         """End all background work and close all layers and connections."""
-        for scope in self._background.values():
-            scope.cancel()
+        self.fillings.stop_all()
         for planted in self._forest.trees():
             await self._drop(self._forest.uproot(planted))
         await self._in_thread(self._donors.close)
@@ -186,9 +225,17 @@ class Images:
         layer.quarantine = reason
         self._memory.forget_layer(layer.number)
         self._nursery.start_soon(
-            self._guard, "quarantine", partial(self._in_thread, partial(self._preparer.set_quarantine, layer, reason))
+            guard, "quarantine", partial(self._in_thread, partial(self._preparer.set_quarantine, layer, reason))
         )
-        self._finish_check(layer)
+        self.fillings.finish_check(layer)
+
+    def layers_held(self) -> frozenset[str]:
+        """Return the digests of the layers in use. From any thread."""
+        return frozenset(list(self._layers))
+
+    def trees_held(self) -> frozenset[str]:
+        """Return the keys of the trees in use. From any thread."""
+        return frozenset(planted.name.decode() for planted in self._forest.trees())
 
     # -- layers
 
@@ -230,17 +277,19 @@ class Images:
         while True:
             prepared = self._layers.get(digest)
             if prepared is None:
-                prepared = await self._preparing.run(digest, partial(self._prepare, repository, wanted, say))
+                with self._whole.wanting(digest):
+                    prepared = await self._preparing.run(digest, partial(self._prepare, repository, wanted, say))
                 if self._layers.get(digest) is not prepared:
                     continue  # its last user went while we waited
             layer = prepared.layer
             layer.users += 1
             if layer.diff_id == wanted.diff_id and not layer.quarantine:
-                layer.repository = repository
+                if not isinstance(repository, OfflineRepository):
+                    layer.repository = repository
                 return prepared
             # Somebody mounts the same blob under another diff ID: one of the two is false. The check tells which.
             try:
-                await self._until_checked(layer)
+                await self.fillings.until_checked(layer)
                 if layer.quarantine:
                     raise LayerQuarantined(digest, layer.quarantine)
                 raise LayerQuarantined(digest, f"its diff ID is {layer.diff_id}, not {wanted.diff_id}")
@@ -250,7 +299,12 @@ class Images:
 
     async def _prepare(self, repository: Repository, wanted: Wanted, say: Callable[[str], None]) -> Prepared:
         digest = wanted.descriptor.digest
-        prepared = await self._in_thread(partial(self._preparer.prepare, repository, wanted, say))
+        alive = partial(self._whole.keep_alive, digest)
+        job = partial(self._preparer.prepare, repository, wanted, say, alive)
+        if self._preparer.is_lazy(wanted.descriptor):
+            prepared = await self._in_thread(job)
+        else:
+            prepared = await self._whole.run(repository.host, job)
         self._layers[digest] = prepared
         return prepared
 
@@ -260,10 +314,7 @@ class Images:
             layer.users -= 1
             if layer.users == 0:
                 self._layers.pop(layer.digest, None)
-                scope = self._background.pop(layer.digest, None)
-                if scope is not None:
-                    scope.cancel()
-                self._checked.pop(layer.digest, None)
+                self.fillings.stop(layer)
                 self._memory.forget_layer(layer.number)
                 if layer.check is not None:
                     layer.check.spool.close()
@@ -294,7 +345,7 @@ class Images:
         for one in prepared:
             # Whoever mounts an image is about to read from it: the first second belongs to that.
             self._scheduler.note_demand(one.layer.host)
-            self._start_background(one.layer)
+            self.fillings.start(one.layer)
         return planted
 
     def _open_tree(self, key: str, prepared: list[Prepared]) -> tuple[Tree, int]:
@@ -315,71 +366,25 @@ class Images:
             self._forest.uproot(planted)
             await self._drop(list(planted.layers))
 
-    # -- background
-
-    def _start_background(self, layer: ServedLayer) -> None:
-        if layer.digest in self._background:
-            return
-        self._checked[layer.digest] = trio.Event()
-        scope = self._background[layer.digest] = trio.CancelScope()
-        self._nursery.start_soon(self._guard, "background", partial(self._work, layer, scope))
-
-    async def _work(self, layer: ServedLayer, scope: trio.CancelScope) -> None:
-        with scope:
-            if self._settings.prefetch and layer.table.landmark:
-                await self._filler.prefetch(layer)
-            if not self._settings.background and layer.check is not None and self._trusts(layer.repository):
-                return
-            was_verified = layer.verified
-            false = await self._filler.fill(layer)
-            if false:
-                self.quarantine(layer, false)
-                return
-            if layer.verified and not was_verified:
-                await self._in_thread(partial(self._preparer.set_verified, layer))
-            self._finish_check(layer)
-            await self._in_thread(partial(self._donors.add, layer))
-
-    async def _guard(self, what: str, work: Callable[[], Awaitable[object]]) -> None:
-        """Run background work; whatever it raises, the daemon and its readers go on."""
-        try:
-            await work()
-        except Exception:
-            log.exception("%s work broke", what)
-
-    def _finish_check(self, layer: ServedLayer) -> None:
-        event = self._checked.get(layer.digest)
-        if event is not None:
-            event.set()
-
     # -- trust
-
-    def _trusts(self, repository: Repository) -> bool:
-        name = f"{repository.host}/{repository.name}"
-        return any(fnmatch.fnmatchcase(name, pattern) for pattern in self._settings.lazy_from)
 
     async def _await_trust(self, repository: Repository, prepared: list[Prepared], say: Callable[[str], None]) -> None:
         """Wait for the whole check of layers from repositories that `lazy_from` does not list."""
-        if self._trusts(repository):
+        if self.fillings.trusts(repository):
             return
         for one in prepared:
             layer = one.layer
             if not layer.verified and not layer.quarantine:
                 origin = f"{repository.host}/{repository.name}"
+                if isinstance(layer.repository, OfflineRepository):
+                    raise ImageIncomplete(
+                        repository.host,
+                        f"layer {layer.digest} was not checked in full yet, and lazy_from does not list {origin}",
+                        hint="mount it once with its registry, or lazyfs fetch it",
+                    )
                 say(f"layer {layer.digest[7:19]}: verified in full first, lazy_from does not list {origin}")
-                await self._until_checked(layer)
+                await self.fillings.until_checked(layer)
             layer.ensure_readable()
-
-    async def _until_checked(self, layer: ServedLayer) -> None:
-        """Wait for the end of a layer's whole check, for as long as bytes of it come. Raise ReadDeadline."""
-        event = self._checked.get(layer.digest)
-        patience = self._settings.read_timeout or _PATIENCE
-        while event is not None and not event.is_set():
-            before = sum(layer.bytes_by_priority)
-            with trio.move_on_after(patience):
-                await event.wait()
-            if not event.is_set() and sum(layer.bytes_by_priority) == before:
-                raise ReadDeadline(patience, f"the check of layer {layer.digest} does not go on")
 
     async def _in_thread(self, job: Callable[[], T]) -> T:
         return await trio.to_thread.run_sync(job, limiter=self._limiter)

@@ -18,6 +18,8 @@ from lazyfs.container import mounts, sweep
 from lazyfs.errors import LazyfsError, MountPointInvalid, UsageError
 from lazyfs.mount.control import Say
 from lazyfs.mount.images import Images, MountedImage
+from lazyfs.mount.stock_calls import StockCalls, pull_of
+from lazyfs.registry import access as accesses
 
 log = logging.getLogger(__name__)
 
@@ -50,6 +52,7 @@ class Mounted:
         path_of: Callable[[MountedImage], str],
         status: Callable[[list[Mount]], Awaitable[dict[str, Any]]],
         stop: Callable[[], None],
+        stock: StockCalls,
     ) -> None:
         self._settings = settings
         self._images = images
@@ -57,6 +60,7 @@ class Mounted:
         self._path_of = path_of
         self._status = status
         self._stop = stop
+        self._stock = stock
         self._mounts: dict[str, Mount] = {}
         self._limiter = trio.CapacityLimiter(4)
         self.changed = trio.Event()  # set and renewed when the number of mounts changes
@@ -81,7 +85,14 @@ class Mounted:
             case "stop":
                 self._stop()
                 return {}
-        raise UsageError(f"lazyfsd knows no call {name!r}")
+        return await self._stock.handle(name, args, say)
+
+    def places(self) -> dict[str, list[str]]:
+        """Return where images show, by the digest of their manifest. From any thread."""
+        found: dict[str, list[str]] = {}
+        for mount in list(self._mounts.values()):
+            found.setdefault(mount.image.manifest.digest, []).append(mount.dir or "(being mounted)")
+        return found
 
     async def hung_up(self, connection: object) -> None:
         """Release what a connection had leased, and tidy up after a container whose command was killed."""
@@ -129,7 +140,15 @@ class Mounted:
         platform, plain_http = args.get("platform"), args.get("plain_http")
         if not isinstance(platform, str | None) or not isinstance(plain_http, bool | None):
             raise UsageError("mount_image: platform is a text and plain_http true or false")
-        image = await self._images.mount(name, platform, plain_http, say)
+        access = args.get("access")
+        image = await self._images.mount(
+            name,
+            platform,
+            plain_http,
+            say,
+            pull=pull_of(args),
+            access=None if access is None else accesses.from_json(access),
+        )
         mount = Mount(uuid4().hex[:16], name, image, connection if args.get("lease") else None)
         self._mounts[mount.id] = mount
         if args.get("command") is not None:
