@@ -5,6 +5,7 @@ A layer's blob ends up in a file of the run; bringing it to the destination is t
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from collections.abc import Iterator
@@ -24,8 +25,18 @@ from indexer.reuse import LAYER_TYPES, as_oci, is_converted, source_key
 from indexer.source import BlobSource, Pump, decompressed
 from indexer.work import Converted, WorkDirectory
 from lazyfs import oci
-from lazyfs.errors import DiffIdMismatch, FrameInvalid, Interrupted, TarInvalid
+from lazyfs.errors import (
+    DiffIdMismatch,
+    FormatError,
+    FrameInvalid,
+    Interrupted,
+    RegistryError,
+    TarInvalid,
+    TrustError,
+)
 from lazyfs.registry.repository import Repository
+
+log = logging.getLogger(__name__)
 
 SIDE_BY_SIDE = 4  # layers at once, at most: each has buffers of its own, and memory is promised
 
@@ -164,7 +175,12 @@ class LayerWork:
         cached = self._cache.find(key) if self._cache is not None else None
         if cached is not None and self._cache is not None:
             copier = Copier(self._cache.repository, self._destination, self._options, self._work, self._cancelled)
-            yield cached, Origin.CACHE, copier.take(cached.descriptor, cached.diff_id)
+            try:
+                upload = copier.take(cached.descriptor, cached.diff_id)
+            except (RegistryError, FormatError, TrustError) as error:
+                log.warning("a layer in the cache repository is of no use: %s", error)
+                return
+            yield cached, Origin.CACHE, upload
 
     def _keep(self, layer: oci.Descriptor, diff_id: str, began: float) -> DoneLayer | None:
         # A layer in the wanted form has files in some order; with a list they are to be in that one.

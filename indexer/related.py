@@ -120,8 +120,8 @@ def reported(
     """Return the report's part about `referrers`; `copies` are by the original's digest."""
     out = []
     for each in referrers:
-        copy = copies.get(each.entry.digest)
-        reason = "" if copy is not None else why_not(each, results, wanted=wanted)
+        reason = why_not(each, results, wanted=wanted)
+        copy = None if reason else copies.get(each.entry.digest)
         out.append(
             ReferrerReport(
                 each.subject, each.entry.digest, each.kind, each.entry.size, copy.digest if copy else "", reason
