@@ -166,18 +166,35 @@ class Evictor:
                 log.warning("nothing is evicted while the pins are not known: %s", error)
                 self._budget.set_hopeless()
                 return 0
-            freed = 0
-            for candidate in self._candidates(pinned):
-                if self._budget.used <= target or self._closed:
-                    break
-                size = self._evict(candidate)
-                freed += size
-                self._budget.freed(size)
-            self.evicted += freed
+            freed = self._pass(pinned, lambda freed: self._budget.used <= target)
             if self.scan() > self._budget.bound and not self._closed:
                 log.warning("the store takes %d bytes, the bound is %d", self._budget.used, self._budget.bound)
                 self._budget.set_hopeless()
             return freed
+
+    def free(self, size: int) -> int:
+        """Free `size` bytes for something that the disk has no room for, whatever the bound. Blocking.
+
+        Return the bytes freed, fewer where there is no more that may go. Never raises.
+        """
+        with self._running:
+            try:
+                pinned = self._pinned()
+            except StoreError as error:
+                log.warning("nothing is evicted while the pins are not known: %s", error)
+                return 0
+            return self._pass(pinned, lambda freed: freed >= size)
+
+    def _pass(self, pinned: frozenset[str], enough: Callable[[int], bool]) -> int:
+        freed = 0
+        for candidate in self._candidates(pinned):
+            if enough(freed) or self._closed:
+                break
+            size = self._evict(candidate)
+            freed += size
+            self._budget.freed(size)
+        self.evicted += freed
+        return freed
 
     def _candidates(self, pinned: frozenset[str]) -> Iterator[Candidate]:
         found: list[Candidate] = []

@@ -303,6 +303,8 @@ class LayerFiles:
             os.rename(name, "data", src_dir_fd=self._directory.number, dst_dir_fd=self._directory.number)
             self._data = new
             self.mark(0, len(self.flags), 1)
+            for chunk in self.shape.first_chunk if self.shape is not None else ():
+                self.touch(chunk)  # or an eviction takes first what was fetched last
             return self.disk_usage()
 
     def disk_usage(self) -> int:

@@ -20,6 +20,7 @@ from lazyfs.errors import BlobMissing, LazyfsError
 from lazyfs.format.table import NO_FRAME, Place
 
 _TASKS = 64  # chunks of one read looked for side by side: a layer may have chunks of one byte
+_REFILL_TRIES = 2  # fetches of one, for one read
 _REFILLS = 2  # plain layers fetched again at a time
 _DISK_THREADS = 8  # reads and hashes of the store side by side; the disk and two cores want no more
 

@@ -8,7 +8,8 @@ connections, so a demand read finds one free.
 from __future__ import annotations
 
 import heapq
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import IntEnum
 from typing import TypeVar
@@ -75,14 +76,19 @@ class _Host:
         self._sequence = 0
         self.running = [0, 0, 0]
         self.last_demand = float("-inf")
+        self.mounts = 0  # whole layers that mounts wait for
         self.held = float("-inf")  # until when nothing but demand may ask it
         self.round_trip = 0.0
         self.rate = 0.0
         self.limiter = trio.CapacityLimiter(_THREADS * self._connections)
 
     @property
+    def has_readers(self) -> bool:
+        return self._clock() - self.last_demand <= QUIET or self.running[Priority.DEMAND] > 0
+
+    @property
     def quiet(self) -> bool:
-        return self._clock() - self.last_demand > QUIET and not self.running[Priority.DEMAND]
+        return not self.has_readers and not self.mounts
 
     def push(self, ticket: Ticket) -> None:
         self._sequence += 1
@@ -149,6 +155,20 @@ class Scheduler:
     def held_for(self, host: str) -> float:
         """Return for how many seconds more prefetch and background must not ask a host, 0 when they may."""
         return max(0.0, self._host(host).held - self._clock())
+
+    def has_readers(self, host: str) -> bool:
+        """Tell whether a reader waits for this host, or has a moment ago."""
+        return self._host(host).has_readers
+
+    @contextmanager
+    def mount_waits(self, host: str) -> Iterator[None]:
+        """Have background step back while a mount waits for something that is fetched past the scheduler."""
+        state = self._host(host)
+        state.mounts += 1
+        try:
+            yield
+        finally:
+            state.mounts -= 1
 
     async def until_calm(self, host: str, deadline: float) -> None:
         """Wait until no reader has waited for this host for a while, or until `deadline` (trio clock). A checkpoint."""

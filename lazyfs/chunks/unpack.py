@@ -14,6 +14,7 @@ import os
 import resource
 import sys
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -183,6 +184,9 @@ def main() -> int:
         else:
             kind = StoreFull if error.errno in (errno.ENOSPC, errno.EDQUOT) else StoreBroken
             answer = refuse(kind(f"a layer can't be unpacked into the store: {error.strerror}"))
+    if "error" in answer and answer["error"]["class"] != StoreFull.__name__:  # how far that came is looked at
+        with suppress(OSError):
+            os.unlink(job["data"])  # whoever started us may be gone
     json.dump(answer, sys.stdout)
     sys.stdout.flush()
     os._exit(0)  # no waiting for threads in the middle of something that nobody wants any more

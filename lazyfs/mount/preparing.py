@@ -14,7 +14,7 @@ from lazyfs.child import Builder
 from lazyfs.chunks.catalog import Catalog
 from lazyfs.chunks.frames import read_exactly
 from lazyfs.chunks.layer import Check, ServedLayer
-from lazyfs.chunks.plain import PlainLayer, unpack_plain
+from lazyfs.chunks.plain import PlainLayer
 from lazyfs.chunks.source import LayerSource
 from lazyfs.chunks.spool import Spool
 from lazyfs.chunks.store import Store
@@ -24,9 +24,9 @@ from lazyfs.errors import DiffIdMismatch, FormatError, LayerQuarantined, StoreEr
 from lazyfs.format.footer import Form
 from lazyfs.format.lazy import TABLE_FORMS, NotLazy, TocSource, read_toc, toc_source
 from lazyfs.format.table import FORM_PLAIN, VERSION, LayerTable
+from lazyfs.mount.unpacking import Unpacking
 from lazyfs.oci import GITHUB_ZSTD_CHECKSUM, TOC_DIGEST, ZSTD_CHECKSUM, Descriptor, Manifest
 from lazyfs.registry.repository import Repository
-from lazyfs.units import format_size
 
 log = logging.getLogger(__name__)
 
@@ -36,8 +36,6 @@ _SOURCE_FORMS = {
     Form.STORAGE_ZSTD_CHUNKED: "storage-zstd-chunked",
     Form.ESTARGZ: "estargz",
 }
-_UNPACKED = "data.new"  # what the unpacker of a plain layer fills, until the store takes it over
-_REPORT = 8 << 20  # bytes between two remarks on a layer that is fetched in full
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +65,7 @@ class Preparer:
         self._catalog = catalog
         self._settings = settings
         self.builder = Builder()
+        self.unpacking = Unpacking(store, settings.host_connections)
 
     def begin_tails(
         self, repository: Repository, manifest: Manifest, pool: ThreadPoolExecutor
@@ -83,10 +82,21 @@ class Preparer:
                 tails[layer.digest] = pool.submit(_fetch, repository, layer.digest, found.blob_offset, found.size)
         return tails
 
-    def prepare(self, repository: Repository, wanted: Wanted, say: Callable[[str], None]) -> Prepared:
+    def is_lazy(self, descriptor: Descriptor) -> bool:
+        """Tell whether a layer promises a TOC: one that doesn't is fetched whole. Doesn't block."""
+        return isinstance(toc_source(descriptor, allow_unverified=self._settings.allow_unverified), TocSource)
+
+    def prepare(
+        self,
+        repository: Repository,
+        wanted: Wanted,
+        say: Callable[[str], None],
+        alive: Callable[[], None] = lambda: None,
+    ) -> Prepared:
         """Return the layer, from what the store has or from the registry. Blocking: one request where it is lazy.
 
-        Raise LayerQuarantined, DiffIdMismatch, RegistryError, TrustError, FormatError or StoreError.
+        `alive` is called often while a layer is fetched whole; what it raises ends that. Raise LayerQuarantined,
+        DiffIdMismatch, RegistryError, TrustError, FormatError or StoreError.
         """
         digest = wanted.descriptor.digest
         found = toc_source(wanted.descriptor, allow_unverified=self._settings.allow_unverified)
@@ -94,7 +104,7 @@ class Preparer:
         table = self._table(digest) if known is not None and self._usable(known, wanted, found) else None
         tail = b""
         if known is None or table is None:
-            known, table, tail = self._make(repository, wanted, found, say)
+            known, table, tail = self._make(repository, wanted, found, say, alive)
         reason = found.reason if isinstance(found, NotLazy) else ""
         if isinstance(found, TocSource) and table.form == FORM_PLAIN:
             reason = known.reason or "its TOC can't be used"
@@ -126,7 +136,12 @@ class Preparer:
     # -- making it
 
     def _make(
-        self, repository: Repository, wanted: Wanted, found: TocSource | NotLazy, say: Callable[[str], None]
+        self,
+        repository: Repository,
+        wanted: Wanted,
+        found: TocSource | NotLazy,
+        say: Callable[[str], None],
+        alive: Callable[[], None],
     ) -> tuple[LayerSource, LayerTable, bytes]:
         reason = ""
         if isinstance(found, TocSource):
@@ -139,7 +154,7 @@ class Preparer:
                 return made
             reason = made.reason
             log.warning("layer %s is not lazy: %s", wanted.descriptor.digest, reason)
-        return self._make_plain(repository, wanted, say, reason)
+        return self._make_plain(repository, wanted, say, alive, reason)
 
     def _make_lazy(
         self, repository: Repository, wanted: Wanted, found: TocSource
@@ -175,39 +190,29 @@ class Preparer:
         return source, LayerTable(directory / "table"), tail[-(wanted.descriptor.size - toc.payload_end) :]
 
     def _make_plain(
-        self, repository: Repository, wanted: Wanted, say: Callable[[str], None], reason: str
+        self,
+        repository: Repository,
+        wanted: Wanted,
+        say: Callable[[str], None],
+        alive: Callable[[], None],
+        reason: str,
     ) -> tuple[LayerSource, LayerTable, bytes]:
         digest = wanted.descriptor.digest
         layer = self._plain_job(wanted.descriptor, wanted.diff_id)
-        self._unpack(repository, layer, say)
+        self.unpacking.unpack(repository, layer, say, alive)
         table = LayerTable(layer.table)
         source = LayerSource(wanted.descriptor, "plain", wanted.origin, wanted.diff_id, verified=True, reason=reason)
         self._store.set_source(digest, source)
         opened = self._store.open_layer(digest, table)
         try:
-            opened.adopt(_UNPACKED)
+            opened.adopt(layer.data.name)
         finally:
             opened.close()
         return source, table, b""
 
     def _plain_job(self, descriptor: Descriptor, diff_id: str) -> PlainLayer:
-        directory = self._store.path(descriptor.digest)
-        return PlainLayer(descriptor.digest, descriptor.size, diff_id, directory / _UNPACKED, directory / "table")
-
-    def _unpack(self, repository: Repository, layer: PlainLayer, say: Callable[[str], None]) -> None:
-        done = 0
-
-        def on_bytes(size: int) -> None:
-            nonlocal done
-            before, done = done, done + size
-            if before // _REPORT != done // _REPORT:
-                say(f"layer {layer.blob_digest[7:19]}: {format_size(done)} of {format_size(layer.blob_size)}")
-
-        try:
-            unpack_plain(repository, layer, on_bytes)
-        except BaseException:
-            layer.data.unlink(missing_ok=True)
-            raise
+        data = self.unpacking.place(descriptor.digest)
+        return PlainLayer(descriptor.digest, descriptor.size, diff_id, data, data.with_name("table"))
 
     # -- serving it
 
@@ -244,10 +249,10 @@ class Preparer:
         # The table stays the one that is mapped: the same blob gives the same table.
         job = dataclasses.replace(job, table=job.table.with_name("table.again"))
         try:
-            self._unpack(served.repository, job, lambda text: None)
+            self.unpacking.unpack(served.repository, job, at_once=True)  # a reader waits
         finally:
             job.table.unlink(missing_ok=True)
-        served.store.adopt(_UNPACKED)
+        served.store.adopt(job.data.name)
 
     def tree_number(self, key: str) -> int:
         """Return the number of a tree, given out and written down before the kernel hears of it. Blocking."""
