@@ -17,6 +17,7 @@ _HOST = re.compile(r"(?:[A-Za-z0-9](?:[A-Za-z0-9.-]*[A-Za-z0-9])?|\[[0-9A-Fa-f:.
 _REPOSITORY = re.compile(r"[a-z0-9]+(?:(?:\.|_|__|-+)[a-z0-9]+)*(?:/[a-z0-9]+(?:(?:\.|_|__|-+)[a-z0-9]+)*)*")
 _TAG = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,127}")
 _DEFAULT_HOST = "docker.io"
+LOCAL = ("oci", "oci-archive", "docker-archive", "containerd")  # transports of what lies on this machine
 _INDEX = re.compile(r"@[0-9]{1,4}")
 _NAMESPACE = re.compile(r"[A-Za-z0-9]+(?:[._-][A-Za-z0-9]+)*")  # containerd: pkg/identifiers
 _ADDRESS = "?address="

@@ -109,12 +109,15 @@ class DockerArchiveRepository:
     # -- write -----------------------------------------------------------------------------------------------------
 
     def push_blob(self, digest: str, size: int, source: BinaryIO) -> bool:
+        """Raise UsageError."""
         raise not_writable()
 
     def push_manifest(self, target: str, media_type: str, raw: bytes) -> None:
+        """Raise UsageError."""
         raise not_writable()
 
     def mount_blob(self, digest: str, size: int, source: Repository) -> bool:
+        """Raise UsageError."""
         raise not_writable()
 
     # -- inside ----------------------------------------------------------------------------------------------------

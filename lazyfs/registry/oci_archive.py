@@ -66,7 +66,17 @@ class OciArchiveRepository(LayoutReader):
             place = self._staged.get(name)
             if place is not None and self._staging is not None:
                 return OpenRange(os.dup(self._staging.fileno()), *place)
-        return self._archive.open(name, what, missing)
+        return self._open_index(what, missing) if name == INDEX else self._archive.open(name, what, missing)
+
+    def _open_index(self, what: str, missing: Missing) -> OpenRange:
+        try:
+            return self._archive.open(INDEX, what, missing)
+        except missing as error:
+            if self._archive.identity() is not None and "manifest.json" in self._archive.members()[1]:
+                raise missing(
+                    self.host, f"{self.host} is no archive of an OCI layout", hint="docker-archive: reads it"
+                ) from None
+            raise error
 
     # -- write -----------------------------------------------------------------------------------------------------
 
