@@ -15,14 +15,18 @@ PACKAGES = "python3-minimal"
 
 def rootfs_tar() -> Path:
     """Return the tar of a Debian system with Python, made by mmdebstrap the first time (half a minute, network)."""
-    path = KEPT / f"{SUITE}-{PACKAGES}.tar"
+    return system_tar(f"{SUITE}-{PACKAGES}", PACKAGES)
+
+
+def system_tar(name: str, packages: str) -> Path:
+    """Return the tar of a minimal Debian system with `packages`, kept as `name`. Blocks, the first time on network."""
+    path = KEPT / f"{name}.tar"
     if not path.exists():
         KEPT.mkdir(exist_ok=True)
         partial = path.with_suffix(f".{os.getpid()}.tar")
+        wish = [f"--include={packages}"] if packages else []
         try:
-            real.call(
-                "mmdebstrap", "--variant=minbase", f"--include={PACKAGES}", "--format=tar", SUITE, partial, timeout=1800
-            )
+            real.call("mmdebstrap", "--variant=minbase", *wish, "--format=tar", SUITE, partial, timeout=1800)
             partial.rename(path)
         finally:
             partial.unlink(missing_ok=True)
