@@ -32,10 +32,11 @@ def open_local(reference: Reference, *, address: str = "", namespace: str = "", 
         case "containerd":
             from lazyfs.containerd.address import namespace_name, socket_path
             from lazyfs.containerd.client import connect
-            from lazyfs.registry.containerd_store import ContainerdRepository
 
             where = socket_path(reference.path or address), namespace_name(reference.host or namespace)
             client = connect(*where, timeout=timeout)
+            from lazyfs.registry.containerd_store import ContainerdRepository  # now that gRPC is known to be there
+
             return ContainerdRepository(client, reference.tag)
     raise UsageError(f"there is no transport {reference.transport}")
 
