@@ -19,6 +19,7 @@ from lazyfs.format.rfc3339 import TimeTable
 from lazyfs.format.toc_json import (
     HOLE,
     KINDS,
+    LOST,
     MAX_CHUNK,
     MAX_ENTRIES,
     MAX_HOLES,
@@ -205,8 +206,10 @@ def _digest(text: str) -> bytes:
 
 def _octets(text: str, raw: bytes | None) -> bytes:
     if raw is None:
+        if LOST in text:  # other writers have no word for it, and the tar has another name
+            raise TocInvalid("has a name whose bytes its writer could not keep")
         return text.encode()
-    if raw.decode("utf-8", "replace") != text or is_utf8(raw):
+    if raw.decode("utf-8", "replace") != text or LOST not in text:
         raise TocInvalid(f"has the raw name {raw[:200]!r}, which is not what {text[:200]!r} stands for")
     return raw
 

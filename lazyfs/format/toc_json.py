@@ -3,7 +3,7 @@
 Source: specs/estargz.md section 2.
 
 Three fields are our own, and other readers pass them by: JSON holds no bytes that aren't UTF-8, so `nameRaw` and
-`linkNameRaw` (base64) stand beside a `name` or `linkName` that had to be written with U+FFFD; `xattrsRaw` does the same
+`linkNameRaw` (base64) stand beside a `name` or `linkName` that is written with U+FFFD; `xattrsRaw` does the same
 for names of extended attributes (base64 of name to base64 of value).
 """
 
@@ -25,6 +25,8 @@ MIN_HOLE = 1024  # bytes; writers call no shorter run of zeros a hole
 MAX_HOLES = 64 * GiB  # bytes of zeros in one layer: a TOC can claim terabytes for nothing
 MAX_ID = 0xFFFFFFFE  # chown(2) takes -1 for "leave it"
 MAX_MAJOR, MAX_MINOR = 0xFFF, 0xFFFFF  # what a Linux dev_t holds
+
+LOST = "\ufffd"  # stands in a name for bytes that JSON can't hold
 
 KINDS = {
     "dir": Kind.DIR,

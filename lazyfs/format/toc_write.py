@@ -10,7 +10,17 @@ from lazyfs.digest import text as digest_text
 from lazyfs.errors import TocInvalid
 from lazyfs.format.entry import Chunk, Entry, Kind
 from lazyfs.format.rfc3339 import TimeTable
-from lazyfs.format.toc_json import MAX_ENTRIES, MAX_ID, MAX_MAJOR, MAX_MINOR, MAX_TOC, TYPE_OF, TocItem, is_utf8
+from lazyfs.format.toc_json import (
+    LOST,
+    MAX_ENTRIES,
+    MAX_ID,
+    MAX_MAJOR,
+    MAX_MINOR,
+    MAX_TOC,
+    TYPE_OF,
+    TocItem,
+    is_utf8,
+)
 
 
 class TocWriter:
@@ -97,7 +107,5 @@ class TocWriter:
 
 
 def _text(raw: bytes) -> tuple[str, bytes | None]:
-    try:
-        return raw.decode(), None
-    except UnicodeDecodeError:
-        return raw.decode("utf-8", "replace"), raw
+    text = raw.decode("utf-8", "replace")
+    return text, raw if LOST in text else None

@@ -20,6 +20,7 @@ import zstandard
 from lazyfs import oci
 from lazyfs.format.entry import Chunk, Entry, Kind
 from lazyfs.format.namespace import Namespace
+from lazyfs.format.table import FORM_ESTARGZ, FORM_STORAGE_ZSTD, FORM_ZSTD_CHUNKED
 from lazyfs.format.tar import TarItem, TarScanner
 from lazyfs.format.toc_write import TocWriter
 from lazyfs.format.zstd_chunked import encode_tail
@@ -48,6 +49,13 @@ class LayerBlob:
     @property
     def descriptor(self) -> oci.Descriptor:
         return oci.Descriptor(self.media_type, self.digest, len(self.blob), dict(self.annotations))
+
+    @property
+    def form(self) -> int:
+        """The table's word for the layer's form (FORM_*)."""
+        if self.media_type == oci.OCI_LAYER_GZIP:
+            return FORM_ESTARGZ
+        return FORM_STORAGE_ZSTD if oci.GITHUB_ZSTD_CHECKSUM in self.annotations else FORM_ZSTD_CHUNKED
 
     @property
     def payload_end(self) -> int:

@@ -25,7 +25,7 @@ from lazyfs.chunks.spool import Spool
 from lazyfs.chunks.store import Store
 from lazyfs.chunks.whole import WholeCheck
 from lazyfs.errors import LazyfsError
-from lazyfs.format.table import FORM_ZSTD_CHUNKED, LayerTable
+from lazyfs.format.table import LayerTable
 from lazyfs.format.table_build import LayerFacts, build_table
 from lazyfs.format.toc import parse_toc
 from lazyfs.reference import parse
@@ -42,7 +42,7 @@ QUICK = RetryPolicy(attempts=2, first=0.01, longest=0.02)
 
 def build_layer_table(path: Path, blob: LayerBlob) -> LayerTable:
     """Build and open the layer table of a layer."""
-    facts = LayerFacts(FORM_ZSTD_CHUNKED, len(blob.blob), blob.payload_end)
+    facts = LayerFacts(blob.form, len(blob.blob), blob.payload_end)
     build_table(path, facts, parse_toc(blob.toc, blob.payload_end))
     return LayerTable(path)
 
