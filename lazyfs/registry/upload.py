@@ -1,11 +1,13 @@
 """Pushing: POST for an upload session, then the whole blob in one PUT; manifests in one PUT.
 
-Two requests a blob, which every registry takes (distribution-spec 1.1, "POST then PUT"). Bodies stream.
+Two requests a blob, which every registry takes (distribution-spec 1.1, "POST then PUT"). Bodies stream. After a failure
+the registry is asked what it has of the upload; one that keeps nothing, as Debian's, gets it from the start.
 """
 
 from __future__ import annotations
 
 import io
+import re
 from collections.abc import Iterator
 from typing import BinaryIO
 from urllib.parse import quote
@@ -38,13 +40,15 @@ class _Source:
         """Whether open() works: for the first time, or again."""
         return self._start is not None or not self._used
 
-    def open(self) -> bytes | _Pieces:
+    def open(self, skip: int = 0) -> bytes | _Pieces:
+        """Return the content without its first `skip` bytes, which takes a source that can seek."""
         if not self.repeatable:
             raise UsageError(f"{self._what} can't be sent again from a source that can't seek")
-        if self._used and self._start is not None:
-            self._file.seek(self._start)
+        if (self._used or skip) and self._start is not None:
+            self._file.seek(self._start + skip)
         self._used = True
-        return _Pieces(self._file, self.size, self._what) if self.size else b""
+        left = self.size - skip
+        return _Pieces(self._file, left, self._what) if left else b""
 
 
 class _Pieces:
@@ -80,22 +84,46 @@ class Uploader:
         self._root = root
 
     def blob(self, digest: str, size: int, source: BinaryIO) -> None:
-        """Upload `size` bytes of `source`. Raise PushRejected, and UsageError when the source fails or is too short."""
+        """Upload `size` bytes of `source`. Raise PushRejected, and UsageError when the source fails or is too short.
+
+        An upload that broke off goes on where it was, where the registry tells how much of it it has.
+        """
         what = f"upload of {digest}"
         limit = self._exchange.timeouts.deadline(None, size)
         content = _Source(source, size, what)
+        location = ""  # of an upload that was begun
 
         def attempt() -> None:
+            nonlocal location
+            location, sent = self._left_at(location, content, what, limit)
+            location = location or self._begin(what, limit)
             try:
-                self._blob_once(digest, content, what, limit)
+                self._send(location, digest, content, sent, what, limit)
             except RegistryError as error:
+                if isinstance(error, PushRejected) and sent:
+                    location, error.temporary = "", True  # it had other bytes than it said: from the start again
                 if not content.repeatable:
                     error.temporary = False
                 raise
 
         self._retry.run(attempt, limit)
 
-    def _blob_once(self, digest: str, content: _Source, what: str, deadline: float) -> None:
+    def _left_at(self, location: str, content: _Source, what: str, deadline: float) -> tuple[str, int]:
+        """Return where an upload goes on, and how many bytes the registry has of it; ("", 0) to begin anew."""
+        if not location or not content.repeatable:
+            return "", 0
+        try:
+            answer = self._exchange.ask("GET", location, kind="upload", what=what, deadline=deadline, pushes=True)
+            answer.discard()
+            told = re.fullmatch(r"(?:bytes=)?0-([0-9]{1,15})", answer.headers.get("Range", ""))
+            # "0-0" is said of nothing and of one byte.
+            if answer.status not in (202, 204) or told is None or not 0 < int(told[1]) < content.size:
+                return "", 0
+            return follow_location(answer, answer.headers.get("Location", "") or location), int(told[1]) + 1
+        except RegistryError:
+            return "", 0
+
+    def _begin(self, what: str, deadline: float) -> str:
         session = self._exchange.ask(
             "POST",
             f"{self._root}/blobs/uploads/",
@@ -108,16 +136,21 @@ class Uploader:
         if session.status not in (201, 202):
             raise _rejected(session)
         session.discard()
-        location = follow_location(session, session.headers.get("Location", ""))
+        return follow_location(session, session.headers.get("Location", ""))
+
+    def _send(self, location: str, digest: str, content: _Source, sent: int, what: str, deadline: float) -> None:
         joint = "&" if "?" in location else "?"
+        headers = {"Content-Type": "application/octet-stream"}
+        if 0 < sent < content.size:
+            headers["Content-Range"] = f"{sent}-{content.size - 1}"
         answer = self._exchange.ask(
             "PUT",
             f"{location}{joint}digest={quote(digest, safe='')}",
             kind="upload",
             what=what,
             deadline=deadline,
-            headers={"Content-Type": "application/octet-stream"},
-            body=Body(content.size, content.open),
+            headers=headers,
+            body=Body(content.size - sent, lambda: content.open(sent)),
             pushes=True,
         )
         _check_stored(answer, digest)

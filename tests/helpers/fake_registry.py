@@ -101,6 +101,7 @@ class FakeRegistry:
         self.tls = tls
         self.referrers = referrers
         self.isolated = isolated
+        self.resumable = False  # an upload that broke off can be asked for, and goes on
         self.pages: tuple[bytes, str] | None = None  # each page of referrers: its index and its Link header
         self.holds: set[tuple[str, str]] = set()  # (repository, digest), where isolated
         self.scheme = "https" if tls else "http"

@@ -111,6 +111,9 @@ class _Handler(BaseHTTPRequestHandler):
                 registry.released.wait()
             self._reset()
         elif self.rule and kind is Fault.STATUS:
+            session = urlsplit(self.path).path.rpartition("/")[2]
+            if registry.resumable and session in registry.uploads:
+                registry.uploads[session] += self.body[: len(self.body) // 2]
             extra = {"Retry-After": self.rule.retry_after} if self.rule.retry_after else {}
             self._error(self.rule.status, "FAULT", extra)
         elif self.rule and kind in (Fault.REDIRECT_LOOP, Fault.REDIRECT):
@@ -238,6 +241,9 @@ class _Handler(BaseHTTPRequestHandler):
             self._answer(202, b"", {"Location": f"/v2/{name}/blobs/uploads/{session}?state=1", "Range": "0-0"})
         elif session not in registry.uploads:
             self._error(404, "BLOB_UPLOAD_UNKNOWN")
+        elif self.command == "GET" and registry.resumable:
+            last = max(len(registry.uploads[session]) - 1, 0)
+            self._answer(204, b"", {"Location": f"/v2/{name}/blobs/uploads/{session}?state=3", "Range": f"0-{last}"})
         elif self.command == "PATCH":
             registry.uploads[session] += self.body
             size = len(registry.uploads[session])

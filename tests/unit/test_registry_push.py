@@ -28,7 +28,7 @@ from lazyfs.registry.layout import LayoutRepository
 from lazyfs.registry.open import OpenOptions, open_repository
 from lazyfs.registry.repository import Repository
 from lazyfs.registry.retry import RetryPolicy
-from tests.helpers.fake_registry import FakeRegistry, Fault
+from tests.helpers.fake_registry import FakeRegistry, Fault, Request, Rule
 
 BLOB = os.urandom(700_000)
 MANIFEST = oci.canonical_json(
@@ -152,6 +152,35 @@ def test_an_upload_is_tried_again_from_the_start(
     file.seek(7)
     assert remote.push_blob(of(BLOB), len(BLOB), file)
     assert registry.blobs[of(BLOB)] == BLOB
+
+
+@pytest.mark.parametrize("times", [1, 2])
+def test_an_upload_that_breaks_off_goes_on_where_it_was(remote: Repository, registry: FakeRegistry, times: int) -> None:
+    registry.resumable = True
+    registry.fault(Fault.STATUS, method="PUT", times=times)
+    file = io.BytesIO(b"skipped" + BLOB)
+    file.seek(7)
+    assert remote.push_blob(of(BLOB), len(BLOB), file)
+    assert registry.blobs[of(BLOB)] == BLOB
+    sent = [request.received for request in registry.matching("PUT")]
+    assert sent == [len(BLOB) >> turn for turn in range(times + 1)]
+    assert registry.count("POST") == 1
+    assert registry.matching("PUT")[1].headers["content-range"] == f"{len(BLOB) // 2}-{len(BLOB) - 1}"
+
+
+def test_an_upload_whose_kept_part_is_wrong_starts_again(remote: Repository, registry: FakeRegistry) -> None:
+    registry.resumable = True
+    rule = registry.fault(Fault.STATUS, method="PUT", times=1)
+
+    def spoil(request: Request) -> Rule | None:
+        if request.method == "GET" and rule.hits:
+            (session,) = registry.uploads
+            registry.uploads[session][0] ^= 1
+        return None
+
+    registry.faults.append(spoil)
+    assert remote.push_blob(of(BLOB), len(BLOB), io.BytesIO(BLOB))
+    assert registry.blobs[of(BLOB)] == BLOB and registry.count("POST") == 2
 
 
 def test_a_pipe_is_sent_once(remote: Repository, registry: FakeRegistry) -> None:
