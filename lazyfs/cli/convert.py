@@ -54,7 +54,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     )
     form.add_argument("--compat", choices=("podman",), help="podman: the zstd:chunked that podman pulls in parts")
     parser.add_argument(
-        "--level", metavar="N", type=_level, help="compression level: 1 to 22 (default: 3), estargz 1 to 9 (default: 6)"
+        "--level", metavar="N", type=_level, help="1 to 22 (default: 3, for podman 6), estargz 1 to 9 (default: 6)"
     )
     parser.add_argument("--prefetch", metavar="FILE", help="a file of paths that a start reads, one a line, in order")
     parser.add_argument("--jobs", metavar="N", type=_jobs, help="layers and threads at once (default: CPU cores)")

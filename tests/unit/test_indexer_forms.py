@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gzip
 import hashlib
 import io
@@ -28,7 +29,9 @@ from lazyfs.errors import StoreBroken, TarInvalid
 from lazyfs.format.crc64 import crc64
 from lazyfs.format.entry import LANDMARK, LANDMARK_CONTENT, TOC_NAME, Chunk, Entry, Kind
 from lazyfs.format.inflate import decompress
-from lazyfs.format.lazy import NotLazy, read_toc, toc_source
+from lazyfs.format.lazy import TABLE_FORMS, NotLazy, read_toc, toc_source
+from lazyfs.format.table import LayerTable
+from lazyfs.format.table_build import LayerFacts, build_table
 from lazyfs.format.toc import parse_toc
 from tests.helpers import tars
 from tests.helpers.blobs import scan
@@ -134,6 +137,29 @@ def test_what_comes_out(form: OutputForm) -> None:
         assert result.notes == ("the TOC of an eStargz layer is an entry of its tar",)
     else:
         assert tar == SMALL and result.diff_id == result.source_diff_id and result.notes == ()
+
+
+@FORMS
+def test_a_layer_table_finds_every_byte(form: OutputForm, tmp_path: Path) -> None:
+    contents = {b"d%d/f%d" % (i % 3, i): noise(size, i) for i, size in enumerate((1, 700, 90_000, 1_300_000, 0, 5))}
+    blob, result = convert(tar_of(*(file(name, data) for name, data in contents.items())), form)
+    source = toc_source(descriptor(result))
+    assert not isinstance(source, NotLazy)
+    toc = read_toc(source, lambda offset, size: blob[offset : offset + size])
+    assert not isinstance(toc, NotLazy) and TABLE_FORMS[toc.form] == TABLE_FORMS[source.form]
+    facts = LayerFacts(TABLE_FORMS[toc.form], len(blob), toc.payload_end)
+    build_table(tmp_path / "table", facts, parse_toc(toc.raw, toc.payload_end))
+    with contextlib.closing(LayerTable(tmp_path / "table")) as table:
+        for name, data in contents.items():
+            row = table.find(name)
+            assert row is not None and table.size[row] == len(data)
+            at = 0
+            for place in table.places(row, 0, len(data)):
+                part = data[at : at + place.size]
+                assert place.offset == 0 and hashlib.sha256(part).digest() == table.chunk_digest(place.chunk)
+                at += place.size
+            assert at == len(data)
+            assert read(blob, toc_of(blob, result)[0][name][1]) == data
 
 
 @FORMS
