@@ -158,8 +158,13 @@ def _check_peer(sock: socket.socket, path: Path) -> None:
         raise DaemonFault(f"what listens on {path} belongs to user {uid}", hint="set LAZYFS_RUN to a place of your own")
 
 
-def socket_of(settings: Settings, solo: Path | None) -> Path:
-    """Return the socket of the node's daemon, or of the one that serves the mount point `solo` alone."""
+def socket_of(settings: Settings, solo: Path | None, *, store_only: bool = False) -> Path:
+    """Return the socket of the node's daemon, or of the one that serves the mount point `solo` alone.
+
+    `store_only`: of the one that fills the store and shows nothing, beside others.
+    """
+    if store_only:
+        return settings.run / "store.sock"
     if solo is None:
         return settings.socket
     name = hashlib.sha256(os.fsencode(solo.absolute())).hexdigest()[:16]
@@ -200,18 +205,20 @@ def _keeps_names(directory: Path) -> bool:
 
 
 @contextlib.contextmanager
-def open_daemon(settings: Settings, solo: Path | None = None, *, start: bool = True) -> Iterator[Daemon]:
+def open_daemon(
+    settings: Settings, solo: Path | None = None, *, start: bool = True, store_only: bool = False
+) -> Iterator[Daemon]:
     """Yield a connection to the daemon of this store, started where none runs. Blocking, 30 s at most.
 
-    `solo`: the daemon that serves this mount point alone (for ordinary users, who can't bind-mount). Raise
-    DaemonUnreachable, or what kept the daemon from starting (FuseUnavailable, StoreLocked, MountFailed …).
+    `solo`: the daemon that serves this mount point alone (for ordinary users, who can't bind-mount). `store_only`: one
+    that needs no FUSE, because it shows nothing. Raise DaemonUnreachable, or what kept the daemon from starting (FuseUnavailable, StoreLocked, MountFailed …).
     """
-    with _reach(settings, solo, start) as daemon:
+    with _reach(settings, solo, start, store_only) as daemon:
         yield daemon
 
 
-def _reach(settings: Settings, solo: Path | None, start: bool) -> Daemon:
-    path = socket_of(settings, solo)
+def _reach(settings: Settings, solo: Path | None, start: bool, store_only: bool) -> Daemon:
+    path = socket_of(settings, solo, store_only=store_only)
     deadline = time.monotonic() + START_TIMEOUT
     while True:
         try:
@@ -221,7 +228,7 @@ def _reach(settings: Settings, solo: Path | None, start: bool) -> Daemon:
                 raise
         try:
             prepare_run(settings)
-            _start(settings, solo, deadline)
+            _start(settings, solo, deadline, store_only)
         except StoreLocked:
             # Another one starts, or the last one is on its way out: either ends soon.
             if time.monotonic() >= deadline - START_TIMEOUT / 2:
@@ -229,10 +236,12 @@ def _reach(settings: Settings, solo: Path | None, start: bool) -> Daemon:
             time.sleep(_RACE)
 
 
-def _start(settings: Settings, solo: Path | None, deadline: float) -> None:
+def _start(settings: Settings, solo: Path | None, deadline: float, store_only: bool) -> None:
     """Start a daemon and wait until it listens. Raise what it reports."""
     command = [sys.executable, "-P", "-m", "lazyfs.mount.daemon", "--root", os.fspath(settings.root)]
     command += ["--run", os.fspath(settings.run), "--until-idle"]
+    if store_only:
+        command.append("--store-only")
     if solo is not None:
         command += ["--solo", os.fspath(solo.absolute())]
     _bound_log(settings.run / "lazyfsd.log")

@@ -14,6 +14,7 @@ _SCALE = {
     "k": 10**3, "kb": 10**3, "m": 10**6, "mb": 10**6, "g": 10**9, "gb": 10**9, "t": 10**12, "tb": 10**12,
     "kib": KiB, "mib": MiB, "gib": GiB, "tib": 1 << 40,
 }  # fmt: skip
+_SPANS = {"": 1, "s": 1, "m": 60, "min": 60, "h": 3600, "d": 86400, "w": 7 * 86400}  # seconds
 
 
 def parse_size(text: str) -> int:
@@ -22,6 +23,14 @@ def parse_size(text: str) -> int:
     if match is None or match[2].lower() not in _SCALE:
         raise UsageError(f"{text!r} is not a size", hint="write 500M, 10GiB or a number of bytes")
     return int(float(match[1]) * _SCALE[match[2].lower()])
+
+
+def parse_duration(text: str) -> float:
+    """Return the seconds in "90m", "12h", "30d", "2w" or "45". Raise UsageError for anything else."""
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", text)
+    if match is None or match[2].lower() not in _SPANS:
+        raise UsageError(f"{text!r} is not a time span", hint="write 90m, 12h, 30d or a number of seconds")
+    return float(match[1]) * _SPANS[match[2].lower()]
 
 
 def format_size(size: int) -> str:

@@ -65,6 +65,21 @@ def add_registry(parser: argparse.ArgumentParser, *sides: str) -> None:
     add("--containerd-namespace", metavar="NAME", help="of containerd:NAME; or $CONTAINERD_NAMESPACE")
 
 
+def add_pull(parser: argparse.ArgumentParser) -> None:
+    """Add --pull (`args.pull`) and --offline, which is --pull=never."""
+    group = parser.add_mutually_exclusive_group()
+    group.add_argument(
+        "--pull",
+        choices=("newer", "always", "missing", "never"),
+        default=None,
+        help="ask what a tag is now: and without an answer take what it was (newer, the default), or fail (always); "
+        "only for unknown tags (missing); ask for nothing at all (never)",
+    )
+    group.add_argument(
+        "--offline", dest="pull", action="store_const", const="never", help="ask no registry: the image must be here"
+    )
+
+
 def add_json(parser: argparse.ArgumentParser) -> None:
     """Add --json (`args.json`)."""
     parser.add_argument("--json", action="store_true", help="print one JSON object to stdout")

@@ -31,6 +31,8 @@ COMMANDS: dict[str, str] = {
     "mount": "mount an image on a directory",
     "umount": "take away such a mount",
     "run": "start a container from an image at once",
+    "fetch": "have images whole on this node, so that they start without their registry",
+    "cache": "list, remove, prune, verify and unpin what the store holds",
     "status": "show mounts, caches, requests and errors of the running daemon",
     "doctor": "check what this machine has and lacks",
 }
@@ -124,8 +126,16 @@ def build_parser(name: str = "") -> argparse.ArgumentParser:
         sub = subparsers.choices[name]
         _add_globals(sub, first=False)
         sub.description = sub.description or COMMANDS[name]
+        for inner in _inner_parsers(sub):
+            _add_globals(inner, first=False)
         sub.epilog = f"{sub.epilog.rstrip()}\n\n{exit_codes.summary()}" if sub.epilog else exit_codes.summary()
     return parser
+
+
+def _inner_parsers(parser: argparse.ArgumentParser) -> list[argparse.ArgumentParser]:
+    """Return the parsers of a command's own commands, as `lazyfs cache ls`."""
+    choices = [action.choices for action in parser._actions if isinstance(action, argparse._SubParsersAction)]
+    return [inner for table in choices for inner in table.values()]
 
 
 def _add_globals(parser: argparse.ArgumentParser, *, first: bool) -> None:

@@ -54,6 +54,7 @@ def add_parser(subparsers: Any) -> None:
     add("--hostname", metavar="NAME", default="", help="the container's host name")
     add("--runtime", metavar="PROGRAM", default="runc", help="OCI runtime: runc (default), crun, or a path")
     common.add_platform(parser)
+    common.add_pull(parser)
     common.add_registry(parser)
     common.add_image(parser)
     add("command_line", metavar="COMMAND", nargs=argparse.REMAINDER, help="instead of the image's command")
@@ -156,6 +157,7 @@ def _mounted(
             platform=args.platform,
             plain_http=args.plain_http,
             access=common.access(args, settings).to_json(),
+            pull=args.pull,
             lease=True,
             entrypoint=args.entrypoint,
             command=args.command_line,

@@ -156,6 +156,8 @@ def _cache_lines(status: dict[str, Any]) -> Iterator[str]:
         text += f", {store['damaged']} damaged chunks found and fetched again"
     if store.get("passed_by"):
         text += ", PASSED BY: its disk is full or fails, reads go on without it"
+    if status.get("pins"):
+        text += f", {count(len(status['pins']), 'image')} pinned"
     yield text
     moved = {name: value for name, value in status.get("bytes", {}).items() if value}
     yield "bytes     " + (", ".join(f"{n.replace('_', ' ')} {format_size(v)}" for n, v in moved.items()) or "none yet")
@@ -179,7 +181,7 @@ def _mount_lines(mount: dict[str, Any]) -> Iterator[str]:
         shown = f"on {place or '(not shown anywhere yet)'}, {mount.get('kind') or 'ro'}"
     yield (
         f"  {mount['image']} {shown}, {format_size(mount.get('size') or 0)}, "
-        f"{100 * (mount.get('share') or 0):.1f} % fetched"
+        f"{'pinned, ' if mount.get('pinned') else ''}{100 * (mount.get('share') or 0):.1f} % fetched"
     )
     for layer in mount.get("layers", []):
         state = "lazy" if layer.get("lazy") else f"in full: {layer.get('reason')}"

@@ -35,7 +35,7 @@ from lazyfs.chunks.store import Store
 from lazyfs.config import Settings
 from lazyfs.container import sweep
 from lazyfs.control_client import prepare_run, socket_of
-from lazyfs.errors import DaemonFault, LazyfsError
+from lazyfs.errors import DaemonFault, LazyfsError, UsageError
 from lazyfs.mount.ahead import Ahead
 from lazyfs.mount.control import ControlServer
 from lazyfs.mount.donors import Donors
@@ -63,9 +63,12 @@ _SWITCH = 0.0005  # seconds after which a thread gives up the interpreter: a wai
 class Daemon:
     """One data plane. `ready_fd`: where to write one line once it listens, or why it can't; -1 for nowhere."""
 
-    def __init__(self, settings: Settings, solo: Path | None, *, until_idle: bool, ready_fd: int) -> None:
+    def __init__(
+        self, settings: Settings, solo: Path | None, *, until_idle: bool, ready_fd: int, store_only: bool = False
+    ) -> None:
         self._settings = settings
         self._solo = solo
+        self._store_only = store_only
         self._until_idle = until_idle
         self._ready_fd = ready_fd
         self._scope = trio.CancelScope()
@@ -90,12 +93,17 @@ class Daemon:
         try:
             store = Store(settings.root, settings.store_size, catalog)
             try:
-                store.lock(exclusive=self._solo is None)
+                store.lock(exclusive=self._alone)
                 await self._serve(catalog, store)
             finally:
                 store.close()
         finally:
             catalog.close()
+
+    @property
+    def _alone(self) -> bool:
+        """Whether this is the node's one daemon, rather than one of several that share a store."""
+        return self._solo is None and not self._store_only
 
     async def _serve(self, catalog: Catalog, store: Store) -> None:
         settings = self._settings
@@ -129,7 +137,7 @@ class Daemon:
             )
             operations = Operations(forest, reader)
             mountpoint = self._solo or settings.session
-            session = Session(operations, mountpoint, allow_other=os.geteuid() == 0)
+            session = None if self._store_only else Session(operations, mountpoint, allow_other=os.geteuid() == 0)
             report = StatusReport(
                 settings, forest, operations, session, store, memory, reader.counters, scheduler, requests
             )
@@ -137,8 +145,9 @@ class Daemon:
             stock = StockCalls(Stock(census, release=donors.close), fetcher)
             mounted = Mounted(settings, images, catalog, self._path_of, report.report, self._stop.set, stock)
             uses.bind(images, mounted)
-            server = ControlServer(socket_of(settings, self._solo), mounted)
-            session.open()
+            server = ControlServer(socket_of(settings, self._solo, store_only=self._store_only), mounted)
+            if session is not None:
+                session.open()
             try:
                 with self._scope:
                     await self._parts(session, server, mounted)
@@ -149,15 +158,17 @@ class Daemon:
                         await mounted.release_all()
                     with trio.move_on_after(5):
                         await images.close()
-                session.close()
+                if session is not None:
+                    session.close()
                 nursery.cancel_scope.cancel()
 
-    async def _parts(self, session: Session, server: ControlServer, mounted: Mounted) -> None:
+    async def _parts(self, session: Session | None, server: ControlServer, mounted: Mounted) -> None:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._watch_signals)
-            nursery.start_soon(self._serve_session, session)
-            await session.tune()
-            if self._solo is None:
+            if session is not None:
+                nursery.start_soon(self._serve_session, session)
+                await session.tune()
+            if self._alone:
                 await mounted.clean_up_crashed()
             await server.listen()
             nursery.start_soon(server.serve)
@@ -166,7 +177,7 @@ class Daemon:
             nursery.start_soon(self._watch_stop)
             log.info("ready: root=%s session=%s", self._settings.root, self._solo or self._settings.session)
             self._report({"ok": True})
-            if self._solo is None:
+            if self._alone:
                 nursery.start_soon(partial(trio.to_thread.run_sync, partial(sweep.sweep, self._settings)))
 
     async def _serve_session(self, session: Session) -> None:
@@ -176,6 +187,8 @@ class Daemon:
         self._scope.cancel()
 
     def _path_of(self, image: MountedImage) -> str:
+        if self._store_only:
+            raise UsageError("this daemon only fills the store, it shows no image")
         if self._solo is not None:
             return os.fspath(self._solo)
         return os.fspath(self._settings.session / image.planted.name.decode())
@@ -229,6 +242,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--root", help="the store")
     parser.add_argument("--run", help="sockets and the session's mount")
     parser.add_argument("--solo", type=Path, metavar="DIR", help="serve one image, mounted on DIR itself")
+    parser.add_argument("--store-only", action="store_true", help="show nothing, only fill the store; needs no FUSE")
     parser.add_argument("--until-idle", action="store_true", help="end with the last mount")
     parser.add_argument("--ready-fd", type=int, default=-1, help="write one line of JSON there once it listens")
     parser.add_argument("-v", "--verbose", action="count", default=0)
@@ -240,7 +254,9 @@ def main(argv: list[str] | None = None) -> int:
     daemon: Daemon | None = None
     try:
         settings = config.load({"root": args.root, "run": args.run})
-        daemon = Daemon(settings, args.solo, until_idle=args.until_idle, ready_fd=args.ready_fd)
+        daemon = Daemon(
+            settings, args.solo, until_idle=args.until_idle, ready_fd=args.ready_fd, store_only=args.store_only
+        )
         daemon.hold_signals()
         trio.run(daemon.run, strict_exception_groups=True)
         return 0

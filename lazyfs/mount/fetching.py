@@ -100,7 +100,7 @@ class Fetcher:
                     max(0, _fetched(image) - before),
                     sum(layer.store.present_bytes for layer in image.distinct_layers()),
                     wanted.pin,
-                    image.notes,
+                    image.remarks,
                 )
             finally:
                 with trio.CancelScope(shield=True):

@@ -75,7 +75,18 @@ class MountedImage:
     config: ImageConfig
     planted: Planted
     layers: tuple[LayerFacts, ...]
-    notes: tuple[str, ...]
+    remarks: tuple[str, ...]  # on what the registry did not say
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What a user should know of the image: remarks, and why layers are not lazy."""
+        plain = [
+            f"layer {fact.layer.digest[:19]}… ({format_size(fact.layer.descriptor.size)}) can't be lazy, "
+            f"{fact.reason}: fetched in full and checked"
+            for fact in self.layers
+            if fact.reason
+        ]
+        return (*self.remarks, *plain)
 
     def distinct_layers(self) -> list[ServedLayer]:
         """Return the layers, each once."""
@@ -155,7 +166,7 @@ class Images:
         manifest = resolved.manifest
         if check is not None:
             await self._in_thread(partial(check, manifest))
-        notes = await self._in_thread(partial(missing.check, self._census, reference, resolved, pull))
+        remarks = await self._in_thread(partial(missing.check, self._census, reference, resolved, pull))
         try:
             tails = self._preparer.begin_tails(repository, manifest, self._pool)
             config = await self._in_thread(resolved.config.result)
@@ -177,13 +188,7 @@ class Images:
                 await self._release(planted)
             raise
         facts = tuple(LayerFacts(one.layer, not one.reason, one.reason) for one in prepared)
-        for fact in facts:
-            if fact.reason:
-                notes.append(
-                    f"layer {fact.layer.digest[:19]}… ({format_size(fact.layer.descriptor.size)}) can't be lazy, "
-                    f"{fact.reason}: fetched in full and checked"
-                )
-        return MountedImage(reference, wanted_platform, manifest, config, planted, facts, tuple(notes))
+        return MountedImage(reference, wanted_platform, manifest, config, planted, facts, tuple(remarks))
 
     def _open(self, reference: Reference, plain_http: bool | None, pull: Pull, access: Access | None) -> Repository:
         if pull is Pull.NEVER:

@@ -149,6 +149,11 @@ class Mounted:
             pull=pull_of(args),
             access=None if access is None else accesses.from_json(access),
         )
+        try:
+            path = self._path_of(image)
+        except LazyfsError:
+            await self._images.release(image)
+            raise
         mount = Mount(uuid4().hex[:16], name, image, connection if args.get("lease") else None)
         self._mounts[mount.id] = mount
         if args.get("command") is not None:
@@ -159,7 +164,7 @@ class Mounted:
         self._note_change()
         return {
             "mount": mount.id,
-            "path": self._path_of(image),
+            "path": path,
             "manifest_digest": image.manifest.digest,
             "config": image.config.document,
             "driver": "fuse",

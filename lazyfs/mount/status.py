@@ -9,6 +9,8 @@ from collections import Counter
 from dataclasses import asdict
 from typing import Any
 
+import trio
+
 import lazyfs
 from lazyfs.chunks.memory import MemoryCache
 from lazyfs.chunks.read import ReadCounters
@@ -66,7 +68,7 @@ class StatusReport:
         settings: Settings,
         forest: Forest,
         operations: Operations,
-        session: Session,
+        session: Session | None,
         store: Store,
         memory: MemoryCache,
         reads: ReadCounters,
@@ -85,24 +87,28 @@ class StatusReport:
         self._began = time.monotonic()
 
     async def report(self, mounts: list[Mount]) -> dict[str, Any]:
-        """Return the status object. Doesn't block: no part of it reads the mount."""
+        """Return the status object. A checkpoint; no part of it reads the mount."""
         layers = {layer.digest: layer for layer in self._forest.layers()}
         fetched = [sum(layer.bytes_by_priority[p] for layer in layers.values()) for p in Priority]
         store = self._store.status()
         reason = "the only driver of this version"
-        if self._session.reason:
+        if self._session is None:
+            reason = "it only fills the store"
+        elif self._session.reason:
             reason += f"; {self._session.reason}"
+        pins = await trio.to_thread.run_sync(self._store.catalog.pins)
+        pinned = {pin.image for pin in pins}
         return {
             "daemon": {
                 "version": lazyfs.__version__,
                 "pid": os.getpid(),
                 "uptime": round(time.monotonic() - self._began, 1),
                 "memory": anonymous_memory(),
-                "driver": "fuse",
+                "driver": "fuse" if self._session is not None else "none",
                 "reason": reason,
                 "root": os.fspath(self._settings.root),
             },
-            "mounts": [self._mount(mount) for mount in mounts],
+            "mounts": [{**self._mount(mount), "pinned": mount.image.manifest.digest in pinned} for mount in mounts],
             "bytes": {
                 "demand": fetched[Priority.DEMAND],
                 "prefetch": fetched[Priority.PREFETCH],
@@ -111,6 +117,7 @@ class StatusReport:
                 "from_store": self._reads.from_store,
                 "from_other_layers": self._reads.from_other_layer,
             },
+            "pins": [asdict(pin) for pin in pins],
             "cache": {
                 "memory": asdict(self._memory.statistics()),
                 "store": {

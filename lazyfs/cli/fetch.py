@@ -1,0 +1,177 @@
+"""lazyfs fetch: have images whole on this node."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import threading
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from lazyfs.cli import common, exit_codes
+from lazyfs.cli.output import Output, count
+from lazyfs.errors import LazyfsError, UsageError
+from lazyfs.units import format_size
+
+if TYPE_CHECKING:
+    from lazyfs.cli.output import Progress
+    from lazyfs.config import Settings
+
+_MAX_LIST = 4 << 20  # bytes of a list of images
+_JOBS = 3
+_EPILOG = """\
+examples:
+  lazyfs fetch docker://localhost:5000/debian:base
+  lazyfs fetch --pin --file images.txt            # what a new node is to have
+  lazyfs fetch --json oci:images:tool
+
+Every byte is in the store and checked when it returns; such an image starts without its registry, by tag too. LIST has
+one reference a line; what follows # is a comment. Where one image fails the others go on; the exit status is then that
+of the first that failed.
+"""
+
+
+def add_parser(subparsers: Any) -> None:
+    """Add the command's parser."""
+    parser = subparsers.add_parser("fetch", epilog=_EPILOG)
+    parser.add_argument("images", metavar="IMAGE", nargs="*", help=common.IMAGE_HELP)
+    parser.add_argument("--file", metavar="LIST", help="fetch the images listed in this file, too; -: standard input")
+    parser.add_argument(
+        "--pin", action="store_true", help="keep them whatever the store's bound says, until lazyfs cache unpin or rm"
+    )
+    parser.add_argument(
+        "--jobs", metavar="N", type=int, default=_JOBS, help=f"images at a time (default {_JOBS})"
+    )  # fmt: skip
+    common.add_pull(parser)
+    common.add_platform(parser)
+    common.add_registry(parser)
+    common.add_json(parser)
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace, out: Output) -> int:
+    """Fetch the images. Blocking. Return the exit code; raise LazyfsError for the only image's failure."""
+    from lazyfs.cli.side_by_side import side_by_side
+
+    settings = common.settings(args)
+    images = list(dict.fromkeys([*args.images, *(_listed(args.file) if args.file else [])]))
+    if not images:
+        raise UsageError("no image is named", hint="lazyfs fetch IMAGE…, or --file LIST")
+    if args.jobs < 1:
+        raise UsageError("--jobs is at least 1")
+    access = common.access(args, settings).to_json()
+    calls = [_call(args, image, access) for image in images]  # all are looked at before the first one is fetched
+    works = [partial(_fetch, settings, image, call, out) for image, call in zip(images, calls, strict=True)]
+    results = side_by_side(works, args.jobs)
+    if len(images) == 1 and isinstance(results[0], LazyfsError):
+        raise results[0]
+    return _tell(images, results, out)
+
+
+def _listed(name: str) -> list[str]:
+    """Return the references in a list. Raise UsageError."""
+    try:
+        if name == "-":
+            raw = sys.stdin.buffer.read(_MAX_LIST + 1)
+        else:
+            with open(name, "rb") as handle:
+                raw = handle.read(_MAX_LIST + 1)
+        text = raw.decode()
+    except OSError as error:
+        raise UsageError(f"the list {name} can't be read: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise UsageError(f"the list {name} is not UTF-8 text") from None
+    if len(raw) > _MAX_LIST:
+        raise UsageError(f"the list {name} is longer than {format_size(_MAX_LIST)}")
+    found = []
+    for number, line in enumerate(text.splitlines(), 1):
+        image = line.strip()
+        if "#" in image:  # behind a blank only: a directory's name may have one
+            head, _, _ = f" {image}".partition(" #")
+            image = head.strip()
+        if image:
+            _check(image, f"line {number} of {name}: ")
+            found.append(image)
+    return found
+
+
+def _check(image: str, where: str) -> None:
+    from lazyfs import reference
+    from lazyfs.errors import ReferenceInvalid
+
+    try:
+        reference.parse(image)
+    except ReferenceInvalid as error:
+        raise UsageError(f"{where}{error.message}", hint=error.hint) from None
+
+
+def _call(args: argparse.Namespace, image: str, access: dict[str, Any]) -> dict[str, Any]:
+    _check(image, "")
+    return {
+        "image": common.daemon_image(argparse.Namespace(**{**vars(args), "image": image})),
+        "platform": args.platform,
+        "plain_http": args.plain_http,
+        "access": access,
+        "pull": args.pull,
+        "pin": args.pin,
+    }
+
+
+def _fetch(settings: Settings, image: str, call: dict[str, Any], out: Output) -> dict[str, Any]:
+    from lazyfs import control_client
+    from lazyfs.errors import FuseUnavailable
+
+    with out.progress(image) as bar:
+        show = _Shown(bar)
+
+        def fetch(store_only: bool) -> dict[str, Any]:
+            with control_client.open_daemon(settings, store_only=store_only) as daemon:
+                return daemon.call("fetch_image", on_event=out.note, on_progress=show, **call)
+
+        # The node's daemon where there is one; an ordinary user's daemons serve one mount each.
+        if os.geteuid() != 0:
+            return fetch(True)
+        try:
+            return fetch(False)
+        except FuseUnavailable:
+            return fetch(True)
+
+
+class _Shown:
+    """Passes the daemon's progress on to a bar."""
+
+    def __init__(self, bar: Progress) -> None:
+        self._bar = bar
+        self._lock = threading.Lock()
+
+    def __call__(self, done: int, total: int) -> None:
+        with self._lock:
+            self._bar.total = total
+            self._bar.advance(max(0, done - self._bar.done))
+
+
+def _tell(images: list[str], results: list[dict[str, Any] | LazyfsError], out: Output) -> int:
+    told: list[dict[str, Any]] = []
+    code = exit_codes.OK
+    failed = 0
+    for image, result in zip(images, results, strict=True):
+        if isinstance(result, LazyfsError):
+            failed += 1
+            code = code or exit_codes.code_of(result)
+            out.error(f"{image}: {result}")
+            error = {"class": type(result).__name__, "message": result.message, "hint": result.hint}
+            told.append({"image": image, "ok": False, "error": {**error, "exit_code": exit_codes.code_of(result)}})
+            continue
+        for note in result.get("notes") or ():
+            out.note(f"{image}: {note}")
+        out.line(
+            f"{image} is whole on this node{' and pinned' if result.get('pinned') else ''}: "
+            f"{count(int(result.get('layers') or 0))}, {format_size(int(result.get('stored') or 0))}, "
+            f"{format_size(int(result.get('fetched') or 0))} of it fetched now"
+        )
+        told.append({"image": image, "ok": True, **result})
+    if len(images) > 1:
+        out.line(f"{len(images) - failed} of {count(len(images), 'image')} whole on this node")
+    out.json({"images": told, "failed": failed})
+    return code
