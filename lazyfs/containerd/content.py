@@ -118,17 +118,18 @@ class ContentStore:
         except Refused as error:
             raise _missing_or(self._calls, digest, error) from None
 
-    def hold(self, digest: str, size: int, lease: str) -> bool:
-        """Put a blob that is there under `lease`; False when it is not there. No byte is sent.
+    def take_over(self, digest: str, size: int, lease: str) -> bool:
+        """Have a blob here that another namespace has, and hold it by `lease`; no byte is sent.
 
-        Where containerd's namespaces share content, a blob of another namespace is there afterwards.
+        False when it is nowhere, or when this containerd's namespaces share no content.
         """
         question = messages.WriteContentRequest(
-            action=messages.STAT, ref=f"lazyfs-hold-{digest}", total=size, expected=digest
+            action=messages.STAT, ref=f"lazyfs-take-{digest}", total=size, expected=digest
         )
         call = self._calls.exchange(_WRITE, iter((question,)), lease=lease)
         try:
-            following(call)
+            while following(call) is not None:
+                pass  # to its end: the upload that was begun can be forgotten only then
         except Refused as error:
             if error.code == "ALREADY_EXISTS":
                 return True

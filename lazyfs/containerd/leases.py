@@ -11,6 +11,7 @@ from lazyfs.containerd.proto import leases_pb2 as messages
 _SERVICE = "/containerd.services.leases.v1.Leases/"
 _CREATE = Method(_SERVICE + "Create", messages.CreateRequest, messages.CreateResponse)
 _DELETE = Method(_SERVICE + "Delete", messages.DeleteRequest, messages.CreateResponse)
+_ADD = Method(_SERVICE + "AddResource", messages.AddResourceRequest, messages.CreateResponse)
 _LIST = Method(_SERVICE + "List", messages.ListRequest, messages.ListResponse)
 
 LIFETIME = 24 * 3600.0  # seconds after which containerd itself drops a lease that we could not
@@ -32,6 +33,15 @@ class Leases:
             return self._calls.one(_CREATE, question).lease.id
         except Refused as error:
             raise self._calls.fault("making a lease", error) from None
+
+    def hold(self, lease: str, digest: str) -> None:
+        """Put a blob of the content store under a lease, whoever wrote it."""
+        question = messages.AddResourceRequest(id=lease, resource=messages.Resource(id=digest, type="content"))
+        try:
+            self._calls.one(_ADD, question)
+        except Refused as error:
+            if error.code != "ALREADY_EXISTS":
+                raise self._calls.fault(f"holding blob {digest}", error) from None
 
     def delete(self, lease: str) -> None:
         """End a lease, if it is still there: what nothing else refers to goes."""

@@ -121,7 +121,7 @@ class ContainerdRepository:
         """Take a blob over from another namespace of the same containerd, where those share their content."""
         if not isinstance(source, ContainerdRepository) or source.host != self.host:
             return False
-        return self.client.content.hold(digest, size, self._our_lease())
+        return self.client.content.take_over(digest, size, self._our_lease())
 
     # -- inside ----------------------------------------------------------------------------------------------------
 
@@ -184,11 +184,16 @@ class ContainerdRepository:
         if oci.is_index(media_type, raw):
             children = oci.parse_index(raw, media_type).manifests
             for child in children:
-                self.client.content.hold(child.digest, child.size, lease)
+                self._hold(child, lease)
             return {f"{_GC_REF}m.{number}": child.digest for number, child in enumerate(children)}
         manifest = oci.parse_manifest(raw, media_type)
         for child in (manifest.config, *manifest.layers):
-            if not self.client.content.hold(child.digest, child.size, lease) and not child.urls:
+            if not self._hold(child, lease) and not child.urls:
                 raise PushRejected(self.host, f"containerd does not have blob {child.digest}, which the manifest names")
         labels = {f"{_GC_REF}l.{number}": layer.digest for number, layer in enumerate(manifest.layers)}
         return {f"{_GC_REF}config": manifest.config.digest, **labels}
+
+    def _hold(self, child: oci.Descriptor, lease: str) -> bool:
+        """Put a blob under our lease. The lease first: what is there behind it stays there."""
+        self.client.leases.hold(lease, child.digest)
+        return self.client.content.info(child.digest) is not None

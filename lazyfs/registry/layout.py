@@ -122,13 +122,16 @@ class LayoutRepository(LayoutReader):
                 temporary.unlink(missing_ok=True)
 
 
-def open_regular(path: Path, host: str, what: str, missing: Missing) -> OpenRange:
-    """Open a regular file. O_NONBLOCK: a FIFO in a stranger's layout would block for ever. Raise `missing`."""
+def open_regular(path: Path, host: str, what: str, missing: Missing, absent: str = "") -> OpenRange:
+    """Open a regular file. O_NONBLOCK: a FIFO in a stranger's layout would block for ever. Raise `missing`.
+
+    `absent` is the sentence for a file that is not there, when it is not "HOST has no WHAT".
+    """
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
     except OSError as error:
         if error.errno in (errno.ENOENT, errno.ENOTDIR):
-            raise missing(host, f"{host} has no {what}") from None
+            raise missing(host, absent or f"{host} has no {what}") from None
         raise fault(host, what, error) from None
     status = os.fstat(descriptor)
     if not stat.S_ISREG(status.st_mode):

@@ -198,7 +198,7 @@ class ArchiveFile:
 
     def members(self) -> tuple[Identity, dict[str, Member]]:
         """Return what the file is now and its members. Blocking. Raise ManifestMissing, DocumentInvalid."""
-        whole = open_regular(self.path, self.host, "such file", ManifestMissing)
+        whole = self._open(ManifestMissing)
         try:
             return self._members(whole)
         finally:
@@ -215,7 +215,7 @@ class ArchiveFile:
 
     def open(self, name: str, what: str, missing: Missing) -> OpenRange:
         """Return a member's bytes, symlinks followed. Raise `missing`, DocumentInvalid, RegistryFault."""
-        whole = open_regular(self.path, self.host, f"file to read {what} from", missing)
+        whole = self._open(missing)
         try:
             _, members = self._members(whole)
             try:
@@ -228,6 +228,9 @@ class ArchiveFile:
             whole.close()
             raise
         return OpenRange(whole.descriptor, member.offset, member.size)
+
+    def _open(self, missing: Missing) -> OpenRange:
+        return open_regular(self.path, self.host, "the archive", missing, f"there is no file {self.host}")
 
     def _members(self, whole: OpenRange) -> tuple[Identity, dict[str, Member]]:
         with self._lock:
