@@ -57,6 +57,7 @@ class Filler:
         it must not be read any more. Errors of the registry are waited out.
         """
         pause = _PAUSE
+        layer.reopen()
         while True:
             try:
                 if layer.check is not None:

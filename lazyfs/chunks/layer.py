@@ -83,16 +83,21 @@ class ServedLayer:
         return repository.blame(self.digest, reason) if isinstance(repository, MirroredRepository) else []
 
     def agreed(self) -> bool:
-        """Tell whether every source has sent the whole blob alone and wrong: then it is the image that is wrong."""
+        """Tell whether every source has sent the same part of the blob wrong, or all of it alone: then it is false."""
         repository = self.repository
         if not isinstance(repository, MirroredRepository):
             return True
         return repository.health.all_condemned(self.digest, repository.hosts)
 
     def pardon(self) -> None:
-        """Take back what was said against the sources: they all agree, so it was not their doing."""
+        """Take back what was said against the sources, if they all agree: then it was not their doing."""
         if isinstance(self.repository, MirroredRepository):
-            self.repository.health.pardon(self.digest)
+            self.repository.health.pardon(self.digest, self.repository.hosts)
+
+    def reopen(self) -> None:
+        """Look at the blob anew, whatever its sources sent before."""
+        if isinstance(self.repository, MirroredRepository):
+            self.repository.health.reopen(self.digest)
 
     def ensure_readable(self) -> None:
         """Raise LayerQuarantined when a check found the layer false."""

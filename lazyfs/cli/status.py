@@ -23,6 +23,7 @@ examples:
 
 Without a running daemon it says so, tells what the store holds, and exits 0."""
 
+LOW = 20  # requests left before a rate limit from which on it is worth a word
 _ADDED = ("bytes", "errors", "fuse")  # flat tables of counters that add up over daemons
 
 
@@ -93,6 +94,7 @@ def merge(found: list[dict[str, Any]]) -> dict[str, Any]:
     for each in requests:
         for host, facts in each.get("by_host", {}).items():
             by_host[host] = _sum([by_host.get(host, {}), facts])
+    merged["sources"] = {host: facts for status in found for host, facts in status.get("sources", {}).items()}
     merged["requests"] = {
         "count": sum(each.get("count", 0) for each in requests),
         "errors": sum(each.get("errors", 0) for each in requests),
@@ -168,9 +170,31 @@ def _cache_lines(status: dict[str, Any]) -> Iterator[str]:
     ]
     failed = f", {requests['errors']} failed" if requests.get("errors") else ""
     yield f"requests  {requests.get('count', 0)}{failed}" + (f" ({', '.join(hosts)})" if hosts else "")
+    yield from _source_lines(status.get("sources", {}))
     errors = {name: value for name, value in status.get("errors", {}).items() if value}
     if errors:
         yield "errors    " + ", ".join(f"{name} {times}" for name, times in sorted(errors.items()))
+
+
+def _source_lines(sources: dict[str, dict[str, Any]]) -> Iterator[str]:
+    """Tell of hosts that are not simply well."""
+    for host, facts in sorted(sources.items()):
+        state, remaining = facts.get("state", "ok"), facts.get("remaining")
+        notes = []
+        if state != "ok":
+            left = facts.get("for") or 0
+            notes.append(f"{state} for {duration(left)} more" if left else state)
+        if facts.get("lies"):
+            notes.append(f"{count(facts['lies'], 'wrong answer')}")
+        if facts.get("slow"):
+            notes.append(f"too slow {facts['slow']} times")
+        if remaining is not None and remaining < LOW:
+            notes.append(f"{remaining} requests left before its rate limit")
+        if notes:
+            said = f" (last error: {facts['last_error']})" if facts.get("last_error") else ""
+            yield f"source    {host}: {', '.join(notes)}{said}"
+            if state == "rate limited":
+                yield "          a login or a mirror may be allowed more"
 
 
 def _mount_lines(mount: dict[str, Any]) -> Iterator[str]:

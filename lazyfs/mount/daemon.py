@@ -139,7 +139,16 @@ class Daemon:
             mountpoint = self._solo or settings.session
             session = None if self._store_only else Session(operations, mountpoint, allow_other=os.geteuid() == 0)
             report = StatusReport(
-                settings, forest, operations, session, store, memory, reader.counters, scheduler, requests
+                settings,
+                forest,
+                operations,
+                session,
+                store,
+                memory,
+                reader.counters,
+                scheduler,
+                requests,
+                images.health,
             )
             fetcher = Fetcher(settings, images, census, store, catalog)
             stock = StockCalls(Stock(census, release=donors.close), fetcher)

@@ -22,9 +22,11 @@ from lazyfs.chunks.schedule import Scheduler
 from lazyfs.chunks.single_flight import SingleFlight
 from lazyfs.config import Settings
 from lazyfs.errors import (
+    BlobMissing,
     ImageIncomplete,
     LayerQuarantined,
     LazyfsError,
+    ManifestMissing,
     RegistryError,
     StoreBroken,
     TableInvalid,
@@ -40,10 +42,12 @@ from lazyfs.mount.whole_layers import WholeLayers
 from lazyfs.oci import ImageConfig, Manifest
 from lazyfs.reference import Reference
 from lazyfs.registry.access import Access, from_environment
+from lazyfs.registry.health import Health
 from lazyfs.registry.hops import OnHop
 from lazyfs.registry.offline import OfflineRepository
 from lazyfs.registry.open import OpenOptions, open_repository
 from lazyfs.registry.repository import Repository
+from lazyfs.registry.resolve import doubt_tag
 from lazyfs.registry.transport import Transport
 from lazyfs.tree import Tree, tree_key
 from lazyfs.units import format_size
@@ -172,6 +176,8 @@ class Images:
             config = await self._in_thread(resolved.config.result)
             prepared = await self._prepare_all(repository, manifest, config, tails, say)
         except RegistryError as error:
+            if isinstance(error, (BlobMissing, ManifestMissing)) and doubt_tag(repository, reference):
+                return await self.mount(image, platform, plain_http, say, pull=pull, check=check, access=access)
             if not resolved.known or not error.temporary:
                 raise
             gone = await self._in_thread(partial(self._census.missing, manifest))
@@ -202,6 +208,11 @@ class Images:
             access=access or from_environment(certs_dir=self._settings.certs_dir),
         )
         return open_repository(reference, options)
+
+    @property
+    def health(self) -> Health:
+        """What is known of the hosts that images come from."""
+        return self._transport.health
 
     def expect_exec(self, image: MountedImage, entrypoint: str | None, command: list[str]) -> None:
         """Begin to fetch what a container of the image will execute. Doesn't wait."""

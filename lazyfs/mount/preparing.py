@@ -20,12 +20,13 @@ from lazyfs.chunks.spool import Spool
 from lazyfs.chunks.store import Store
 from lazyfs.chunks.whole import WholeCheck
 from lazyfs.config import Settings
-from lazyfs.errors import DiffIdMismatch, FormatError, LayerQuarantined, StoreError, TableInvalid
+from lazyfs.errors import DiffIdMismatch, DigestMismatch, FormatError, LayerQuarantined, StoreError, TableInvalid
 from lazyfs.format.footer import Form
-from lazyfs.format.lazy import TABLE_FORMS, NotLazy, TocSource, read_toc, toc_source
+from lazyfs.format.lazy import TABLE_FORMS, NotLazy, Toc, TocSource, read_toc, toc_source
 from lazyfs.format.table import FORM_PLAIN, VERSION, LayerTable
 from lazyfs.mount.unpacking import Unpacking
 from lazyfs.oci import GITHUB_ZSTD_CHECKSUM, TOC_DIGEST, ZSTD_CHECKSUM, Descriptor, Manifest
+from lazyfs.registry.mirrored import read_again
 from lazyfs.registry.repository import Repository
 
 log = logging.getLogger(__name__)
@@ -162,14 +163,21 @@ class Preparer:
         digest = wanted.descriptor.digest
         parts: dict[int, bytes] = {}
 
+        early = wanted.tail
+
         def fetch(blob_offset: int, size: int) -> bytes:
-            if wanted.tail is not None and (blob_offset, size) == (found.blob_offset, found.size):
-                parts[blob_offset] = wanted.tail.result()
+            nonlocal early
+            if early is not None and (blob_offset, size) == (found.blob_offset, found.size):
+                parts[blob_offset], early = early.result(), None  # once: it may be what was wrong
             else:
                 parts[blob_offset] = _fetch(repository, digest, blob_offset, size)
             return parts[blob_offset]
 
-        toc = read_toc(found, fetch)
+        def read() -> Toc | NotLazy:
+            parts.clear()
+            return read_toc(found, fetch)
+
+        toc = read_again(repository, digest, read, (DigestMismatch, FormatError))
         if isinstance(toc, NotLazy):
             return toc
         directory = self._store.path(digest)

@@ -22,6 +22,7 @@ from lazyfs.mount.forest import Forest
 from lazyfs.mount.mounted import Mount
 from lazyfs.mount.operations import Operations
 from lazyfs.mount.session import Session
+from lazyfs.registry.health import Health
 from lazyfs.registry.hops import Hop
 
 
@@ -74,6 +75,7 @@ class StatusReport:
         reads: ReadCounters,
         scheduler: Scheduler,
         requests: RequestCounters,
+        health: Health,
     ) -> None:
         self._settings = settings
         self._forest = forest
@@ -84,6 +86,7 @@ class StatusReport:
         self._reads = reads
         self._scheduler = scheduler
         self._requests = requests
+        self._health = health
         self._began = time.monotonic()
 
     async def report(self, mounts: list[Mount]) -> dict[str, Any]:
@@ -133,6 +136,7 @@ class StatusReport:
             "requests": self._requests.snapshot(),
             "errors": dict(self._requests.errors + self._operations.failures),
             "fuse": dict(self._operations.calls),
+            "sources": self._health.snapshot(),
             "hosts": {name: asdict(each) for name, each in self._scheduler.statistics().items()},
         }
 

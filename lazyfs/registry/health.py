@@ -210,26 +210,28 @@ class Health:
                 self._lied(host, self._host(host), what, reason)
             return served
 
-    def begin(self, what: str) -> None:
-        """Forget who has sent bytes of a blob so far: from now on they count towards the next verdict."""
-        with self._lock:
-            self._thing(what).served.clear()
-
     def all_condemned(self, what: str, hosts: Sequence[str]) -> bool:
         """Tell whether each of `hosts` has sent the whole blob alone, and it was wrong each time."""
         with self._lock:
             return self._thing(what).condemned.issuperset(hosts)
 
-    def pardon(self, what: str) -> None:
-        """Take back all that was said against hosts because of a blob: they agree on it, so it is as it is."""
+    def reopen(self, what: str) -> None:
+        """Forget who was found to have sent all of a blob wrong: it is looked at anew."""
+        with self._lock:
+            self._thing(what).condemned.clear()
+
+    def pardon(self, what: str, hosts: Sequence[str]) -> None:
+        """Take back what was said against `hosts` because of a blob, if each of them lied: then it is the blob."""
         with self._lock:
             thing = self._thing(what)
+            if not thing.lies.keys() >= set(hosts):
+                return
+            thing.condemned.update(hosts)
             for name, times in thing.lies.items():
                 host = self._host(name)
                 host.lies = max(0, host.lies - times)
                 host.all_lies = max(0, host.all_lies - times)
             thing.lies.clear()
-            thing.condemned.clear()
 
     def note_stale(self, host: str, what: str) -> None:
         """Note that a host's tag leads to something that nobody has: it is asked last for it, for a while."""

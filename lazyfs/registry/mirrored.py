@@ -118,6 +118,7 @@ class MirroredRepository:
         A tag is asked of the members that may resolve tags, in order; the first answer is believed, as containerd does.
         """
         by_digest = digests.is_digest(target)
+        self._resolved.pop(target, None)
         what = target if by_digest else f"{self.name}:{target}"
         able = self._able(lambda endpoint: endpoint.can_pull if by_digest else endpoint.can_resolve)
         limit = self._limit(deadline, 0)
@@ -404,14 +405,14 @@ def read_again(repository: Repository, digest: str, action: Callable[[], T], wro
     """
     if not isinstance(repository, MirroredRepository):
         return action()
-    repository.health.begin(digest)
+    repository.health.reopen(digest)
     for _ in repository.hosts:
         try:
             return action()
         except wrong as error:
             blamed = repository.blame(digest, error.message)
             if not blamed or repository.health.all_condemned(digest, repository.hosts):
-                repository.health.pardon(digest)
+                repository.health.pardon(digest, repository.hosts)
                 raise
             log.warning("%s is fetched again from another source than %s: %s", digest, ", ".join(blamed), error)
     return action()

@@ -26,9 +26,9 @@ class OpenOptions:
     `plain_http`: True forces HTTP, False HTTPS, None means HTTP on loopback only. `on_hop` is told of each request.
     `connect_timeout`, `answer_timeout` and `total_timeout` are seconds (see Timeouts). `transport`, where given, is
     shared: its pools then serve all repositories opened with it, and closing it is up to its owner. `access`: logins,
-    certificates and configuration files; None: what this process's environment says. `health`: what is known of hosts,
-    when it is not the transport's. `containerd_address` and `containerd_namespace`: for references that name none; "": what
-    the environment says, or the usual ones.
+    certificates and configuration files; None: what this process's environment says. `health`: what is known of
+    hosts, when it is not the transport's. `containerd_address` and `containerd_namespace`: for references that name
+    none; "": what the environment says, or the usual ones.
     """
 
     plain_http: bool | None = None

@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from lazyfs import oci
-from lazyfs.errors import DocumentInvalid, PlatformMissing
+from lazyfs.errors import DocumentInvalid, ManifestMissing, PlatformMissing
 from lazyfs.oci import ImageConfig, Index, Manifest
 from lazyfs.reference import Reference
+from lazyfs.registry.mirrored import MirroredRepository
 from lazyfs.registry.repository import Repository
 
 MAX_DEPTH = 3  # indexes within indexes
@@ -40,10 +41,24 @@ def resolve_image(
 ) -> ResolvedImage:
     """Fetch the manifest of `reference` for `platform` (None: this machine's), through an index where there is one.
 
-    Blocks for one request a document. Raise ManifestMissing, PlatformMissing, DocumentInvalid, DigestMismatch, and the
-    repository's errors.
+    Blocks for one request a document. A mirror's tag that leads to what nobody has is asked of the next
+    source. Raise ManifestMissing, PlatformMissing, DocumentInvalid, DigestMismatch, and the repository's errors.
     """
     wanted = platform or oci.host_platform()
+    while True:
+        try:
+            return _resolve(repository, reference, wanted, deadline)
+        except ManifestMissing:
+            if not doubt_tag(repository, reference):
+                raise
+
+
+def doubt_tag(repository: Repository, reference: Reference) -> bool:
+    """Tell that a tag led to something that is nowhere. True: another source may know better, resolve again."""
+    return isinstance(repository, MirroredRepository) and not reference.digest and repository.doubt(reference.tag)
+
+
+def _resolve(repository: Repository, reference: Reference, wanted: str, deadline: float | None) -> ResolvedImage:
     media_type, raw = repository.manifest(reference.target, deadline=deadline)
     outermost: Index | None = None
     for _ in range(MAX_DEPTH + 1):
