@@ -9,6 +9,7 @@ import io
 import itertools
 import json
 import random
+import threading
 from base64 import b64decode
 from collections.abc import Iterator
 from pathlib import Path
@@ -25,11 +26,12 @@ from indexer.layer import ConvertedLayer, LayerOptions, convert_layer
 from indexer.options import LEVELS, OutputForm
 from lazyfs import digest as digests
 from lazyfs import oci
-from lazyfs.errors import StoreBroken, TarInvalid
+from lazyfs.errors import Interrupted, StoreBroken, TarInvalid
 from lazyfs.format.crc64 import crc64
 from lazyfs.format.entry import LANDMARK, LANDMARK_CONTENT, TOC_NAME, Chunk, Entry, Kind
 from lazyfs.format.inflate import decompress
 from lazyfs.format.lazy import TABLE_FORMS, NotLazy, read_toc, toc_source
+from lazyfs.format.rfc3339 import parse_time
 from lazyfs.format.table import LayerTable
 from lazyfs.format.table_build import LayerFacts, build_table
 from lazyfs.format.toc import parse_toc
@@ -362,6 +364,45 @@ def test_podmans_toc_tells_times_and_modes_in_the_tars_words() -> None:
     assert (two["type"], two["devMajor"], two["devMinor"]) == ("char", 5, 1)
 
 
+_NAME = st.text("abc-._ é☃", min_size=1, max_size=8).filter(lambda name: name.strip(".") == name)
+_ATTRIBUTES = st.fixed_dictionaries(
+    {
+        "mode": st.integers(0, 0o7777),
+        "uid": st.sampled_from([0, 33, 3_000_000]),
+        "mtime_ns": st.sampled_from([0, 1, 10**18, 1_500_000_000_500_000_000, -(10**9)]),
+        "xattrs": st.dictionaries(
+            st.sampled_from(["user.a", "security.capability"]), st.binary(min_size=1, max_size=9)
+        ),
+    }
+)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.dictionaries(_NAME, st.tuples(st.integers(0, 3), st.binary(max_size=2000), _ATTRIBUTES), max_size=8))
+def test_podmans_toc_says_what_the_headers_say(names: dict[str, tuple[int, bytes, Any]]) -> None:
+    """podman 5 compares them value by value, and refuses the image for any difference."""
+    entries = [
+        (file(f"./{name}", data, **more), dir_(f"{name}/", **more), symlink(name, "to"), file(name, data, **more))[kind]
+        for name, (kind, data, more) in names.items()
+    ]
+    blob, result = convert(tar_of(*entries), PODMAN)
+    contents = {("./" if kind == 0 else "") + name: data for name, (kind, data, _) in names.items()}
+    tar = remade(blob, result, contents)
+    assert tar == unpack(blob, result)
+    told = {item["name"]: item for item in storage_toc(blob, result)["entries"]}
+    items = scan(tar)
+    assert len(items) == len(names) == len(told)
+    for item in items:
+        found, entry = told[item.name.decode()], item.entry
+        kinds = {Kind.REG: "reg", Kind.DIR: "dir", Kind.SYMLINK: "symlink"}
+        assert (found["type"], found.get("mode", 0)) == (kinds[entry.kind], item.mode)
+        assert (found.get("uid", 0), found.get("gid", 0)) == (entry.uid, entry.gid)
+        assert found.get("linkName", "").encode() == item.link and found.get("size", 0) == entry.size
+        assert parse_time(found["modtime"]) == entry.mtime_ns
+        xattrs = {key.encode(): b64decode(value) for key, value in found.get("xattrs", {}).items()}
+        assert xattrs == dict(entry.xattrs)
+
+
 def test_crc64_is_that_of_iso_3309() -> None:
     assert crc64(b"123456789") == 0xB90956C775A41001 and crc64(b"") == 0
     data = noise(100_000)
@@ -470,6 +511,15 @@ def test_any_order_leaves_the_same_names(order: list[int], count: int, form: Out
     plain = entries_of(unpack(*convert(tar, form)))
     assert sorted(again, key=lambda pair: pair[0].path) == sorted(plain, key=lambda pair: pair[0].path)
     assert len(result.prefetched) == count and result.entries == 14
+
+
+def test_a_cancelled_conversion_ends_while_the_tar_is_read_back(tmp_path: Path) -> None:
+    cancelled = threading.Event()
+    cancelled.set()
+    options = LayerOptions(ZSTD, (b"first",), tmp_path, cancelled)
+    with Compressors(3, 1) as compressors, pytest.raises(Interrupted):
+        convert_layer([ORDERED], io.BytesIO(), compressors, 2, options)
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_scratch_directory_that_is_not_there_is_told(tmp_path: Path) -> None:
