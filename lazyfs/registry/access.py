@@ -23,8 +23,9 @@ _PASSED = frozenset(
         *("HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY", "http_proxy", "https_proxy", "no_proxy"),
     }
 )
-_PASSED_PREFIXES = ("XDG_", "AWS_", "GOOGLE_", "CLOUDSDK_", "AZURE_", "GITHUB_", "GITLAB_", "CI_")
-_MAX_VALUE = 16 << 10  # bytes of one variable; longer ones are left out
+_PASSED_PREFIXES = ("XDG_", "AWS_", "GOOGLE_", "CLOUDSDK_", "AZURE_")
+_MAX_VALUE = 16 << 10  # characters of one variable; longer ones are left out
+_MAX_VALUES = 256 << 10  # of all of them; the control socket takes 1 MiB a message
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,13 +146,13 @@ def _registries_conf(found: Mapping[str, str], user: Path) -> tuple[Path, ...]:
 
 
 def _for_programs(found: Mapping[str, str]) -> tuple[tuple[str, str], ...]:
-    return tuple(
-        sorted(
-            (name, value)
-            for name, value in found.items()
-            if (name in _PASSED or name.startswith(_PASSED_PREFIXES)) and len(value) <= _MAX_VALUE
-        )
-    )
+    kept = []
+    room = _MAX_VALUES
+    for name, value in sorted(found.items(), key=lambda item: (item[0] not in _PASSED, item[0])):
+        if (name in _PASSED or name.startswith(_PASSED_PREFIXES)) and len(value) <= min(_MAX_VALUE, room):
+            kept.append((name, value))
+            room -= len(value)
+    return tuple(sorted(kept))
 
 
 def _absolute(text: str) -> Path:

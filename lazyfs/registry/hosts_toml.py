@@ -106,7 +106,7 @@ def split_server(text: str, *, override_path: bool = False) -> tuple[str, str] |
 
     The root ends with /v2 unless `override_path`.
     """
-    if not text.startswith(("http://", "https://")):
+    if text and not text.startswith(("http://", "https://")):
         text = f"https://{text}"
     try:
         parts = urlsplit(text)
@@ -139,7 +139,7 @@ def _parse(top: Section) -> tuple[HostRule, ...]:
 
 def _rule(section: Section, url: str, named_in: Section, name: str) -> HostRule:
     api = host = ""
-    if url:
+    if url or named_in is not section:
         split = split_server(url, override_path=section.flag("override_path"))
         if split is None:
             raise named_in.wrong(name, "is no http or https URL of a host")

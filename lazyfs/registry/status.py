@@ -5,17 +5,21 @@ from __future__ import annotations
 import json
 
 from lazyfs.errors import BadAnswer, BlobMissing, RegistryError, RegistryFault, TooManyRequests, Unauthorized
+from lazyfs.registry.tls import wants_certificate
 from lazyfs.registry.transport import Answer
 from lazyfs.registry.waits import MAX_WAIT, retry_after
 
 __all__ = ["MAX_WAIT", "error_for", "registry_words", "retry_after"]
 
 MAX_WORDS = 200  # characters of a registry's own message that are repeated
+# What nginx and Apache's kin say after the handshake, where others end it.
+_NO_CERTIFICATE = (b"No required SSL certificate was sent", b"The SSL certificate error")
 
 
 def error_for(answer: Answer, missing: type[RegistryError] = BlobMissing) -> RegistryError:
     """Return the error that an unwanted status means; 404 becomes `missing`. Reads the body and closes the answer."""
-    said = registry_words(answer.discard())
+    body = answer.discard()
+    said = registry_words(body)
     host, what, status = answer.host, answer.what, answer.status
     detail = f": {said}" if said else ""
     if status in (401, 403):
@@ -30,6 +34,9 @@ def error_for(answer: Answer, missing: type[RegistryError] = BlobMissing) -> Reg
         return RegistryFault(
             host, f"{host} failed with status {status} when asked for {what}{detail}", status=status, retry_after=wait
         )
+    if status == 400 and any(words in body for words in _NO_CERTIFICATE):
+        sentence, hint = wants_certificate(host)
+        return Unauthorized(host, sentence, hint=hint)
     error = BadAnswer(host, f"{host} answered {what} with status {status}{detail}")
     error.temporary = False  # a 4xx or an odd 2xx stays what it is
     return error

@@ -103,10 +103,7 @@ def explain(error: ssl.SSLError, host: str, has_client: bool) -> tuple[str, str]
         if has_client:
             return f"{host} does not accept our client certificate", "check --tls-cert, or client in its hosts.toml"
         if reason != "SSLV3_ALERT_HANDSHAKE_FAILURE":
-            return (
-                f"{host} wants a client certificate",
-                "give --tls-cert FILE and --tls-key FILE, or client in its hosts.toml",
-            )
+            return wants_certificate(host)
     if isinstance(error, ssl.SSLEOFError) and not has_client:
         return (
             f"{host} ended the TLS connection before it answered",
@@ -114,6 +111,14 @@ def explain(error: ssl.SSLError, host: str, has_client: bool) -> tuple[str, str]
         )
     said = reason.replace("_", " ").lower() or "it ended before an answer"
     return f"no TLS connection to {host}: {said}", ""
+
+
+def wants_certificate(host: str) -> tuple[str, str]:
+    """Return (sentence, hint) for a server that answers nobody without a client certificate that it trusts."""
+    return (
+        f"{host} wants a client certificate that it trusts",
+        "give --tls-cert FILE and --tls-key FILE, or client in its hosts.toml",
+    )
 
 
 def speaks_tls(host: str, timeout: float) -> bool:

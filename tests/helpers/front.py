@@ -10,6 +10,7 @@ from __future__ import annotations
 import base64
 import contextlib
 import hashlib
+import socket
 import subprocess
 import threading
 import time
@@ -50,6 +51,26 @@ http {{
       if ($secure_link = "0") {{ return 410; }}
       alias {blobs}/;
     }}
+  }}
+}}
+"""
+
+
+_DEMANDING = """\
+daemon off;
+master_process off;
+pid {place}/nginx.pid;
+error_log {place}/error.log warn;
+events {{ worker_connections 256; }}
+http {{
+  client_body_temp_path {place}/body; proxy_temp_path {place}/proxy; fastcgi_temp_path {place}/f;
+  uwsgi_temp_path {place}/u; scgi_temp_path {place}/s;
+  access_log off;
+  server {{
+    listen 127.0.0.1:{port} ssl;
+    ssl_certificate {certificate}; ssl_certificate_key {key};
+    ssl_verify_client on; ssl_client_certificate {clients};
+    location / {{ return 404; }}
   }}
 }}
 """
@@ -103,19 +124,35 @@ def front(place: Path, registry: real.DockerRegistry, pair: Pair, users: dict[st
                 certificate=pair.certificate, key=pair.key, blobs=stored,
             )
         )  # fmt: skip
-        command = [real.tool("nginx"), "-p", str(place), "-e", str(place / "error.log"), "-c", str(config)]
-        command += ["-g", "user root;"]
-        process = subprocess.Popen(command, stdin=subprocess.DEVNULL)
-        try:
-            _wait(process, ports[1], place)
+        with _nginx(place, config, ports[1]):
             yield running
-        finally:
-            real.stop(process)
+
+
+@contextlib.contextmanager
+def demanding_nginx(place: Path, pair: Pair, clients: Path) -> Iterator[str]:
+    """Run an nginx that wants a client certificate of the authority `clients`, and else has nothing. Yield its host."""
+    place.mkdir()
+    port = real.free_port()
+    config = place / "nginx.conf"
+    config.write_text(
+        _DEMANDING.format(place=place, port=port, certificate=pair.certificate, key=pair.key, clients=clients)
+    )
+    with _nginx(place, config, port):
+        yield f"127.0.0.1:{port}"
+
+
+@contextlib.contextmanager
+def _nginx(place: Path, config: Path, port: int) -> Iterator[None]:
+    command = [real.tool("nginx"), "-p", str(place), "-e", str(place / "error.log"), "-c", str(config)]
+    process = subprocess.Popen([*command, "-g", "user root;"], stdin=subprocess.DEVNULL)
+    try:
+        _wait(process, port, place)
+        yield
+    finally:
+        real.stop(process)
 
 
 def _wait(process: subprocess.Popen[bytes], port: int, place: Path) -> None:
-    import socket
-
     deadline = time.monotonic() + real.START
     while process.poll() is None and time.monotonic() < deadline:
         with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), 1):

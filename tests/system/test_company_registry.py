@@ -16,6 +16,7 @@ import pytest
 from tests.helpers import real
 from tests.helpers.certs import Pair, TestAuthority
 from tests.helpers.daemon import Node, pattern
+from tests.helpers.front import demanding_nginx
 from tests.helpers.tars import file, tar_of
 
 USER, PASSWORD = "alice", "hunter2-correct-horse"
@@ -165,3 +166,17 @@ def test_what_is_missing_is_one_sentence(node: Node, company: Company, scratch: 
     assert "none.json does not exist" in refused
     refused = node.refused(2, "verify", *authority, *certificate, "--tls-key", str(scratch / "creds"), *creds, image)
     assert "can't be loaded" in refused
+
+
+def test_an_nginx_that_wants_certificates_says_so_after_the_handshake(company: Company, scratch: Path) -> None:
+    authority, client = company.authority, company.client
+    other = TestAuthority(scratch / "other", "Other").issue()
+    with demanding_nginx(scratch / "nginx", authority.issue(), authority.certificate) as host, Node(scratch) as node:
+        image = f"docker://{host}/team/app:none"
+        trusted = ["--tls-ca", str(authority.certificate)]
+        for pair in (None, other):
+            shown = ["--tls-cert", str(pair.both)] if pair else []
+            refused = node.refused(4, "verify", *trusted, *shown, image)
+            assert f"{host} wants a client certificate that it trusts" in refused and "--tls-cert" in refused
+        refused = node.refused(3, "verify", *trusted, "--tls-cert", str(client.both), image)
+        assert "has no manifest" in refused

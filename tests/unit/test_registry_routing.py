@@ -152,6 +152,7 @@ def test_the_order_of_the_files(tmp_path: Path) -> None:
         ('server = "https://u:p@x"', "server is no http"),
         ('server = "https://x/../y"', "server is no http"),
         ('[host."https://a b"]', "is no http or https URL"),
+        ('[host.""]', "is no http or https URL"),
         ("host = 5", "host is no table"),
         ('[host]\n"https://x" = 5', "is no table"),
         ('[host."https://x"]\ncapabilities = ["fly"]', "capabilities knows pull"),
@@ -369,6 +370,13 @@ def test_access_travels_as_json(tmp_path: Path) -> None:
     assert from_json(json.loads(json.dumps(real.to_json()))) == real
     assert dict(real.environment) == {"HOME": str(tmp_path), "PATH": "/bin", "AWS_PROFILE": "p"}
     assert "p:w" not in repr(access)
+
+
+def test_an_environment_of_any_size_fits_the_control_socket() -> None:
+    long = {f"AWS_{number}": "x" * (number * 500) for number in range(200)}
+    kept = from_environment({"HOME": "/h", "PATH": "/bin", **long})
+    assert len(json.dumps(kept.to_json())) < 512 << 10
+    assert all(len(value) <= 16 << 10 for _, value in kept.environment)
 
 
 @given(_VALUES)
