@@ -173,23 +173,21 @@ def test_a_signal_leaves_nothing_behind(tmp_path: Path, number: signal.Signals, 
     run("umoci", "new", "--image", f"{source}:base")
     (tmp_path / "big.tar").write_bytes(tar_of(*(file(f"f{i}", os.urandom(1 << 20)) for i in range(60))))
     run("umoci", "raw", "add-layer", "--image", f"{source}:base", str(tmp_path / "big.tar"))
-    process = subprocess.Popen(
-        [sys.executable, "-m", "lazyfs", "-q", "convert", "--level", "19", f"oci:{source}:base", f"oci:{target}:lazy"],
-        stderr=subprocess.PIPE,
-    )
+    work = tmp_path / "work"
+    command = ["-q", "convert", "--level", "19", "--work-dir", str(work), f"oci:{source}:base", f"oci:{target}:lazy"]
+    process = subprocess.Popen([sys.executable, "-m", "lazyfs", *command], stderr=subprocess.PIPE)
     try:
         for _ in range(600):
-            if any(target.iterdir()):
+            if any(path.stat().st_size for path in work.glob("runs/*/[0-9a-f]*")):
                 break
             time.sleep(0.02)
         else:
             pytest.fail("the conversion never began")
         process.send_signal(number)
-        _, said = process.communicate(timeout=30)
     finally:
-        process.kill()
+        _, said = process.communicate(timeout=30)
     assert process.returncode == code, said
-    assert list(target.iterdir()) == []
+    assert list(target.iterdir()) == [] and list((work / "runs").iterdir()) == []
 
 
 def test_failures_are_sentences_with_exit_codes(layout: Path, tmp_path: Path) -> None:
