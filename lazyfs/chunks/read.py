@@ -16,7 +16,7 @@ from lazyfs.chunks.memory import MemoryCache
 from lazyfs.chunks.remote import Remote
 from lazyfs.chunks.schedule import Priority
 from lazyfs.chunks.single_flight import SingleFlight
-from lazyfs.errors import BlobMissing, LazyfsError
+from lazyfs.errors import BlobMissing, LazyfsError, StoreFull
 from lazyfs.format.table import NO_FRAME, Place
 
 _TASKS = 64  # chunks of one read looked for side by side: a layer may have chunks of one byte
@@ -163,8 +163,17 @@ class Reader:
 
     async def _refill(self, layer: ServedLayer, chunk: int) -> bytes | None:
         """Unpack a plain layer anew because a chunk of it was evicted or damaged: there is no smaller unit to fetch."""
-        await self.refill(layer)
-        return await trio.to_thread.run_sync(layer.store.read, chunk, limiter=self.counters.limiter)
+        if layer.refill is None:
+            return None
+        for _ in range(_REFILL_TRIES):  # a store that is much too small may have evicted it again
+            await self.refill(layer)
+            data = await trio.to_thread.run_sync(layer.store.read, chunk, limiter=self.counters.limiter)
+            if data is not None:
+                return data
+        raise StoreFull(
+            f"layer {layer.digest} was fetched again and is gone before it could be read",
+            hint="the store is too small for it: raise store_size",
+        )
 
     async def refill(self, layer: ServedLayer) -> None:
         """Unpack a plain layer anew, once for all who want that now. A checkpoint. Raise what the unpacking raises."""
