@@ -188,7 +188,7 @@ class WholeBlob:
     def _start(self, *, lent: bool) -> None:
         """Start a thread; without one more the rest is as slow as before, which is all. Holds the lock."""
         try:
-            threading.Thread(target=self._work, args=(lent,), daemon=True).start()
+            threading.Thread(target=self._work, args=(lent,), name="lazyfs-range", daemon=True).start()
         except RuntimeError:
             if lent:
                 self._lines.give_back(self._repository.host)
