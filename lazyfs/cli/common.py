@@ -157,9 +157,15 @@ def access(args: argparse.Namespace, chosen: Settings, side: str = "") -> Access
 
     from lazyfs.registry import access as accesses
 
+    def existing(flag: str, value: str) -> Path:
+        path = Path(value).expanduser().absolute()
+        if not path.exists():
+            raise UsageError(f"--{flag} {value}: there is no such file")
+        return path
+
     def path(name: str) -> Path | None:
         value = getattr(args, name, None)
-        return Path(value).expanduser().absolute() if value else None
+        return existing(name.replace("_", "-"), value) if value else None
 
     found = accesses.from_environment(certs_dir=chosen.certs_dir)
     authfile, certificate, key = path("authfile"), path("tls_cert"), path("tls_key")
@@ -170,7 +176,7 @@ def access(args: argparse.Namespace, chosen: Settings, side: str = "") -> Access
     return dataclasses.replace(
         found,
         login=_login(args, side),
-        ca=tuple(Path(one).expanduser().absolute() for one in getattr(args, "tls_ca", ())),
+        ca=tuple(existing("tls-ca", one) for one in getattr(args, "tls_ca", ())),
         client=(certificate, key) if certificate is not None else None,
         skip_verify=bool(getattr(args, "insecure_skip_verify", False)),
     )

@@ -33,10 +33,9 @@ def endpoint_checks(reference: Reference, access: Access, plain_http: bool | Non
 
 def _check(endpoint: Endpoint, access: Access) -> Check:
     name = "endpoint" if endpoint.origin else "mirror"
-    words = [
-        f"{endpoint.api}/{endpoint.repository}",
-        f"from {endpoint.source}" if endpoint.source else "no mirrors file",
-    ]
+    words = [f"{endpoint.api}/{endpoint.repository}"]
+    if endpoint.source:
+        words.append(f"from {endpoint.source}")
     words += [_transport(endpoint), *_limits(endpoint)]
     if endpoint.headers:
         words.append(f"headers {', '.join(header for header, _ in endpoint.headers)}")

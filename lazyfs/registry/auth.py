@@ -15,7 +15,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from urllib.parse import urlencode, urlsplit, urlunsplit
 
-from lazyfs.errors import BadAnswer, RegistryTimeout, Unauthorized
+from lazyfs.errors import BadAnswer, RegistryTimeout, Unauthorized, UsageError
 from lazyfs.registry.credentials import Credentials
 from lazyfs.registry.logins import Found, Logins
 from lazyfs.registry.status import error_for
@@ -174,7 +174,10 @@ class Authorizer:
         self._header = header
 
     def _find(self, deadline: float, fresh: bool) -> Found:
-        found = self._logins.find(deadline, fresh=fresh)
+        try:
+            found = self._logins.find(deadline, fresh=fresh)
+        except UsageError as error:  # in the middle of a read a file is as bad as a refusal: this source can't be used
+            raise Unauthorized(self._host, error.message, hint=error.hint) from None
         self._tried = found.tried
         return found
 

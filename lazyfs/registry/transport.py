@@ -13,7 +13,7 @@ import requests
 from urllib3.exceptions import HTTPError, NameResolutionError, ReadTimeoutError
 
 from lazyfs import __version__
-from lazyfs.errors import BadAnswer, DocumentInvalid, RegistryError, RegistryTimeout, RegistryUnreachable
+from lazyfs.errors import BadAnswer, DocumentInvalid, RegistryError, RegistryTimeout, RegistryUnreachable, UsageError
 from lazyfs.registry.addresses import name_refusal
 from lazyfs.registry.connections import AddressRefused, CurrentLimits, Guard, Limits, TimedAdapter
 from lazyfs.registry.credential_programs import CredentialPrograms
@@ -165,7 +165,7 @@ class Transport:
         `body_size` is the length of `body` in bytes. Blocks until `limits` at most (name resolution apart, which the
         system's resolver bounds). `guard`: who named the host; what a registry named is not asked at addresses that
         are none of its business, as far as we resolve them: through a proxy only the name can be looked at. Raise
-        RegistryUnreachable, RegistryTimeout, BadAnswer, and UsageError for certificates that can't be loaded.
+        RegistryUnreachable (also for certificates that can't be loaded), RegistryTimeout, BadAnswer.
         """
         host = host_of(url)
         started = time.monotonic()
@@ -185,6 +185,7 @@ class Transport:
         left = limits.pause(started, begun=False)
         if left <= 0:
             raise RegistryTimeout(host, f"no time was left to ask {host} for {what}")
+        context = self._context(host, tls) if url.startswith("https:") else True
         sending = {"User-Agent": f"lazyfs/{__version__}", "Accept-Encoding": "identity", **headers}
         self._current.limits = limits
         self._current.reader, self._current.peer = None, ""
@@ -195,7 +196,7 @@ class Transport:
                 stream=True,
                 timeout=(min(connect_timeout, left), left),
                 proxies=proxies,
-                verify=self._contexts.context(tls) if url.startswith("https:") else True,  # type: ignore[arg-type]
+                verify=context,  # type: ignore[arg-type]
             )
             if self._current.reader is not None:
                 self._current.reader.begun = True
@@ -213,6 +214,14 @@ class Transport:
         told.note(response)
         peer = "" if proxies else self._current.peer
         return Answer(response, url, what, report, kind=kind, sent=body_size, peer=peer, told=told)
+
+    def _context(self, host: str, tls: Tls) -> ssl.SSLContext:
+        try:
+            return self._contexts.context(tls)
+        except UsageError as error:  # a mirror's certificates are no reason not to ask the next one
+            failed = RegistryUnreachable(host, f"no TLS to {host}: {error.message}", hint=error.hint)
+            failed.temporary = False
+            raise failed from None
 
     def is_proxied(self, url: str) -> bool:
         """Tell whether requests to `url` go through a proxy."""

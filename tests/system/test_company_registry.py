@@ -163,8 +163,8 @@ def test_what_is_missing_is_one_sentence(node: Node, company: Company, scratch: 
     refused = node.refused(2, "verify", "--creds", "nocolon", image)
     assert "--creds does not hold USER:PASSWORD" in refused and "nocolon" not in refused
     refused = node.refused(2, "verify", "--authfile", str(scratch / "none.json"), *flags(company), image)
-    assert "none.json does not exist" in refused
-    refused = node.refused(2, "verify", *authority, *certificate, "--tls-key", str(scratch / "creds"), *creds, image)
+    assert "none.json: there is no such file" in refused
+    refused = node.refused(5, "verify", *authority, *certificate, "--tls-key", str(scratch / "creds"), *creds, image)
     assert "can't be loaded" in refused
 
 

@@ -399,3 +399,14 @@ def test_a_login_made_after_the_refusal_is_found(tmp_path: Path) -> None:
         auth_file(path, {"auths": {registry.host: {"auth": encoded("alice", SECRET)}}})
         assert fetched(repository, digest) == BLOB
         repository.close()
+
+
+def test_a_broken_file_in_the_middle_of_a_read_is_a_refusal_of_that_registry(tmp_path: Path) -> None:
+    """All that a repository raises is a RegistryError: readers and mirrors know what to do with those."""
+    with FakeRegistry(auth="basic", users={"alice": SECRET}) as registry:
+        path = tmp_path / "c.json"
+        path.write_text("{")
+        repository = opened(registry, Access(auth_files=(path,)))
+        with pytest.raises(Unauthorized, match=r"c\.json is not JSON"):
+            repository.manifest("v1")
+        repository.close()

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from lazyfs import reference
-from lazyfs.errors import BadAnswer, RegistryUnreachable, Unauthorized, UsageError
+from lazyfs.errors import BadAnswer, RegistryUnreachable, Unauthorized
 from lazyfs.registry.access import Access
 from lazyfs.registry.hops import Hop
 from lazyfs.registry.open import OpenOptions, open_repository
@@ -166,7 +166,7 @@ def test_a_bundle_that_is_not_there_is_named(
 ) -> None:
     monkeypatch.setenv("REQUESTS_CA_BUNDLE", str(tmp_path / "none.pem"))
     repository = opened(secure, tmp_path, plain_http=False)
-    with pytest.raises(UsageError, match=r"none\.pem"):
+    with pytest.raises(RegistryUnreachable, match=r"none\.pem"):
         repository.manifest("v1")
     repository.close()
 

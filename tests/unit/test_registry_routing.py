@@ -463,3 +463,13 @@ def test_explicit_logins_go_to_the_origin_and_not_to_mirrors(tmp_path: Path) -> 
         assert mirror.count() and not any(request.authorization for request in mirror.requests)
         assert any(request.authorization for request in origin.requests)
         repository.close()
+
+
+def test_a_mirror_whose_certificates_can_not_be_loaded_is_passed_by(tmp_path: Path) -> None:
+    with FakeRegistry() as origin:
+        image = origin.add_image("team/app", "1", [b"layer" * 10])
+        text = f'server = "http://{origin.host}"\n[host."https://m.example"]\nca = "none.pem"\n'
+        options = OpenOptions(retry=RetryPolicy(attempts=1), access=hosts(tmp_path, text))
+        repository = open_repository(reference.parse(IMAGE), options)
+        assert repository.manifest("1")[1] == image.raw
+        repository.close()
