@@ -216,6 +216,20 @@ def test_rounded_times_are_the_tars() -> None:
     check(estargz_layer(tar_of(file("a", b"x", mtime_ns=1_500_000_000_500_000_000))))
 
 
+def test_attributes_without_a_value_may_be_told_or_not() -> None:
+    tar = tar_of(dir_("a", xattrs={"user.empty": b"", "user.full": b"x"}))
+
+    def told(**xattrs: str) -> LayerBlob:
+        named = {key.replace("_", "."): value for key, value in xattrs.items()}
+        return estargz_layer(tar, edit_toc=lambda toc: toc["entries"][0].update(xattrs=named))
+
+    check(told(user_full="eA=="))
+    check(told(user_full="eA==", user_empty=""))
+    for wrong in (told(user_empty=""), told(user_full="eQ=="), told(user_full="eA==", user_empty="eA==")):
+        with pytest.raises(TocMismatch, match="attributes"):
+            check(wrong)
+
+
 # -- lies
 
 
