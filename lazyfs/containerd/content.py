@@ -5,6 +5,7 @@ Source: containerd, api/services/content/v1 (offsets and sizes are bytes of the 
 
 from __future__ import annotations
 
+import io
 import queue
 import time
 from collections.abc import Iterator
@@ -123,23 +124,18 @@ class ContentStore:
 
         False when it is nowhere, or when this containerd's namespaces share no content.
         """
-        question = messages.WriteContentRequest(
-            action=messages.STAT, ref=f"lazyfs-take-{digest}", total=size, expected=digest
-        )
-        call = self._calls.exchange(_WRITE, iter((question,)), lease=lease)
+        # Where content is shared, containerd says of a blob that it has elsewhere that all of it was uploaded already.
+        upload = _Upload(self._calls, digest, size, io.BytesIO(), {}, f"lazyfs-take-{digest}")
         try:
-            while following(call) is not None:
-                pass  # to its end: the upload that was begun can be forgotten only then
+            upload.run(lease, None)
+            return True  # committed, or here before
+        except PushRejected:  # bytes were asked for
+            self.abort(upload.ref)
+            return False
         except Refused as error:
-            if error.code == "ALREADY_EXISTS":
-                return True
             if _is_locked(error):
                 return False
-            raise self._calls.fault(f"looking for blob {digest}", error) from None
-        finally:
-            call.cancel()
-        self.abort(question.ref)
-        return False
+            raise self._calls.fault(f"taking over blob {digest}", error) from None
 
     def write(
         self,
@@ -195,8 +191,10 @@ class ContentStore:
 class _Upload:
     """One try at writing a blob: STAT, whose answer says how much is there, then the rest, then COMMIT."""
 
-    def __init__(self, calls: Calls, digest: str, size: int, source: BinaryIO, labels: dict[str, str]) -> None:
-        self.ref = f"lazyfs-{digest}"
+    def __init__(
+        self, calls: Calls, digest: str, size: int, source: BinaryIO, labels: dict[str, str], ref: str = ""
+    ) -> None:
+        self.ref = ref or f"lazyfs-{digest}"
         self.touched = False  # the source was read from
         self.resumed = False  # an earlier upload was gone on with
         self._calls = calls
@@ -251,7 +249,7 @@ class _Upload:
 
     def _rest(self, at: int) -> Iterator[messages.WriteContentRequest]:
         self.touched = True
-        skip = min(at, self._size)
+        skip = at if at < self._size else 0
         while skip:
             skip -= len(self._read(skip))
         while at < self._size:
