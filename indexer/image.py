@@ -10,7 +10,6 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -84,10 +83,10 @@ class Conversion:
         began = time.monotonic()
         plan = self._plan()
         self.notes += plan.notes
-        with self._ending(), _work_directory(options) as work, ThreadPoolExecutor(1, "referrers") as beside:
+        with self._ending(), _work_directory(options) as work:
             images = plan.root.images()
             subjects = list(dict.fromkeys([plan.root.digest, *(node.digest for node in images)]))
-            listing = beside.submit(related.try_to_list, self._source, subjects)
+            listing = related.Listing(self._source, subjects)
             done = self._convert_layers(images, work)
             result = _Result(plan.root, done, options)
             copier = Copier(self._source, self._destination, options, work, self._cancelled)

@@ -8,6 +8,7 @@ nothing. What refers to a referrer is left alone.
 from __future__ import annotations
 
 import logging
+import threading
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -150,10 +151,24 @@ def note_about(referrers: list[Referrer]) -> str:
     return f"{told[:500]} of the source {'refers' if len(referrers) == 1 else 'refer'} to it, not to the result"
 
 
-def try_to_list(source: Repository, subjects: list[str]) -> tuple[list[Referrer], str]:
-    """Return (what refers to the source, "") or ([], why that is not known). Blocks."""
-    try:
-        return list_referrers(source, subjects), ""
-    except (RegistryError, FormatError, TrustError) as error:
-        log.info("referrers: %s", error)
-        return [], f"what refers to the source is not known: {error.message}"
+class Listing:
+    """`list_referrers` under way in a daemon thread: one that hangs holds up neither a failure nor an interruption."""
+
+    def __init__(self, source: Repository, subjects: list[str]) -> None:
+        self._found: list[Referrer] = []
+        self._unknown = "what refers to the source is not known"
+        self._thread = threading.Thread(target=self._run, args=(source, subjects), name="referrers", daemon=True)
+        self._thread.start()
+
+    def result(self) -> tuple[list[Referrer], str]:
+        """Return (what refers to the source, "") or ([], why that is not known). Blocks until it is listed."""
+        self._thread.join()
+        return self._found, self._unknown
+
+    def _run(self, source: Repository, subjects: list[str]) -> None:
+        try:
+            self._found = list_referrers(source, subjects)
+            self._unknown = ""
+        except (RegistryError, FormatError, TrustError) as error:
+            log.info("referrers: %s", error)
+            self._unknown += f": {error.message}"

@@ -191,11 +191,11 @@ def test_killed_in_the_middle_of_a_layer(big: str, tmp_path: Path) -> None:
         # Once the small layer is done and the large one is not.
         kill_when(
             lambda: len(list(work.glob("layers/*.json"))) == 1,
-            "--jobs", "1", "--level", "19", "--work-dir", work, big, destination,
+            "--jobs", "1", "--level", "13", "--work-dir", work, big, destination,
         )  # fmt: skip
         assert not registry.requests or registry.count("PUT") == 0
         assert list((work / "runs").iterdir())
-        report = convert("--level", "19", big, destination, work=work).report
+        report = convert("--level", "13", big, destination, work=work).report
         assert [layer["action"] for layer in report["layers"]] == ["reused", "converted"]
         assert report["layers"][0]["reused_from"] == "work directory"
         # Nothing is left but the records.
@@ -240,7 +240,6 @@ def test_a_cache_repository_between_machines(docker_registry: DockerRegistry, bi
     assert second["manifest"] == first["manifest"]
     assert {layer["reused_from"] for layer in second["layers"]} == {"cache repository"}
     assert second["mounted"] >= second["size"] and second["pushed"] < 10_000
-    assert second["seconds"] < first["seconds"]
     wrong = convert("--cache-repo", docker_registry.image("pipe/cache", "x"), big, "oci:y:z", ok=False)
     assert wrong.code == 2 and "repository" in wrong.err
 

@@ -25,7 +25,7 @@ from indexer.reuse import source_key
 from indexer.work import BLOB_AGE, Converted, WorkDirectory
 from lazyfs import oci
 from lazyfs.digest import EMPTY, of
-from lazyfs.errors import DocumentInvalid, RegistryFault, StoreBroken, UsageError
+from lazyfs.errors import DigestMismatch, DocumentInvalid, RegistryFault, StoreBroken, UsageError
 from lazyfs.registry.referrers import fallback_tag
 from tests.helpers.fake_registry import AddedImage, FakeRegistry, Fault
 from tests.helpers.tars import file, tar_of
@@ -414,3 +414,14 @@ def test_referrers_that_cannot_be_listed_stop_only_their_copying(registry: FakeR
     with pytest.raises(UsageError, match="--copy-referrers"):
         convert(image.reference, f"{registry.host}/other:1", replace(ConvertOptions(), copy_referrers=True))
     assert "other" not in registry.repositories
+
+
+def test_a_listing_that_hangs_holds_up_no_failure(registry: FakeRegistry) -> None:
+    image = add_app(registry)
+    registry.fault(Fault.BLACK_HOLE, path="/referrers/")
+    registry.blobs[image.layers[1]] = TOP.replace(b"hello", b"jello")
+    began = time.monotonic()
+    with pytest.raises(DigestMismatch):
+        convert(image.reference, f"{registry.host}/lazy:1", ConvertOptions())
+    assert time.monotonic() - began < 10
+    registry.release()
