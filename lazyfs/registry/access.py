@@ -139,9 +139,9 @@ def _registries_conf(found: Mapping[str, str], user: Path) -> tuple[Path, ...]:
     named, directory = found.get("CONTAINERS_REGISTRIES_CONF"), found.get("CONTAINERS_REGISTRIES_CONF_DIR")
     system = Path("/etc/containers")
     own, above = user / "registries.conf", user / "registries.conf.d"
-    if not named and not directory and own.exists():
+    if not named and not directory and os.path.exists(own):
         return (own, above)
-    first = _absolute(named) if named else own if own.exists() else system / "registries.conf"
+    first = _absolute(named) if named else own if os.path.exists(own) else system / "registries.conf"
     return (first, _absolute(directory)) if directory else (first, system / "registries.conf.d", above)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 import tomllib
 from dataclasses import dataclass
@@ -9,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from lazyfs.errors import UsageError
+
+log = logging.getLogger(__name__)
 
 MAX_FILE = 256 << 10  # bytes
 
@@ -79,13 +82,19 @@ def read_section(path: Path, of_use: re.Pattern[bytes] | None = None) -> Section
 
 
 def read_bounded(path: Path, limit: int = MAX_FILE) -> bytes | None:
-    """Return a file's bytes, None when there is no such file. Blocking. Raise UsageError when it can't be read."""
+    """Return a file's bytes, None when there is no such file for us. Blocking. Raise UsageError when it can't be read.
+
+    What only others may read is passed over, as containerd's files in the hands of an ordinary user.
+    """
     try:
         if path.exists() and not path.is_file():
             raise UsageError(f"{path} is no regular file")  # a FIFO would keep us for ever
         with path.open("rb") as file:
             raw = file.read(limit + 1)
     except (FileNotFoundError, NotADirectoryError):
+        return None
+    except PermissionError:
+        log.info("passed over, not ours to read: %s", path)
         return None
     except (OSError, ValueError) as error:
         raise UsageError(f"{path} can't be read: {error}") from None

@@ -86,7 +86,7 @@ def certificates_in(directory: Path) -> Tls | None:
     """
     try:
         names = sorted(os.listdir(directory))
-    except (FileNotFoundError, NotADirectoryError):
+    except (FileNotFoundError, NotADirectoryError, PermissionError):
         return None
     except OSError as error:
         raise UsageError(f"{directory} can't be read: {error.strerror}") from None

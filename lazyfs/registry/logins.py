@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import time
 from dataclasses import dataclass
 
@@ -58,7 +59,7 @@ class Logins:
         if problems:
             log.warning("no login for %s: %s", self._host, "; ".join(problems))
             return Found(None, f"no credentials, as {problems[0]}")
-        places = " and ".join(str(path) for path in self._access.auth_files if path.exists())
+        places = " and ".join(str(path) for path in self._access.auth_files if os.path.exists(path))
         places = places or " and ".join(str(path) for path in self._access.auth_files[-1:])
         return Found(None, f"no credentials, as {places or 'no file'} has none for {self._host}")
 
@@ -72,7 +73,7 @@ class Logins:
             file = read_auth_file(path)
             if file is None:
                 if self._access.auth_file_given:
-                    raise UsageError(f"credentials file {path} does not exist")
+                    raise UsageError(f"credentials file {path} is not there for us to read")
                 continue
             program = file.program(self._host)
             found = self._from_program(program, deadline, not_before, problems) if program else None

@@ -99,6 +99,8 @@ def _files(paths: tuple[Path, ...]) -> list[Path]:
     for path in paths:
         try:
             inside = sorted(path.glob("*.conf")) if path.is_dir() else [path]
+        except PermissionError:
+            continue  # a home that isn't ours
         except OSError as error:
             raise UsageError(f"{path} can't be read: {error.strerror}") from None
         if len(inside) > MAX_FILES:

@@ -162,9 +162,12 @@ def _load(tls: Tls) -> ssl.SSLContext:
 
 
 def _pem_files(path: Path) -> list[Path]:
-    if not path.is_dir():
+    if not os.path.isdir(path):
         return [path]
-    found = sorted(one for one in path.iterdir() if one.suffix in (".pem", ".crt", ".0") and one.is_file())
+    try:
+        found = sorted(one for one in path.iterdir() if one.suffix in (".pem", ".crt", ".0") and one.is_file())
+    except OSError as error:
+        raise UsageError(f"{path} can't be read: {error.strerror}") from None
     if not found or len(found) > MAX_FILES:
         raise UsageError(f"{path} holds {'no' if not found else 'too many'} certificates")
     return found
@@ -173,7 +176,7 @@ def _pem_files(path: Path) -> list[Path]:
 def _trust(context: ssl.SSLContext, path: Path) -> None:
     raw = read_bounded(path, MAX_PEM)
     if raw is None:
-        raise UsageError(f"the CA certificate {path} does not exist")
+        raise UsageError(f"the CA certificate {path} is not there for us to read")
     try:
         context.load_verify_locations(cadata=raw.decode("ascii"))
     except (ssl.SSLError, ValueError):
@@ -182,8 +185,8 @@ def _trust(context: ssl.SSLContext, path: Path) -> None:
 
 def _present(context: ssl.SSLContext, certificate: Path, key: Path | None) -> None:
     for path in (certificate, key):
-        if path is not None and not path.is_file():
-            raise UsageError(f"the client certificate's file {path} does not exist")
+        if path is not None and not os.path.isfile(path):
+            raise UsageError(f"the client certificate's file {path} is not there for us to read")
     try:
         # Without a password of our own OpenSSL would ask the terminal for one.
         context.load_cert_chain(certificate, key, password=lambda: "")

@@ -25,6 +25,7 @@ from lazyfs.registry.logins import Logins
 from lazyfs.registry.open import OpenOptions, open_repository
 from lazyfs.registry.repository import Repository
 from lazyfs.registry.retry import RetryPolicy
+from tests.helpers.daemon import until
 from tests.helpers.fake_registry import FakeRegistry, Fault
 
 SECRET = "hunter2-correct-horse"
@@ -110,7 +111,7 @@ def test_files_are_looked_at_in_order_and_again(tmp_path: Path) -> None:
 
 
 def test_a_file_that_was_named_must_be_there(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match=r"none\.json does not exist"):
+    with pytest.raises(UsageError, match=r"none\.json is not there"):
         found(Access(auth_files=(tmp_path / "none.json",), auth_file_given=True))
     assert found(Access(auth_files=(tmp_path / "none.json",))) is None
 
@@ -254,12 +255,15 @@ def test_a_program_that_misbehaves_costs_a_sentence(tmp_path: Path, kind: str) -
     environment = program(tmp_path / "bin", "bad", script)
     started = time.monotonic()
     with pytest.raises(UsageError) as caught:
-        CredentialPrograms(patience=0.7).ask("bad", HOST, environment, soon())
-    assert time.monotonic() - started < 5
+        CredentialPrograms(patience=0.7 if "in time" in words else 15).ask("bad", HOST, environment, soon())
+    assert time.monotonic() - started < 10
     assert f"docker-credential-bad {words}" in caught.value.message
     assert "secret-on-stdout" not in str(caught.value) and "\n" not in caught.value.message
     # Its process group is gone.
-    assert not [pid for pid in os.listdir("/proc") if pid.isdigit() and _environment_of(pid, str(tmp_path))]
+    until(
+        lambda: not any(_environment_of(pid, str(tmp_path)) for pid in os.listdir("/proc") if pid.isdigit()),
+        "no process is left",
+    )
 
 
 def _environment_of(pid: str, marker: str) -> bool:
@@ -289,7 +293,7 @@ def test_what_a_program_leaves_behind_is_not_waited_for(tmp_path: Path) -> None:
     environment = program(tmp_path / "bin", "test", f"sleep 300 & {answer('a', 'b')}")
     started = time.monotonic()
     assert CredentialPrograms().ask("test", HOST, environment, soon()) is not None
-    assert time.monotonic() - started < 5
+    assert time.monotonic() - started < 10
 
 
 def test_a_program_sees_no_environment_but_what_it_was_given(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -473,3 +473,16 @@ def test_a_mirror_whose_certificates_can_not_be_loaded_is_passed_by(tmp_path: Pa
         repository = open_repository(reference.parse(IMAGE), options)
         assert repository.manifest("1")[1] == image.raw
         repository.close()
+
+
+def test_files_that_only_others_may_read_are_passed_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """HOME is another user's, or containerd's files are root's: we are an ordinary user then."""
+    access = from_environment({"HOME": str(tmp_path / "home")}, certs_dir=tmp_path / "certs.d")
+
+    def refuse(*_: object, **__: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    for name in ("pathlib.Path.open", "pathlib.Path.exists", "pathlib.Path.is_dir", "pathlib.Path.glob", "os.listdir"):
+        monkeypatch.setattr(name, refuse)
+    (origin,) = find_endpoints(reference.parse(IMAGE), access)
+    assert origin.host == "registry.example:5000"

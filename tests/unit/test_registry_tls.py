@@ -212,10 +212,10 @@ def test_files_that_hold_no_certificates_are_named(pair: Pair, tmp_path: Path) -
 
     real.call("openssl", "ec", "-in", pair.key, "-aes128", "-passout", "pass:word", "-out", locked)
     wrong: list[tuple[Tls, str]] = [
-        (Tls(ca=(tmp_path / "none.pem",)), "none.pem does not exist"),
+        (Tls(ca=(tmp_path / "none.pem",)), "none.pem is not there for us to read"),
         (Tls(ca=(rubbish,)), "holds no CA certificate"),
         (Tls(ca=(empty,)), "holds no certificates"),
-        (Tls(client=((tmp_path / "none.pem", None),)), "none.pem does not exist"),
+        (Tls(client=((tmp_path / "none.pem", None),)), "none.pem is not there for us to read"),
         (Tls(client=((rubbish, None),)), "can't be loaded"),
         (Tls(client=((pair.certificate, rubbish),)), "can't be loaded"),
         (Tls(client=((pair.certificate, locked),)), "can't be loaded"),
