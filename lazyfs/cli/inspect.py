@@ -112,7 +112,7 @@ def run(args: argparse.Namespace, out: Output) -> int:
         layers = [_classify(layer, settings.allow_unverified) for layer in resolved.manifest.layers]
         config = _fetch_rest(
             repository, layers, recorder, lambda: fetch_config(repository, resolved.manifest),
-            with_tocs=args.files or args.timing,
+            with_tocs=args.files or args.timing, with_footers=args.files,
         )  # fmt: skip
     finally:
         repository.close()
@@ -155,6 +155,7 @@ def _fetch_rest(
     get_config: Callable[[], ImageConfig],
     *,
     with_tocs: bool,
+    with_footers: bool,
 ) -> ImageConfig:
     """Fetch the config and, if wanted, all tables of contents at the same time, as a mount does."""
     from lazyfs.cli.side_by_side import side_by_side
@@ -174,8 +175,11 @@ def _fetch_rest(
         return work
 
     works: list[Callable[[], None]] = [config_work]
-    looked = [number for number, layer in enumerate(layers) if layer.lazy or _may_have_footer(layer)]
-    looked = looked if with_tocs else []
+    looked = [
+        number
+        for number, layer in enumerate(layers)
+        if (with_tocs and layer.lazy) or (with_footers and _may_have_footer(layer))
+    ]
     works += [toc_work(number) for number in looked]
     config_error, *errors = side_by_side(works, _THREADS)
     if config_error is not None:
