@@ -84,6 +84,30 @@ def by_lazyfs(directory: Path, root: Path, image: str) -> float:
         return time.monotonic() - began
 
 
+def by_running_lazyfs(directory: Path, root: Path, image: str, other: str) -> float:
+    """Return the seconds of `lazyfs mount` beside another image's mount, whose daemon runs already."""
+    target = directory / "second"
+    target.mkdir(exist_ok=True)
+    with lazy_image.mounted(directory, root, other, {}):
+        began = time.monotonic()
+        lazy_image.command(directory, root, {}, "mount", image, str(target))
+        seconds = time.monotonic() - began
+        lazy_image.command(directory, root, {}, "umount", str(target))
+    return seconds
+
+
+def empty_image(directory: Path, registry: real.DockerRegistry) -> str:
+    """Push an image with one empty directory."""
+    tar = directory / "empty.tar"
+    with tarfile.open(tar, "w") as out:
+        member = tarfile.TarInfo("empty")
+        member.type = tarfile.DIRTYPE
+        out.addfile(member)
+    image = registry.image("empty", "1")
+    real.copy_image(real.build_layout(directory / "other", "empty", [tar]), image)
+    return image
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pairs", type=int, default=3, help="runs of each, taken in turn")
@@ -92,7 +116,7 @@ def main() -> int:
     parser.add_argument("--tar", type=Path, default=None, metavar="FILE", help="instead of a minimal Debian")
     args = parser.parse_args()
     tar = args.tar or debian.rootfs_tar()
-    times: dict[str, list[float]] = {"lazyfs": [], "containerd": [], "curl_tar": []}
+    times: dict[str, list[float]] = {"lazyfs": [], "lazyfs_cold": [], "containerd": [], "curl_tar": []}
     with (
         scratch() as directory,
         real.docker_registry(directory / "r") as registry,
@@ -100,6 +124,7 @@ def main() -> int:
     ):
         image = registry.image("plain", args.compression)
         publish(split(tar, args.layers, directory), args.compression, directory, image)
+        other = empty_image(directory, registry)
         digests = [layer["digest"] for layer in manifest_of(image)["layers"]]
         urls = [f"http://{registry.host}/v2/plain/blobs/{digest}" for digest in digests]
         for pair in range(args.pairs):
@@ -107,7 +132,8 @@ def main() -> int:
             for url in urls:  # the registry's disk limits nobody
                 subprocess.run(["curl", "-sS", "--noproxy", "*", "-o", "/dev/null", url], check=True, timeout=600)
             took = {
-                "lazyfs": by_lazyfs(directory, directory / f"s{pair}", image),
+                "lazyfs": by_running_lazyfs(directory, directory / f"s{pair}", image, other),
+                "lazyfs_cold": by_lazyfs(directory, directory / f"t{pair}", image),
                 "curl_tar": by_hand(urls, args.compression, directory / f"x{pair}"),
                 "containerd": by_containerd(running, image.removeprefix("docker://")),
             }
@@ -115,7 +141,8 @@ def main() -> int:
                 times[name].append(seconds)
             print(json.dumps({"pair": pair, **{name: round(value, 3) for name, value in took.items()}}), flush=True)
             shutil.rmtree(directory / f"x{pair}")
-            shutil.rmtree(directory / f"s{pair}")
+            for store in (f"s{pair}", f"t{pair}"):
+                shutil.rmtree(directory / store)
     medians = {name: statistics.median(values) for name, values in times.items()}
     faster = statistics.median(c / ours for c, ours in zip(times["containerd"], times["lazyfs"], strict=True))
     share = statistics.median(c / ours for c, ours in zip(times["curl_tar"], times["lazyfs"], strict=True))

@@ -20,7 +20,7 @@ from typing import Any
 
 from lazyfs import digest as digests
 from lazyfs.child import MEMORY, limit, refuse
-from lazyfs.chunks.cut import FileCutter, Piece, PieceWriter
+from lazyfs.chunks.cut import CHUNK, FileCutter, Piece, PieceWriter
 from lazyfs.chunks.stages import Ahead, Sink
 from lazyfs.errors import DiffIdMismatch, DigestMismatch, FormatError, LazyfsError, StoreBroken, StoreFull, TarInvalid
 from lazyfs.format.entry import Chunk, Kind
@@ -31,11 +31,11 @@ from lazyfs.format.table_build import LayerFacts, write_table
 from lazyfs.format.tar import TarScanner
 from lazyfs.units import KiB, align
 
-_INPUT = 128 * KiB  # bytes of one read from the pipe: inflated they still lie in the processor's caches
-_INPUTS = 16  # reads that wait for the decoder
+_INPUT = 256 * KiB  # bytes of one read from the pipe
+_INPUTS = 8  # reads that wait for the decoder
 _BLOCKS = 4  # inflated blocks of at most 1 MiB that wait, for each of the stages behind
-_LEAST = 256 * KiB  # bytes; shorter blocks are joined, handing one over costs as much as hashing 20 KiB
-_SWITCH = 0.0005  # seconds; the main thread gives way ten times sooner than usual, the others hold the lock but shortly
+_LEAST = 512 * KiB  # bytes; shorter blocks are joined, for handing one over may cost a wait for the interpreter's lock
+_SWITCH = 0.0001  # seconds; the main thread gives way sooner than usual, for the others hold the lock but shortly
 
 
 class Unpacker:
@@ -58,6 +58,14 @@ class Unpacker:
         for item in self._scanner.feed(block):
             entry = item.entry
             if entry.kind is Kind.REG and entry.size:
+                start = item.payload - self._position
+                if entry.size <= CHUNK and item.sparse is None and start + entry.size <= len(view):
+                    # Nearly all files: one chunk, and all of it is here.
+                    chunk = Chunk(0, entry.size, self.data_size, 0, b"")
+                    pieces.append(Piece(chunk, [view[start : start + entry.size]], self.data_size))
+                    self.data_size = align(self.data_size + entry.size)
+                    self.pairs.add(entry, [chunk])
+                    continue
                 self._file = FileCutter(item, self.data_size, pieces)
                 self.data_size = align(self.data_size + entry.size)
                 self._payload(view)

@@ -66,7 +66,7 @@ class Preparer:
         self._catalog = catalog
         self._settings = settings
         self.builder = Builder()
-        self.unpacking = Unpacking(store, settings.host_connections)
+        self.unpacking = Unpacking(store, settings.host_connections, self.builder.warm)
 
     def begin_tails(
         self, repository: Repository, manifest: Manifest, pool: ThreadPoolExecutor

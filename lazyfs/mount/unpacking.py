@@ -30,9 +30,10 @@ _ROOMS = 2  # times that room is made for one layer
 class Unpacking:
     """Unpack plain layers. Thread-safe; every call blocks, in a worker thread."""
 
-    def __init__(self, store: Store, connections: int) -> None:
-        """`connections`: what one host may have at a time."""
+    def __init__(self, store: Store, connections: int, nearly: Callable[[], None] = lambda: None) -> None:
+        """`connections`: what one host may have at a time. `nearly` is called when a layer's last bytes are there."""
         self._store = store
+        self._nearly = nearly
         self.lines = Lines(connections)
 
     def place(self, digest: str) -> Path:
@@ -61,7 +62,7 @@ class Unpacking:
         """
         with nullcontext() if at_once else self.lines.place(repository.host, layer.blob_size, alive):
             for room in range(_ROOMS + 1):
-                progress = _Progress(layer, say, alive)
+                progress = _Progress(layer, say, alive, self._nearly)
                 try:
                     read_again(
                         repository,
@@ -103,7 +104,10 @@ class Unpacking:
 class _Progress:
     """How far one layer is."""
 
-    def __init__(self, layer: PlainLayer, say: Callable[[str], None], alive: Callable[[], None]) -> None:
+    def __init__(
+        self, layer: PlainLayer, say: Callable[[str], None], alive: Callable[[], None], nearly: Callable[[], None]
+    ) -> None:
+        self._nearly = nearly
         self._layer = layer
         self._say = say
         self._alive = alive
@@ -124,6 +128,8 @@ class _Progress:
         if before // _STEP != self._done // _STEP:
             with suppress(OSError):
                 os.utime(self._layer.data.parent)  # or it would pass for the rest of a crash one day
+        if self._done == self._layer.blob_size:
+            self._nearly()
         now = time.monotonic()
         if now - self._told >= _REPORT:
             self._told = now
