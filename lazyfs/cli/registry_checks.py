@@ -14,6 +14,7 @@ from lazyfs.cli.output import count
 from lazyfs.errors import BadAnswer, LazyfsError, ManifestMissing, RegistryError
 from lazyfs.format.lazy import NotLazy, toc_source
 from lazyfs.registry.open import open_repository
+from lazyfs.registry.rate_limits import LOW
 from lazyfs.registry.resolve import resolve_image
 from lazyfs.units import KiB
 
@@ -69,7 +70,20 @@ def _manifest(
     return [
         Check("registry", State.OK, f"{where} answers, {login}"),
         Check("image", State.OK, f"{resolved.digest}, {count(len(hops), 'request')}, {total * 1000:.0f} ms"),
+        *_limit(hops),
     ], resolved.manifest
+
+
+def _limit(hops: list[Hop]) -> list[Check]:
+    """Tell what is left of the registry's rate limit, where it says so."""
+    left = [(hop.remaining, hop.host) for hop in hops if hop.remaining is not None]
+    if not left:
+        return []
+    remaining, host = min(left)
+    text = f"{host} allows {count(remaining, 'request')} more for now"
+    if remaining >= LOW:
+        return [Check("rate limit", State.OK, text)]
+    return [Check("rate limit", State.WARN, text, "log in, which may allow more, or use a mirror")]
 
 
 def _layers(manifest: Manifest, settings: Settings) -> Check:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from lazyfs.cli import common, exit_codes
 from lazyfs.cli.output import count
+from lazyfs.registry.rate_limits import LOW
 from lazyfs.units import format_size
 
 if TYPE_CHECKING:
@@ -23,7 +24,6 @@ examples:
 
 Without a running daemon it says so, tells what the store holds, and exits 0."""
 
-LOW = 20  # requests left before a rate limit from which on it is worth a word
 _ADDED = ("bytes", "errors", "fuse")  # flat tables of counters that add up over daemons
 
 

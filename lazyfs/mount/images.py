@@ -46,6 +46,7 @@ from lazyfs.registry.health import Health
 from lazyfs.registry.hops import OnHop
 from lazyfs.registry.offline import OfflineRepository
 from lazyfs.registry.open import OpenOptions, open_repository
+from lazyfs.registry.rate_limits import LimitTeller
 from lazyfs.registry.repository import Repository
 from lazyfs.registry.resolve import doubt_tag
 from lazyfs.registry.transport import Transport
@@ -164,7 +165,7 @@ class Images:
             pull = Pull.NEVER
         if reference.transport != "docker":
             pull = Pull.NEWER  # it lies on this machine
-        repository = await self._in_thread(partial(self._open, reference, plain_http, pull, access))
+        repository = await self._in_thread(partial(self._open, reference, plain_http, pull, access, say))
         resolved = await self._in_thread(partial(self._resolver.resolve, repository, reference, wanted_platform, pull))
         # The config comes beside the tails; only its diff IDs are needed before a layer is in use.
         manifest = resolved.manifest
@@ -196,12 +197,19 @@ class Images:
         facts = tuple(LayerFacts(one.layer, not one.reason, one.reason) for one in prepared)
         return MountedImage(reference, wanted_platform, manifest, config, planted, facts, tuple(remarks))
 
-    def _open(self, reference: Reference, plain_http: bool | None, pull: Pull, access: Access | None) -> Repository:
+    def _open(
+        self,
+        reference: Reference,
+        plain_http: bool | None,
+        pull: Pull,
+        access: Access | None,
+        say: Callable[[str], None],
+    ) -> Repository:
         if pull is Pull.NEVER:
             return OfflineRepository(reference.host, reference.repository)
         options = OpenOptions(
             plain_http=plain_http,
-            on_hop=self._on_hop,
+            on_hop=LimitTeller(self._on_hop, say),
             connect_timeout=self._settings.connect_timeout,
             answer_timeout=self._settings.answer_timeout,
             transport=self._transport,

@@ -204,6 +204,7 @@ class Exchange:
             on_hop=self._on_hop,
             tls=self._endpoint.tls if home else self._tls_elsewhere,
             guard=guard,
+            named_by=self._endpoint.host,
         )
 
     def _ask_token(self, method: str, url: str, headers: dict[str, str], body: bytes | None, deadline: float) -> Answer:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 from lazyfs.errors import RegistryError, RegistryFault, TooManyRequests
+from lazyfs.registry.rate_limits import sentence
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -42,6 +43,8 @@ class RetryPolicy:
                     wait += error.retry_after
                 if time.monotonic() + wait >= deadline:
                     raise
+                if isinstance(error, TooManyRequests):
+                    log.warning("%s", sentence(error.host, wait))
                 log.info("attempt %d of %d failed, next in %.2f s: %s", attempt, self.attempts, wait, error)
             self.sleep(wait)
             pause = min(pause * 2, self.longest)

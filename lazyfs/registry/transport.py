@@ -158,14 +158,15 @@ class Transport:
         body_size: int = 0,
         on_hop: OnHop | None = None,
         guard: Guard = Guard.USER,
+        named_by: str = "",
         tls: Tls = NO_TLS,
     ) -> Answer:
         """Send one request and return its answer, of whatever status, once its header has come. Follows no redirect.
 
         `body_size` is the length of `body` in bytes. Blocks until `limits` at most (name resolution apart, which the
-        system's resolver bounds). `guard`: who named the host; what a registry named is not asked at addresses that
-        are none of its business, as far as we resolve them: through a proxy only the name can be looked at. Raise
-        RegistryUnreachable (also for certificates that can't be loaded), RegistryTimeout, BadAnswer.
+        system's resolver bounds). `guard` and `named_by`: who named the host; what a registry named is not asked at
+        addresses that are none of its business, as far as we resolve them: through a proxy only the name can be looked
+        at. Raise RegistryUnreachable (also for certificates that can't be loaded), RegistryTimeout, BadAnswer.
         """
         host = host_of(url)
         started = time.monotonic()
@@ -173,7 +174,7 @@ class Transport:
         if guard is not Guard.USER:
             why = name_refusal(urlsplit(url).hostname or "", loopback=guard is Guard.NEAR)
             if why:
-                raise _forbidden(host, what, why)
+                raise _forbidden(named_by, host, what, why)
             if proxies:
                 guard = Guard.USER
 
@@ -202,7 +203,7 @@ class Transport:
                 self._current.reader.begun = True
         except AddressRefused as error:
             report(kind, 0, 0)
-            raise _forbidden(host, what, f"leads to {error}") from None
+            raise _forbidden(named_by, host, what, f"leads to {error}") from None
         except (requests.RequestException, HTTPError, HTTPException, OSError, ValueError) as error:
             report(kind, 0, 0)
             raise _translate(error, host, what, bool(tls.client)) from None
@@ -242,8 +243,8 @@ class Told:
             self.left = int(remaining)
 
 
-def _forbidden(host: str, what: str, why: str) -> BadAnswer:
-    error = BadAnswer(host, f"{what} was to be asked for at {host}, which {why}: a registry must not send us there")
+def _forbidden(named_by: str, host: str, what: str, why: str) -> BadAnswer:
+    error = BadAnswer(named_by, f"{named_by} sends {what} to {host}, which {why}: a registry must not send us there")
     error.temporary = False
     return error
 

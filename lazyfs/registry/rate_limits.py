@@ -1,0 +1,39 @@
+"""Rate limits as the user hears of them."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+
+from lazyfs.registry.hops import Hop, OnHop
+
+LOW = 20  # requests left from which on it is worth a word
+
+
+class LimitTeller:
+    """Tell once for each host that it answered 429, and pass all hops on. Thread-safe; an OnHop.
+
+    `say` is called in the thread that made the request.
+    """
+
+    def __init__(self, on_hop: OnHop, say: Callable[[str], None]) -> None:
+        self._on_hop = on_hop
+        self._say = say
+        self._lock = threading.Lock()
+        self._told: set[str] = set()
+
+    def __call__(self, hop: Hop) -> None:
+        self._on_hop(hop)
+        if hop.status != 429:
+            return
+        with self._lock:
+            if hop.host in self._told:
+                return
+            self._told.add(hop.host)
+        self._say(sentence(hop.host, hop.retry_after))
+
+
+def sentence(host: str, seconds: float) -> str:
+    """Return what to tell of a host that wants to be left alone for `seconds` (0: it didn't say)."""
+    wait = f"for {seconds:.0f} s" if seconds else "for a while"
+    return f"{host} limits how often it may be asked, it is left alone {wait}: a login or a mirror may be allowed more"
