@@ -136,15 +136,20 @@ class Health:
     # -- what they did
 
     def note_answer(self, host: str, what: str, seconds: float) -> None:
-        """Note that a host answered, with its first byte after `seconds`."""
+        """Note that a host answered, with its first byte after `seconds`. How it ends is another matter."""
+        with self._lock:
+            found = self._host(host)
+            found.answers += 1
+            found.first_byte = _average(found.first_byte, seconds)
+            self._thing(what).absent.pop(host, None)
+
+    def note_done(self, host: str) -> None:
+        """Note that a host gave an answer to its end: it is well."""
         with self._lock:
             found = self._host(host)
             if found.opened:
                 log.info("%s answers again", host)
             found.failures, found.opened, found.pause = 0, 0.0, _FIRST_PAUSE
-            found.answers += 1
-            found.first_byte = _average(found.first_byte, seconds)
-            self._thing(what).absent.pop(host, None)
 
     def note_body(self, host: str, what: str, size: int, seconds: float) -> None:
         """Note how fast `size` bytes came, by the seconds spent waiting for them."""

@@ -204,11 +204,13 @@ class MirroredRepository:
         action: Callable[[Member, Pace | None], T],
         able: Sequence[Member],
         passed_by: frozenset[str] = frozenset(),
+        *,
+        whole: bool = True,
     ) -> tuple[T, Member]:
         """Return what `action` gets from the first member that works, and that member. Blocks until `limit`.
 
-        Round after round while errors are temporary; hosts in `passed_by` come last in the first one. Raise the
-        origin's error, with what the mirrors said.
+        Round after round while errors are temporary; hosts in `passed_by` come last in the first one. `whole`:
+        what `action` returns is all of the answer. Raise the origin's error, with what the mirrors said.
         """
         pause = self._retry.first
         for attempt in range(1, self._retry.attempts + 1):
@@ -231,6 +233,8 @@ class MirroredRepository:
                         break
                 else:
                     self.health.note_answer(host, what, time.monotonic() - began)
+                    if whole:
+                        self.health.note_done(host)
                     return found, member
             verdict = self._verdict(what, failed, hosts)
             if attempt == self._retry.attempts or not verdict.temporary:
@@ -296,8 +300,9 @@ class MirroredRepository:
                 while stream.read(size):
                     pass
             self.health.note_answer(host, digest, first)
+            self.health.note_done(host)
         except (BlobMissing, TooManyRequests) as error:
-            self.health.note_answer(host, digest, time.monotonic() - began)
+            self.health.note_done(host)
             self.health.note_error(host, digest, error)
         except LazyfsError as error:
             self.health.note_error(host, digest, error)
@@ -329,7 +334,7 @@ class _Stream:
             return member.fetch(digest, self._at, self._left, deadline=self._limit, pace=pace)
 
         able = repository._able(lambda endpoint: endpoint.can_pull)
-        stream, member = repository.ask(digest, self._limit, ask, able, frozenset(self._passed_by))
+        stream, member = repository.ask(digest, self._limit, ask, able, frozenset(self._passed_by), whole=False)
         self._stream, self._host = stream, member.endpoint.host
         self._got, self._waited = 0, 0.0
         repository.probe(digest, self._at, self._left)
@@ -353,6 +358,7 @@ class _Stream:
             self._futile = 0
             if not self._left:
                 self._leave()
+                self._repository.health.note_done(self._host)
             return data
         return b""
 
