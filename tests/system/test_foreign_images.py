@@ -85,10 +85,9 @@ class Made:
 
 
 @pytest.fixture(scope="module")
-def made(
-    tmp_path_factory: pytest.TempPathFactory, docker_registry: real.DockerRegistry, containerd: real.Containerd
-) -> Made:
-    place = tmp_path_factory.mktemp("foreign")
+def made(docker_registry: real.DockerRegistry, containerd: real.Containerd) -> Made:
+    place = docker_registry.log.parent.parent / "foreign"  # podman takes no run directory of over 50 characters
+    place.mkdir()
     layout = umoci_image(place, BASE, TOP)
     source = f"{docker_registry.host}/foreign-umoci:latest"
     real.copy_image(f"oci:{layout}:latest", f"docker://{source}")
