@@ -46,6 +46,9 @@ class Builder:
     def warm(self) -> None:
         """Start a process that imports what it needs while its job is still on the way. Doesn't block."""
         with self._lock:
+            if self._idle is not None and self._idle.poll() is not None:
+                _end(self._idle)  # for want of work
+                self._idle = None
             if self._idle is None:
                 self._idle = _spawn()
 
