@@ -131,7 +131,7 @@ class Filler:
 
     async def _until_welcome(self, layer: ServedLayer) -> None:
         """Wait while the layer's host limits how often it may be asked: readers need what it still allows."""
-        while (wait := self._scheduler.held_for(layer.host)) > 0:
+        while (wait := layer.limited_for()) > 0:
             await trio.sleep(min(wait, _LONG_PAUSE))  # another source may turn up meanwhile
 
     async def _step_back(self, layer: ServedLayer) -> int:
@@ -209,6 +209,7 @@ class Filler:
             await self._bring_extents(layer, check, extent, extent + 1)
             if check.spool.has(extent):
                 return
+        await self._until_welcome(layer)
         offset, size = layer.extent(extent)
         end, rest = offset + size, b""
         # Not from `offset`: another try goes on where the last one stopped.

@@ -11,6 +11,7 @@ from lazyfs.chunks.whole import WholeCheck
 from lazyfs.errors import LayerQuarantined, LazyfsError
 from lazyfs.format.table import FORM_PLAIN, NO_FRAME, LayerTable
 from lazyfs.oci import Descriptor
+from lazyfs.registry.health import Health
 from lazyfs.registry.mirrored import MirroredRepository
 from lazyfs.registry.repository import Repository
 
@@ -76,6 +77,11 @@ class ServedLayer:
         """How many hosts the layer's bytes may come from."""
         repository = self.repository
         return len(repository.hosts) if isinstance(repository, MirroredRepository) else 1
+
+    def limited_for(self) -> float:
+        """Return for how many seconds the host wants to be left alone by whoever can wait, 0 when it doesn't say so."""
+        health = getattr(self.repository, "health", None)
+        return health.limited_for(self.host) if isinstance(health, Health) else 0.0
 
     def blame(self, reason: str) -> list[str]:
         """Tell that the blob was wrong as a whole. Return the hosts that sent it, as far as that is known."""

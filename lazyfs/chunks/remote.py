@@ -18,9 +18,8 @@ import trio
 from lazyfs.chunks.frames import Fetched, fetch_frames, needed
 from lazyfs.chunks.layer import ServedLayer
 from lazyfs.chunks.schedule import Priority, Scheduler, Ticket
-from lazyfs.errors import DaemonFault, LazyfsError, ReadDeadline, TooManyRequests
+from lazyfs.errors import DaemonFault, LazyfsError, ReadDeadline
 from lazyfs.format.table import NO_FRAME
-from lazyfs.registry.health import UNTOLD
 from lazyfs.registry.repository import Repository
 from lazyfs.units import KiB, MiB
 
@@ -288,8 +287,6 @@ class Remote:
                 self._on_error(error)
                 layer.trouble = error
                 asked = float(getattr(error, "retry_after", 0.0))
-                if isinstance(error, TooManyRequests):
-                    self._scheduler.hold(layer.host, asked or UNTOLD)
                 wait = (asked or _BACKOFF[min(tries, len(_BACKOFF) - 1)]) * random.uniform(1.0, 1.2)
                 if not error.temporary or time.monotonic() + wait >= end:
                     return error

@@ -20,7 +20,6 @@ T = TypeVar("T")
 
 QUIET = 1.0  # seconds without demand after which background may use the whole link
 _SMOOTHING = 0.3  # weight of the newest sample in the moving averages
-_LONGEST_HOLD = 3600.0  # seconds; whatever a host asks for, it is tried again then
 _PATIENCE = 0.02  # seconds between looks while background waits for the end of demand
 # Threads for each connection: those of cancelled jobs run on until their own deadline and must not stop new ones, nor
 # pile up without a bound.
@@ -77,7 +76,6 @@ class _Host:
         self.running = [0, 0, 0]
         self.last_demand = float("-inf")
         self.mounts = 0  # whole layers that mounts wait for
-        self.held = float("-inf")  # until when nothing but demand may ask it
         self.round_trip = 0.0
         self.rate = 0.0
         self.limiter = trio.CapacityLimiter(_THREADS * self._connections)
@@ -146,15 +144,6 @@ class Scheduler:
     def is_quiet(self, host: str) -> bool:
         """Tell whether no reader has waited for this host for a while, so that background may run at full speed."""
         return self._host(host).quiet
-
-    def hold(self, host: str, seconds: float) -> None:
-        """Keep prefetch and background off a host that limits how often it may be asked."""
-        state = self._host(host)
-        state.held = max(state.held, self._clock() + min(seconds, _LONGEST_HOLD))
-
-    def held_for(self, host: str) -> float:
-        """Return for how many seconds more prefetch and background must not ask a host, 0 when they may."""
-        return max(0.0, self._host(host).held - self._clock())
 
     def has_readers(self, host: str) -> bool:
         """Tell whether a reader waits for this host, or has a moment ago."""

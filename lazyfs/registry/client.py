@@ -38,6 +38,7 @@ class RemoteRepository:
         close_transport: Callable[[], None] | None = None,
     ) -> None:
         self.endpoint = endpoint
+        self.health = exchange.health
         self.host = endpoint.host
         self.name = endpoint.repository
         self._exchange = exchange

@@ -68,6 +68,7 @@ class Exchange:
     ) -> None:
         self.root = f"{endpoint.api}/{quote(endpoint.repository)}"  # what requests to the repository are put behind
         self.timeouts = timeouts
+        self.health = transport.health
         self._endpoint = endpoint
         self._origin = _origin(endpoint.api)
         self._transport = transport
@@ -147,7 +148,7 @@ class Exchange:
             self._near = is_loopback(answer.peer)
         if answer.status == 429 or answer.told.left is not None:
             limited = answer.status == 429
-            self._transport.health.note_limit(
+            self.health.note_limit(
                 self._endpoint.host, answer.told.left, answer.told.wait or UNTOLD if limited else 0.0
             )
 

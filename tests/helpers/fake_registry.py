@@ -106,6 +106,7 @@ class FakeRegistry:
         self.holds: set[tuple[str, str]] = set()  # (repository, digest), where isolated
         self.scheme = "https" if tls else "http"
         self.challenge = ""  # a WWW-Authenticate header to send instead of the right one
+        self.headers: dict[str, str] = {}  # sent with each answer
         self.faults: list[Rule | Callable[[Request], Rule | None]] = []
         self.requests: list[Request] = []
         self.blobs: dict[str, bytes] = {}

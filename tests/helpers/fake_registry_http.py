@@ -322,7 +322,7 @@ class _Handler(BaseHTTPRequestHandler):
         kind = rule.kind if rule else None
         self.request_log.status = status
         head = [f"HTTP/1.1 {status} {self.responses.get(status, ('',))[0]}", f"Content-Length: {size}"]
-        head += [f"{name}: {value}" for name, value in (headers or {}).items()]
+        head += [f"{name}: {value}" for name, value in {**registry.headers, **(headers or {})}.items()]
         raw_head = ("\r\n".join(head) + "\r\n\r\n").encode("latin-1")
         if rule and kind is Fault.DRIP_HEADERS:
             self._write(memoryview(raw_head), rule.rate)

@@ -176,3 +176,17 @@ def test_a_registry_that_does_not_help_says_what_to_look_at(
 def test_an_image_that_cannot_be_parsed_is_a_finding(settings: Settings, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["doctor", "ftp://x"]) == 8
     assert "unknown transport" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("left", "state"), [("80;w=21600", "ok"), ("3;w=21600", "warn"), ("many", "")])
+def test_what_is_left_of_a_rate_limit(
+    settings: Settings, capsys: pytest.CaptureFixture[str], left: str, state: str
+) -> None:
+    with FakeRegistry() as registry:
+        registry.headers["RateLimit-Remaining"] = left
+        registry.add_image("app", "1", [])
+        main(["doctor", "--json", f"{registry.host}/app:1"])
+    checks = {check["name"]: check for check in json.loads(capsys.readouterr().out)["checks"]}
+    assert checks.get("rate limit", {}).get("state", "") == state
+    if state:
+        assert left.partition(";")[0] in checks["rate limit"]["text"]

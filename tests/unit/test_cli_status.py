@@ -14,7 +14,7 @@ import pytest
 
 from lazyfs import __version__
 from lazyfs.cli.main import main
-from lazyfs.cli.status import duration, merge, store_facts
+from lazyfs.cli.status import duration, lines, merge, store_facts
 
 DIGEST = "sha256:" + "a" * 64
 
@@ -182,3 +182,23 @@ def test_a_store_that_is_not_there_holds_nothing(tmp_path: Path) -> None:
 )
 def test_durations(seconds: float, text: str) -> None:
     assert duration(seconds) == text
+
+
+def test_hosts_with_trouble_are_told() -> None:
+    well = {"state": "ok", "for": 0.0, "lies": 0, "slow": 0, "remaining": None, "last_error": ""}
+    told = status()
+    told["sources"] = {
+        "well.test": well,
+        "limit.test": {**well, "state": "rate limited", "for": 90.0, "last_error": "it was asked too often"},
+        "dead.test": {**well, "state": "left alone", "for": 4.0, "slow": 2},
+        "liar.test": {**well, "lies": 1},
+        "few.test": {**well, "remaining": 3},
+        "many.test": {**well, "remaining": 90},
+    }
+    text = "\n".join(line for line in lines(told))
+    assert "source    limit.test: rate limited for 90 s more (last error: it was asked too often)" in text
+    assert "a login or a mirror may be allowed more" in text
+    assert "source    dead.test: left alone for 4 s more, too slow 2 times" in text
+    assert "source    liar.test: 1 wrong answer" in text
+    assert "source    few.test: 3 requests left before its rate limit" in text
+    assert "well.test" not in text and "many.test" not in text

@@ -296,3 +296,22 @@ async def test_background_asks_for_little_while_somebody_reads(
             start, _, end = request.range.removeprefix("bytes=").partition("-")
             sizes.append(int(end) - int(start) + 1)
         assert max(sizes) <= 300_000
+
+
+async def test_background_leaves_a_host_alone_that_limits_it(
+    scratch: Path, registry: FakeRegistry, blob: LayerBlob
+) -> None:
+    async with node(scratch) as one:
+        layer = one.serve(blob, registry, answer_timeout=1.0)
+        rule = registry.fault(Fault.STATUS, path="/blobs/", status=429, retry_after="2", times=1)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(run_fill, one, layer)
+            with trio.fail_after(10):
+                while not layer.limited_for():
+                    await trio.sleep(0.01)
+            asked = registry.count(path="/blobs/")
+            await trio.sleep(layer.limited_for() / 2)
+            # What was on its way already may arrive, and nothing else.
+            assert registry.count(path="/blobs/") <= asked + 1
+        assert layer.verified
+        assert rule.hits == 1
