@@ -72,7 +72,7 @@ class Unpacking:
                     )
                     return
                 except StoreFull as error:
-                    self._make_room(layer, progress.expected, error if room == _ROOMS else None)
+                    self._make_room(layer, progress, error if room == _ROOMS else None)
 
     def _once(self, repository: Repository, layer: PlainLayer, progress: _Progress) -> None:
         # Bytes that were wrong once come over one connection, so that it is known who sent them.
@@ -88,13 +88,13 @@ class Unpacking:
             layer.data.unlink(missing_ok=True)
             raise
 
-    def _make_room(self, layer: PlainLayer, expected: int, last: StoreFull | None) -> None:
-        """Evict what a layer of `expected` bytes needs. Raise StoreFull where that can't help."""
+    def _make_room(self, layer: PlainLayer, progress: _Progress, last: StoreFull | None) -> None:
+        """Evict what a layer seems to need. Raise StoreFull where that can't help."""
         free = _free(layer.data.parent)
-        freed = 0 if last is not None else self._store.evictor.free(max(expected + _SPARE - free, _SPARE))
+        freed = 0 if last is not None else self._store.evictor.free(max(progress.expected + _SPARE - free, _SPARE))
         if not freed:
             raise StoreFull(
-                f"layer {layer.blob_digest} takes about {format_size(expected)} unpacked, "
+                f"layer {layer.blob_digest} takes more than {format_size(progress.used)} unpacked, "
                 f"and the store's disk has {format_size(free)} free",
                 hint="free some space, or put the store on another disk with --root",
             ) from None
@@ -114,7 +114,8 @@ class _Progress:
         self._done = 0
         self._told = self._began = time.monotonic()
         self.begun = False
-        self.expected = layer.blob_size * _SWELLS  # bytes of disk
+        self.used = 0  # bytes of disk, when it was full
+        self.expected = layer.blob_size * _SWELLS  # bytes of disk for all of it
 
     def begin(self) -> None:
         """Begin from the blob's first byte, perhaps again."""
@@ -142,10 +143,10 @@ class _Progress:
     def measure(self) -> None:
         """Work out from what is unpacked so far what all of it takes."""
         try:
-            used = self._layer.data.stat().st_blocks * 512
+            self.used = self._layer.data.stat().st_blocks * 512
         except OSError:
             return
-        self.expected = max(used + 1, int(used * self._layer.blob_size / max(self._done, 1)))
+        self.expected = int(self.used * self._layer.blob_size / max(self._done, 1))
 
 
 def _free(directory: Path) -> int:
