@@ -346,7 +346,9 @@ async def test_wrong_bytes_fail_their_own_frame_only(scratch: Path, registry: Fa
         assert {chunk: data for chunk, data in outcome.items() if chunk != 4} == good
         assert not isinstance(outcome[4], bytes)
         assert not layer.store.has(4)
-        assert one.remote.in_flight() == 0
+        with trio.fail_after(10):  # what was read ahead may still be on its way
+            while one.remote.in_flight():
+                await trio.sleep(0.01)
 
 
 async def _bring_quietly(one: Node, layer: ServedLayer, first: int, stop: int) -> None:
