@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import threading
+from functools import partial
 from pathlib import Path
 from typing import BinaryIO
 
@@ -12,7 +13,8 @@ from indexer.push import Upload
 from indexer.source import BlobSource, Pump, decompressed
 from indexer.work import WorkDirectory
 from lazyfs import oci
-from lazyfs.errors import DiffIdMismatch, DigestMismatch, StoreBroken
+from lazyfs.errors import DiffIdMismatch, DigestMismatch, FrameInvalid, StoreBroken
+from lazyfs.registry.mirrored import read_again
 from lazyfs.registry.repository import Repository
 
 
@@ -48,6 +50,11 @@ class Copier:
 
     def fetch(self, blob: oci.Descriptor, diff_id: str = "") -> Path:
         """Copy a blob to a file of this run unchanged, verifying its digest and its diff ID if there is one."""
+        return read_again(
+            self._source, blob.digest, partial(self._fetch, blob, diff_id), (DigestMismatch, FrameInvalid)
+        )
+
+    def _fetch(self, blob: oci.Descriptor, diff_id: str) -> Path:
         path = self._work.new_file(blob.digest)
         with self._options.progress(blob.digest[7:19], blob.size) as progress, create(path) as target:
             source = BlobSource(self._source, blob, progress.advance)

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import partial
 
 from indexer.compress import Compressors
 from indexer.copy import Copier, check_diff_id, check_digest, create
@@ -27,6 +28,7 @@ from indexer.work import Converted, WorkDirectory
 from lazyfs import oci
 from lazyfs.errors import (
     DiffIdMismatch,
+    DigestMismatch,
     FormatError,
     FrameInvalid,
     Interrupted,
@@ -34,6 +36,7 @@ from lazyfs.errors import (
     TarInvalid,
     TrustError,
 )
+from lazyfs.registry.mirrored import read_again
 from lazyfs.registry.repository import Repository
 
 log = logging.getLogger(__name__)
@@ -103,7 +106,9 @@ class LayerWork:
         found = None
         if not self._options.force:
             found = self._reuse(layer, diff_id, began) or self._keep(layer, diff_id, began)
-        done = found or self._convert(layer, diff_id, compressors, in_flight, began)
+        # A mirror's wrong bytes are no reason to fail while another source has the right ones.
+        convert = partial(self._convert, layer, diff_id, compressors, in_flight, began)
+        done = found or read_again(self._source, layer.digest, convert, (DigestMismatch,))
         self.done.append(done.report)
         return done
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 import argparse
 import os
 from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from lazyfs.cli import common, exit_codes
-from lazyfs.errors import LazyfsError
+from lazyfs.errors import DigestMismatch, FormatError, LazyfsError
 from lazyfs.units import format_size
 
 if TYPE_CHECKING:
@@ -87,10 +88,12 @@ def run(args: argparse.Namespace, out: Output) -> int:
 def _work(repository: Repository, layer: Descriptor, diff_id: str, out: Output) -> Callable[[], Verdict]:
     def work() -> Verdict:
         from lazyfs.cli.verify_layer import verify_layer
+        from lazyfs.registry.mirrored import read_again
 
         try:
             with out.progress(f"layer {layer.digest[:19]}", layer.size) as bar:
-                verdict = verify_layer(repository, layer, diff_id, bar.advance)
+                check = partial(verify_layer, repository, layer, diff_id, bar.advance)
+                verdict = read_again(repository, layer.digest, check, (DigestMismatch, FormatError))
         except LazyfsError as error:
             out.line(f"layer     {layer.digest}  WRONG: {error.message}")
             raise

@@ -188,3 +188,14 @@ def test_many_readers_of_a_black_hole_do_not_stop_another_image(node: Node, regi
         assert node.read(beside / "f") == b"other"
         assert time.monotonic() - began < 2.5
         assert all(EIO in node.finish(reader, BOUND + 5).stderr.decode() for reader in readers)
+
+
+def test_a_rate_limit_is_told_while_the_mount_waits(node: Node, registry: FakeRegistry) -> None:
+    image = image_of(registry)
+    registry.fault(Fault.STATUS, path="/manifests/", status=429, retry_after="1", times=1)
+    directory = node.new_dir()
+    done = node.lazyfs("mount", image.reference, directory)
+    assert done.returncode == 0, done.stderr
+    assert f"{registry.host} limits how often it may be asked" in done.stderr
+    assert "login" in done.stderr and "mirror" in done.stderr
+    assert node.read(directory / "small") == SMALL
