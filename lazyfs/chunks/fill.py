@@ -14,7 +14,7 @@ from functools import partial
 import trio
 
 from lazyfs.chunks.feed import feed_frames
-from lazyfs.chunks.frames import needed, read_exactly
+from lazyfs.chunks.frames import needed, prove_frame, read_exactly
 from lazyfs.chunks.layer import Check, ServedLayer
 from lazyfs.chunks.remote import MAX_FRAMES, Remote
 from lazyfs.chunks.schedule import Priority, Scheduler
@@ -215,13 +215,17 @@ class Filler:
         # Not from `offset`: another try goes on where the last one stopped.
         while (at := check.whole.blob_offset + len(rest)) < end:
             ticket = self._scheduler.ticket(layer.host, Priority.BACKGROUND)
-            piece = min(_PIECE, end - at)
+            # The spool's extents have passed `fetch_frames`; of these nobody has looked at the chunks' digests yet.
+            unproven = 0 < extent < layer.extents - 1 and at == offset
+            piece = needed(layer.table, extent - 1) if unproven else min(_PIECE, end - at)
             rest += await self._scheduler.run(ticket, partial(_fetch_bytes, layer, at, piece))
             layer.bytes_by_priority[Priority.BACKGROUND] += piece
             if extent == layer.extents - 1:
                 await trio.to_thread.run_sync(check.whole.feed_tail, rest, limiter=self._limiter)
                 rest = b""
             else:
+                if unproven:
+                    await trio.to_thread.run_sync(prove_frame, layer, extent - 1, rest, limiter=self._limiter)
                 feed = partial(feed_frames, check.whole, rest, at + piece == end)
                 rest = await trio.to_thread.run_sync(feed, limiter=self._limiter)
         check.next = extent + 1

@@ -18,6 +18,7 @@ from lazyfs.registry.repository import ByteStream
 from lazyfs.units import MiB
 
 _READ = 1 * MiB  # bytes of one read from a stream
+_READY = 16 * MiB  # decoded bytes that may wait to be handed on: 16 KiB of small frames can hold 500 MiB
 _TOGETHER = 16 << 10  # bytes; smaller frames are read from the network and handed on several at a time
 _thread = threading.local()
 
@@ -82,6 +83,16 @@ def frame_chunks(layer: ServedLayer, frame: int, decoded: bytes) -> dict[int, by
             )
         out[chunk] = data
     return out
+
+
+def prove_frame(layer: ServedLayer, frame: int, data: bytes) -> None:
+    """Check the digests of a frame's chunks; `data`: its first `needed` compressed bytes. Blocking.
+
+    The whole check must not pass over them: a chunk whose bytes are not the promised ones could be taken from another
+    layer of the node that has the promised ones. Raise DigestMismatch or FrameInvalid.
+    """
+    wanted = frame_wanted(layer.table, frame)
+    frame_chunks(layer, frame, decoder_for(layer.table.form).decode_prefix(data, wanted))
 
 
 def store_chunks(layer: ServedLayer, chunks: dict[int, bytes]) -> None:
@@ -175,8 +186,11 @@ def fetch_frames(
     ready: dict[int, dict[int, bytes]] = {}
     early: list[tuple[int, int, bytes]] = []  # (extent, blob offset, compressed bytes)
 
+    waiting = 0  # decoded bytes in `ready`
+
     def hand_over() -> None:
-        nonlocal ready
+        nonlocal ready, waiting
+        waiting = 0
         if not ready:
             return
         check = layer.check
@@ -200,11 +214,14 @@ def fetch_frames(
             try:
                 decoded = frames.decode_prefix(data, frame_wanted(table, frame))
                 ready[frame] = frame_chunks(layer, frame, decoded)
+                waiting += len(decoded)
             except (DigestMismatch, FrameInvalid) as error:
                 damaged[frame] = error
                 stream.reject(error.message)
                 if early and early[-1][0] == frame + 1:
                     del early[-1]
+            if waiting > _READY:
+                hand_over()
             over = extent - len(data) if frame + 1 < stop else 0
             while over:
                 over -= len(body.take(min(over, _READ)))

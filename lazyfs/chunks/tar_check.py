@@ -23,7 +23,7 @@ from lazyfs.format.entry import (
     Kind,
 )
 from lazyfs.format.table import FLAG_IMPLICIT, FLAG_OPAQUE, NO_FRAME, LayerTable
-from lazyfs.format.tar import TarItem
+from lazyfs.format.tar import XATTR, TarItem
 
 _MAX_HELD = 1 << 16  # entries that differ from their row so far
 _MAX_SYMLINKS = 40  # the kernel's own limit for one path
@@ -58,6 +58,7 @@ class TarCheck:
         self._payload = array("q", [_NOT_SEEN]) * table.rows
         self._opaque: set[int] = set()  # directories that hold an opaque marker
         self._removed: set[int] = set()  # directories with a whiteout beside them, which makes them opaque too
+        self._hidden: set[bytes] = set()  # of HIDDEN_AT_ROOT, those that are there
         self._held: dict[bytes, _Held] = {}
         self._held_below: Counter[bytes] = Counter()  # directory -> held entries anywhere under it
         self._parents: dict[bytes, tuple[bytes, int | None]] = {}  # as written -> as resolved, and its row
@@ -68,10 +69,10 @@ class TarCheck:
         """Take the next entry of the stream. About 20 µs."""
         entry, start, payload = item.entry, item.start, item.payload
         path = entry.path
-        if path in HIDDEN_AT_ROOT:
-            return
         if item.sparse is not None:
             raise self._mismatch(path, "is sparse in the tar, so its content lies in no frame as it is")
+        if item.records and (bare := _without_value(item.records)):
+            entry = replace(entry, xattrs=(*entry.xattrs, *bare))
         if not path:
             self._compare(b"", 0, entry, start, payload, linked=False)
             return
@@ -81,6 +82,8 @@ class TarCheck:
             path = parent + b"/" + name if parent else name
         if name.startswith(WHITEOUT_PREFIX):
             self._mark(path, name, parent_row, entry, start)
+            return
+        if path in HIDDEN_AT_ROOT and self._hide(path, entry.kind):
             return
         row = None if parent_row is None else self._table.child(parent_row, name)
         linked = entry.kind is Kind.HARDLINK
@@ -131,10 +134,24 @@ class TarCheck:
             return "is another device in the TOC than in the tar"
         if table.xattr[row] or entry.xattrs:
             # Attributes without a value are there for some programs that read tars with Go's library, for others not.
-            kept = {key: value for key, value in entry.xattrs if value and not key.startswith(DROPPED_XATTRS)}
-            if {key: value for key, value in table.xattrs(row).items() if value} != kept:
+            kept = {key: value for key, value in entry.xattrs if not key.startswith(DROPPED_XATTRS)}
+            if {key: b"" for key, value in kept.items() if not value} | table.xattrs(row) != kept:
                 return "has other extended attributes in the TOC than in the tar"
         return ""
+
+    def _hide(self, path: bytes, kind: Kind) -> bool:
+        """Tell whether the table leaves out what comes to one of the hidden names. A full unpack doesn't."""
+        if kind is not Kind.REG:
+            self._hidden.discard(path)
+            return False
+        row = self._table.child(0, path)
+        self._replace(path, row)
+        if row is not None:
+            self._start[row] = _NOT_SEEN
+        self._forget(path)
+        self._hidden.add(path)
+        self._parents.clear()
+        return True
 
     def _mark(self, path: bytes, name: bytes, parent_row: int | None, entry: Entry, start: int) -> None:
         """Take a whiteout or an opaque marker; as in the table, a whiteout beside a directory makes that opaque."""
@@ -185,6 +202,8 @@ class TarCheck:
                     here.pop()
                     rows.pop()
                 continue
+            if not here and part in self._hidden:
+                raise self._mismatch(entry.path, "lies below something that is no directory in the tar")
             above = rows[-1]
             row = None if above is None else self._table.child(above, part)
             kind, link = self._now(b"/".join([*here, part]) if self._held else b"", row)
@@ -362,6 +381,11 @@ class TarCheck:
 def _same_time(told: int, actual: int) -> bool:
     """Compare times in nanoseconds. stargz's writers round a TOC's times half up to whole seconds."""
     return told == actual or (told % _SECOND == 0 and (actual + _SECOND // 2) // _SECOND * _SECOND == told)
+
+
+def _without_value(records: dict[bytes, bytes]) -> list[tuple[bytes, bytes]]:
+    """Return the extended attributes of a PAX header that have no value; the scanner leaves them out."""
+    return [(key[len(XATTR) :], b"") for key, value in records.items() if not value and key.startswith(XATTR)]
 
 
 def _ancestors(path: bytes) -> list[bytes]:

@@ -19,6 +19,7 @@ LANDMARK_CONTENT = b"\x0f"
 TOC_NAME = b"stargz.index.json"
 # Attributes an image must not bring along: overlayfs would take them as orders about our own layers.
 DROPPED_XATTRS = (b"trusted.", b"user.overlay.")
+# As regular files only: under a directory or a symlink of such a name anything may lie.
 HIDDEN_AT_ROOT = frozenset({LANDMARK, NO_LANDMARK, TOC_NAME})
 
 

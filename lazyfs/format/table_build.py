@@ -115,7 +115,7 @@ def _grow(survivors: list[Live[list[Chunk]]]) -> tuple[_Node, int]:
     above, node = b"", root  # the directory of the entry before: most often this one's too
     for number, live in enumerate(survivors):
         entry = live.entry
-        if entry.path in HIDDEN_AT_ROOT:
+        if entry.path in HIDDEN_AT_ROOT and entry.kind is Kind.REG:
             if entry.path == LANDMARK and live.tag:
                 landmark = live.tag[0].blob_offset
             continue

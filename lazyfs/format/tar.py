@@ -53,7 +53,7 @@ _KINDS = {
     b"3": _CHAR, b"4": _BLOCK, b"5": _DIR, b"6": _FIFO,
 }  # fmt: skip
 _EXTENSIONS = frozenset(b"xgLK")
-_XATTR = b"SCHILY.xattr."
+XATTR = b"SCHILY.xattr."
 _SPARSE_VERSIONS = {(b"0", b"0"): False, (b"0", b"1"): False, (b"1", b"0"): True}  # → whether the map lies in the data
 
 
@@ -398,7 +398,7 @@ def _sparse_version(records: dict[bytes, bytes]) -> bool | None:
 
 def _xattrs(records: dict[bytes, bytes]) -> tuple[tuple[bytes, bytes], ...]:
     # An empty value means "none" in a PAX record: Go's archive/tar, and so every full unpack, leaves it out.
-    found = sorted((key[len(_XATTR) :], value) for key, value in records.items() if value and key.startswith(_XATTR))
+    found = sorted((key[len(XATTR) :], value) for key, value in records.items() if value and key.startswith(XATTR))
     if not found:
         return ()
     if sum(len(key) + len(value) for key, value in found) > MAX_XATTRS:
