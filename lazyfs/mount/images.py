@@ -165,7 +165,8 @@ class Images:
             pull = Pull.NEVER
         if reference.transport != "docker":
             pull = Pull.NEWER  # it lies on this machine
-        repository = await self._in_thread(partial(self._open, reference, plain_http, pull, access, say))
+        limits = LimitTeller(self._on_hop, say)
+        repository = await self._in_thread(partial(self._open, reference, plain_http, pull, access, limits))
         resolved = await self._in_thread(partial(self._resolver.resolve, repository, reference, wanted_platform, pull))
         # The config comes beside the tails; only its diff IDs are needed before a layer is in use.
         manifest = resolved.manifest
@@ -195,7 +196,7 @@ class Images:
                 await self._release(planted)
             raise
         facts = tuple(LayerFacts(one.layer, not one.reason, one.reason) for one in prepared)
-        return MountedImage(reference, wanted_platform, manifest, config, planted, facts, tuple(remarks))
+        return MountedImage(reference, wanted_platform, manifest, config, planted, facts, (*remarks, *limits.remarks))
 
     def _open(
         self,
@@ -203,13 +204,13 @@ class Images:
         plain_http: bool | None,
         pull: Pull,
         access: Access | None,
-        say: Callable[[str], None],
+        on_hop: OnHop,
     ) -> Repository:
         if pull is Pull.NEVER:
             return OfflineRepository(reference.host, reference.repository)
         options = OpenOptions(
             plain_http=plain_http,
-            on_hop=LimitTeller(self._on_hop, say),
+            on_hop=on_hop,
             connect_timeout=self._settings.connect_timeout,
             answer_timeout=self._settings.answer_timeout,
             transport=self._transport,

@@ -7,13 +7,15 @@ from collections.abc import Callable
 
 from lazyfs.registry.hops import Hop, OnHop
 
+_SAT_OUT = 60.0  # seconds
 LOW = 20  # requests left from which on it is worth a word
 
 
 class LimitTeller:
     """Tell once for each host that it answered 429, and pass all hops on. Thread-safe; an OnHop.
 
-    `say` is called in the thread that made the request.
+    `say` is called in the thread that made the request, of waits that whoever asks may sit out. Of others either the
+    error tells that will be raised, or somebody else answers: `remarks` has those.
     """
 
     def __init__(self, on_hop: OnHop, say: Callable[[str], None]) -> None:
@@ -21,6 +23,7 @@ class LimitTeller:
         self._say = say
         self._lock = threading.Lock()
         self._told: set[str] = set()
+        self.remarks: list[str] = []
 
     def __call__(self, hop: Hop) -> None:
         self._on_hop(hop)
@@ -30,7 +33,11 @@ class LimitTeller:
             if hop.host in self._told:
                 return
             self._told.add(hop.host)
-        self._say(sentence(hop.host, hop.retry_after))
+        said = sentence(hop.host, hop.retry_after)
+        if hop.retry_after < _SAT_OUT:
+            self._say(said)
+        else:
+            self.remarks.append(said)
 
 
 def sentence(host: str, seconds: float) -> str:

@@ -170,3 +170,12 @@ def test_a_rate_limit_is_told_and_the_others_go_on(node: Node, mirrors: Mirrors,
     assert sources(node)[mirrors.mirrors[0].host]["state"] == "rate limited"
     text = node.lazyfs("status").stdout
     assert f"{mirrors.mirrors[0].host}: rate limited for 8 min more" in text
+
+
+def test_a_mirror_that_limits_is_told_at_the_mount(node: Node, mirrors: Mirrors, image: AddedImage) -> None:
+    mirrors.mirrors[0].fault(Fault.STATUS, status=429, retry_after="500")
+    directory = node.new_dir()
+    done = node.lazyfs("mount", image.reference, directory)
+    assert done.returncode == 0, done.stderr
+    assert f"{mirrors.mirrors[0].host} limits how often it may be asked" in done.stderr
+    assert node.read(directory / "data") == DATA

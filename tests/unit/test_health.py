@@ -199,3 +199,6 @@ def test_each_host_that_limits_is_told_once() -> None:
     assert len(hops) == 5
     assert said == [sentence("a", 12.0), sentence("b", 0.0)]
     assert "a limits" in said[0] and "12 s" in said[0] and "login" in said[0]
+    teller(hop(429, "c", 2000.0))  # nobody sits that out: the error tells, or another source answers
+    assert len(said) == 2
+    assert teller.remarks == [sentence("c", 2000.0)]
