@@ -55,6 +55,19 @@ class Reference:
         return self.digest or self.tag
 
     @property
+    def origin(self) -> str:
+        """The repository, as settings and records name it, whatever mirror or endpoint serves it.
+
+        HOST/REPO; the path of a layout or an archive; in containerd the image's name without its tag.
+        """
+        if self.transport == "docker":
+            return f"{self.host}/{self.repository}"
+        if self.transport == "containerd":
+            name, colon, tag = self.tag.rpartition(":")
+            return name if colon and "/" not in tag else self.tag
+        return self.path
+
+    @property
     def is_loopback(self) -> bool:
         """Whether the host is this machine, where plain HTTP is the rule."""
         name = self.host.rsplit(":", 1)[0] if not self.host.endswith("]") else self.host

@@ -47,6 +47,7 @@ class ServedLayer:
     table: LayerTable
     store: LayerStore
     repository: Repository
+    origin: str  # the repository as the reference names it, for `lazy_from`
     check: Check | None = None  # None: the layer has passed, or nobody promised a diff ID
     verified: bool = False
     quarantine: str = ""  # why nothing may be read any more

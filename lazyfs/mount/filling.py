@@ -18,7 +18,6 @@ from lazyfs.errors import DaemonFault, ReadDeadline, StoreFull
 from lazyfs.mount.donors import Donors
 from lazyfs.mount.preparing import Preparer
 from lazyfs.registry.offline import OfflineRepository
-from lazyfs.registry.repository import Repository
 
 log = logging.getLogger(__name__)
 
@@ -85,10 +84,9 @@ class Fillings:
         if filling is not None:
             filling.checked.set()
 
-    def trusts(self, repository: Repository) -> bool:
-        """Tell whether `lazy_from` lists a repository: its layers are used before the whole check has ended."""
-        name = f"{repository.host}/{repository.name}"
-        return any(fnmatch.fnmatchcase(name, pattern) for pattern in self._settings.lazy_from)
+    def trusts(self, origin: str) -> bool:
+        """Tell whether `lazy_from` lists a `Reference.origin`: its layers are used before the whole check has ended."""
+        return any(fnmatch.fnmatchcase(origin, pattern) for pattern in self._settings.lazy_from)
 
     async def _work(self, layer: ServedLayer, filling: _Filling) -> None:
         try:
@@ -122,7 +120,7 @@ class Fillings:
         """Tell whether a layer is to be fetched before anybody asks for it."""
         if isinstance(layer.repository, OfflineRepository):
             return False
-        return self._settings.background or (layer.check is not None and not self.trusts(layer.repository))
+        return self._settings.background or (layer.check is not None and not self.trusts(layer.origin))
 
     async def _in_thread(self, job: Callable[[], None]) -> None:
         await trio.to_thread.run_sync(job, limiter=self._limiter)

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import TypeVar
 
 import trio
@@ -28,14 +26,13 @@ from lazyfs.errors import (
     LazyfsError,
     ManifestMissing,
     RegistryError,
-    StoreBroken,
-    TableInvalid,
 )
 from lazyfs.mount import missing
 from lazyfs.mount.ahead import Ahead, command_of
 from lazyfs.mount.donors import Donors
 from lazyfs.mount.filling import Fillings, guard
 from lazyfs.mount.forest import Forest, Planted
+from lazyfs.mount.planting import Planting
 from lazyfs.mount.preparing import Prepared, Preparer, Wanted
 from lazyfs.mount.resolving import Pull, Resolver
 from lazyfs.mount.whole_layers import WholeLayers
@@ -50,7 +47,6 @@ from lazyfs.registry.rate_limits import LimitTeller
 from lazyfs.registry.repository import Repository
 from lazyfs.registry.resolve import doubt_tag
 from lazyfs.registry.transport import Transport
-from lazyfs.tree import Tree, tree_key
 from lazyfs.units import format_size
 
 log = logging.getLogger(__name__)
@@ -58,7 +54,6 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 _THREADS = 16  # documents and tails fetched at once
-_TREES_KEPT = 200  # files of trees; the oldest go at a start
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,7 +134,7 @@ class Images:
         self._whole = WholeLayers(scheduler, preparer.unpacking.lines)
         self._layers: dict[str, Prepared] = {}
         self._preparing: SingleFlight[str, Prepared] = SingleFlight()
-        self._planting: SingleFlight[str, Planted] = SingleFlight()
+        self._planting = Planting(settings.root / "trees", forest, scheduler, self.fillings, preparer, self._drop)
 
     async def mount(
         self,
@@ -176,7 +171,7 @@ class Images:
         try:
             tails = self._preparer.begin_tails(repository, manifest, self._pool)
             config = await self._in_thread(resolved.config.result)
-            prepared = await self._prepare_all(repository, manifest, config, tails, say)
+            prepared = await self._prepare_all(repository, reference.origin, manifest, config, tails, say)
         except RegistryError as error:
             if isinstance(error, (BlobMissing, ManifestMissing)) and doubt_tag(repository, reference):
                 return await self.mount(image, platform, plain_http, say, pull=pull, check=check, access=access)
@@ -185,15 +180,15 @@ class Images:
             gone = await self._in_thread(partial(self._census.missing, manifest))
             raise missing.incomplete(reference, gone, error.message) from None
         try:
-            planted = await self._plant(prepared)
+            planted = await self._planting.plant(prepared)
         except BaseException:
             await self._drop([one.layer for one in prepared])
             raise
         try:
-            await self._await_trust(repository, prepared, say)
+            await self._await_trust(reference, prepared, say)
         except BaseException:
             with trio.CancelScope(shield=True):
-                await self._release(planted)
+                await self._planting.release(planted)
             raise
         facts = tuple(LayerFacts(one.layer, not one.reason, one.reason) for one in prepared)
         return MountedImage(reference, wanted_platform, manifest, config, planted, facts, (*remarks, *limits.remarks))
@@ -230,7 +225,7 @@ class Images:
 
     async def release(self, image: MountedImage) -> None:
         """Give one mount of an image back; with the last one its tree and layers go. A checkpoint."""
-        await self._release(image.planted)
+        await self._planting.release(image.planted)
 
     async def close(self) -> None:
         """End all background work and close all layers and connections."""
@@ -267,6 +262,7 @@ class Images:
     async def _prepare_all(
         self,
         repository: Repository,
+        origin: str,
         manifest: Manifest,
         config: ImageConfig,
         tails: dict[str, Future[bytes]],
@@ -276,7 +272,7 @@ class Images:
 
         async def one(number: int) -> None:
             layer = manifest.layers[number]
-            wanted = Wanted(layer, config.diff_ids[number], repository.name, tails.get(layer.digest))
+            wanted = Wanted(layer, config.diff_ids[number], origin, tails.get(layer.digest))
             found[number] = await self._hold(repository, wanted, say)
 
         try:
@@ -310,7 +306,7 @@ class Images:
             layer.users += 1
             if layer.diff_id == wanted.diff_id and not layer.quarantine:
                 if not isinstance(repository, OfflineRepository):
-                    layer.repository = repository
+                    layer.repository, layer.origin = repository, wanted.origin
                 return prepared
             # Somebody mounts the same blob under another diff ID: one of the two is false. The check tells which.
             try:
@@ -346,64 +342,19 @@ class Images:
                 with trio.CancelScope(shield=True):  # or the layers behind this one would be held for good
                     await self._in_thread(layer.store.close)
 
-    # -- trees
-
-    async def _plant(self, prepared: list[Prepared]) -> Planted:
-        """Return the tree of these layers with one more user. Takes over the layers."""
-        key = tree_key([one.key for one in prepared])
-        while True:
-            planted = self._forest.find_tree(key.encode())
-            if planted is not None:
-                planted.users += 1
-                await self._drop([one.layer for one in prepared])  # the tree holds its layers already
-                return planted
-            ours: list[Planted] = []
-            await self._planting.run(key, partial(self._new_tree, key, prepared, ours))
-            if ours:
-                return ours[0]
-
-    async def _new_tree(self, key: str, prepared: list[Prepared], ours: list[Planted]) -> Planted:
-        tree, number = await self._in_thread(partial(self._open_tree, key, prepared))
-        planted = Planted(number, key.encode(), tree, tuple(one.layer for one in prepared), users=1)
-        self._forest.plant(planted)
-        ours.append(planted)
-        for one in prepared:
-            # Whoever mounts an image is about to read from it: the first second belongs to that.
-            self._scheduler.note_demand(one.layer.host)
-            self.fillings.start(one.layer)
-        return planted
-
-    def _open_tree(self, key: str, prepared: list[Prepared]) -> tuple[Tree, int]:
-        directory = self._settings.root / "trees"
-        path = directory / key
-        number = self._preparer.tree_number(key)
-        try:
-            return Tree(path), number
-        except TableInvalid:
-            _make_room(directory)
-        tables = [os.fspath(one.layer.table.path) for one in prepared]
-        self._preparer.builder.run({"tree": {"tables": tables, "out": os.fspath(path)}})
-        return Tree(path), number
-
-    async def _release(self, planted: Planted) -> None:
-        planted.users -= 1
-        if planted.users == 0:
-            self._forest.uproot(planted)
-            await self._drop(list(planted.layers))
-
     # -- trust
 
-    async def _await_trust(self, repository: Repository, prepared: list[Prepared], say: Callable[[str], None]) -> None:
+    async def _await_trust(self, reference: Reference, prepared: list[Prepared], say: Callable[[str], None]) -> None:
         """Wait for the whole check of layers from repositories that `lazy_from` does not list."""
-        if self.fillings.trusts(repository):
+        origin = reference.origin
+        if self.fillings.trusts(origin):
             return
         for one in prepared:
             layer = one.layer
             if not layer.verified and not layer.quarantine:
-                origin = f"{repository.host}/{repository.name}"
                 if isinstance(layer.repository, OfflineRepository):
                     raise ImageIncomplete(
-                        repository.host,
+                        reference.host,
                         f"layer {layer.digest} was not checked in full yet, and lazy_from does not list {origin}",
                         hint="mount it once with its registry, or lazyfs fetch it",
                     )
@@ -413,14 +364,3 @@ class Images:
 
     async def _in_thread(self, job: Callable[[], T]) -> T:
         return await trio.to_thread.run_sync(job, limiter=self._limiter)
-
-
-def _make_room(directory: Path) -> None:
-    """Make the directory of trees, and drop the oldest files beyond a bound: they are made again from tables."""
-    try:
-        directory.mkdir(mode=0o700, exist_ok=True)
-        files = sorted(directory.iterdir(), key=lambda path: path.lstat().st_mtime, reverse=True)
-        for path in files[_TREES_KEPT:]:
-            path.unlink(missing_ok=True)
-    except OSError as error:
-        raise StoreBroken(f"{directory} can't be used: {error.strerror}") from None

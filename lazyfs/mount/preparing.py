@@ -54,7 +54,7 @@ class Wanted:
 
     descriptor: Descriptor
     diff_id: str
-    origin: str  # repository, for messages and the record
+    origin: str  # the repository as the reference names it, for messages, the record and `lazy_from`
     tail: Future[bytes] | None = None  # the blob's last bytes, on their way since the manifest was there
 
 
@@ -239,7 +239,14 @@ class Preparer:
         self._catalog.add_layer(digest, wanted.descriptor.size, table.data_size)
         opened = self._store.open_layer(digest, table)
         served = ServedLayer(
-            number, wanted.descriptor, wanted.diff_id, table, opened, repository, verified=known.verified
+            number,
+            wanted.descriptor,
+            wanted.diff_id,
+            table,
+            opened,
+            repository,
+            wanted.origin,
+            verified=known.verified,
         )
         if plain:
             served.refill = partial(self._refill, served)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -132,6 +134,24 @@ def test_plain_layer_with_a_false_diff_id(node: Node, registry: FakeRegistry) ->
     sentence = node.refused(6, "mount", image.reference, node.new_dir())
     assert "diff ID" in sentence
     assert node.shown() == []
+
+
+@pytest.mark.parametrize("listed", ["there", "here"])
+def test_lazy_from_means_the_host_of_the_reference(
+    node: Node, registry: FakeRegistry, scratch: Path, listed: str
+) -> None:
+    hosts = {"there": "registry.example", "here": registry.host}  # the reference's, and the one that answers for it
+    node.settings |= {"LAZY_FROM": f"{hosts[listed]}/*", "CERTS_DIR": str(scratch / "certs.d")}
+    directory = scratch / "certs.d" / "registry.example"
+    directory.mkdir(parents=True)
+    (directory / "hosts.toml").write_text(f'server = "http://{registry.host}"\n')
+    add(registry, "image", zstd_chunked_layer(TAR))
+    done = node.lazyfs("mount", "registry.example/image", node.new_dir())
+    assert done.returncode == 0, done.stderr
+    assert node.layer()["verified"] is (listed == "here")
+    assert ("lazy_from does not list registry.example/image" in done.stderr) is (listed == "here")
+    held = json.loads(node.lazyfs("cache", "ls", "--layers", "--json").stdout)["layers"]
+    assert [layer["origin"] for layer in held] == ["registry.example/image"]
 
 
 def test_lazy_from_verifies_others_first(node: Node, registry: FakeRegistry) -> None:

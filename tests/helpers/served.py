@@ -93,7 +93,9 @@ class Node:
         table = build_layer_table(directory / "table", blob)
         number = self.catalog.number(f"layer:{digest}")
         self.catalog.add_layer(digest, len(blob.blob), table.data_size)
-        layer = ServedLayer(number, blob.descriptor, claimed, table, self.store.open_layer(digest, table), where)
+        layer = ServedLayer(
+            number, blob.descriptor, claimed, table, self.store.open_layer(digest, table), where, where.name
+        )
         if check:
             layer.check = Check(partial(WholeCheck, digest, claimed, table, "L"), Spool(directory))
         self.layers.append(layer)

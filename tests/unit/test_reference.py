@@ -134,3 +134,18 @@ def test_what_other_tools_have_comes_with_the_way_round(text: str, way: str) -> 
     with pytest.raises(ReferenceInvalid, match="is not supported") as caught:
         parse(text)
     assert way in caught.value.hint
+
+
+@pytest.mark.parametrize(
+    ("text", "origin"),
+    [
+        ("registry.example:5000/team/app:1", "registry.example:5000/team/app"),
+        ("debian", "docker.io/library/debian"),
+        ("oci:images/app:1", "images/app"),
+        ("docker-archive:app.tar", "app.tar"),
+        ("containerd:registry.example:5000/team/app:1", "registry.example:5000/team/app"),
+        ("containerd:registry.example:5000/team/app@sha256:" + "0" * 64, "registry.example:5000/team/app"),
+    ],
+)
+def test_origin(text: str, origin: str) -> None:
+    assert parse(text).origin == origin

@@ -1,0 +1,102 @@
+"""Merged trees: found in the forest, opened from files or built from their layers' tables, shared, given back."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Awaitable, Callable
+from functools import partial
+from pathlib import Path
+
+import trio
+
+from lazyfs.chunks.layer import ServedLayer
+from lazyfs.chunks.schedule import Scheduler
+from lazyfs.chunks.single_flight import SingleFlight
+from lazyfs.errors import StoreBroken, TableInvalid
+from lazyfs.mount.filling import Fillings
+from lazyfs.mount.forest import Forest, Planted
+from lazyfs.mount.preparing import Prepared, Preparer
+from lazyfs.tree import Tree, tree_key
+
+_KEPT = 200  # files of trees; the oldest go when one is built
+_THREADS = 4
+
+
+class Planting:
+    """Put trees into the forest and take them out again. Belongs to one trio loop; files are left to threads.
+
+    `drop` gives layers back, each as often as it stands in the list.
+    """
+
+    def __init__(
+        self,
+        directory: Path,
+        forest: Forest,
+        scheduler: Scheduler,
+        fillings: Fillings,
+        preparer: Preparer,
+        drop: Callable[[list[ServedLayer]], Awaitable[None]],
+    ) -> None:
+        self._directory = directory
+        self._forest = forest
+        self._scheduler = scheduler
+        self._fillings = fillings
+        self._preparer = preparer
+        self._drop = drop
+        self._limiter = trio.CapacityLimiter(_THREADS)
+        self._building: SingleFlight[str, Planted] = SingleFlight()
+
+    async def plant(self, prepared: list[Prepared]) -> Planted:
+        """Return the tree of these layers with one more user. Takes over the layers, unless it raises StoreError."""
+        key = tree_key([one.key for one in prepared])
+        while True:
+            planted = self._forest.find_tree(key.encode())
+            if planted is not None:
+                planted.users += 1
+                await self._drop([one.layer for one in prepared])  # the tree holds its layers already
+                return planted
+            ours: list[Planted] = []
+            await self._building.run(key, partial(self._new_tree, key, prepared, ours))
+            if ours:
+                return ours[0]
+
+    async def release(self, planted: Planted) -> None:
+        """Give a tree back; with its last user it goes, and its layers are given back. A checkpoint."""
+        planted.users -= 1
+        if planted.users == 0:
+            self._forest.uproot(planted)
+            await self._drop(list(planted.layers))
+
+    async def _new_tree(self, key: str, prepared: list[Prepared], ours: list[Planted]) -> Planted:
+        open_tree = partial(self._open_tree, key, prepared)
+        tree, number = await trio.to_thread.run_sync(open_tree, limiter=self._limiter)
+        planted = Planted(number, key.encode(), tree, tuple(one.layer for one in prepared), users=1)
+        self._forest.plant(planted)
+        ours.append(planted)
+        for one in prepared:
+            # Whoever mounts an image is about to read from it: the first second belongs to that.
+            self._scheduler.note_demand(one.layer.host)
+            self._fillings.start(one.layer)
+        return planted
+
+    def _open_tree(self, key: str, prepared: list[Prepared]) -> tuple[Tree, int]:
+        path = self._directory / key
+        number = self._preparer.tree_number(key)
+        try:
+            return Tree(path), number
+        except TableInvalid:
+            _make_room(self._directory)
+        tables = [os.fspath(one.layer.table.path) for one in prepared]
+        self._preparer.builder.run({"tree": {"tables": tables, "out": os.fspath(path)}})
+        return Tree(path), number
+
+
+def _make_room(directory: Path) -> None:
+    """Make the directory of trees, and drop the oldest files beyond a bound: they are made again from tables."""
+    try:
+        directory.mkdir(mode=0o700, exist_ok=True)
+        files = sorted(directory.iterdir(), key=lambda path: path.lstat().st_mtime, reverse=True)
+        for path in files[_KEPT:]:
+            path.unlink(missing_ok=True)
+    except OSError as error:
+        raise StoreBroken(f"{directory} can't be used: {error.strerror}") from None
