@@ -25,6 +25,8 @@ from lazyfs.registry.repository import Repository
 from lazyfs.units import MiB
 
 _PIPE = MiB  # bytes that the pipe to the child holds, where the kernel lets us
+# Blocks of a megabyte come and go a thousand times: glibc is not to give each back to the kernel and fault it in again.
+_MALLOC = {"MALLOC_MMAP_THRESHOLD_": str(32 * MiB), "MALLOC_TRIM_THRESHOLD_": str(128 * MiB)}
 _WAIT = 60.0  # seconds that the child may take for table and answer after its last byte
 _CPU_BASE = 120  # seconds of processor time for any layer: tens of gigabytes of zeros, or millions of names
 _CPU_RATE = 1_000_000  # bytes of blob for each further second; honest ones need a tenth of it
@@ -59,7 +61,12 @@ def unpack_plain(
     try:
         # Unbuffered: what is left in a buffer would be written when the pipe is closed, and fail there.
         child = subprocess.Popen(
-            words, bufsize=0, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+            words,
+            bufsize=0,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            env=os.environ | _MALLOC,
         )
     except OSError as error:
         raise StoreBroken(f"the unpacker can't be started: {error.strerror}") from None
