@@ -211,7 +211,8 @@ def open_daemon(
     """Yield a connection to the daemon of this store, started where none runs. Blocking, 30 s at most.
 
     `solo`: the daemon that serves this mount point alone (for ordinary users, who can't bind-mount). `store_only`: one
-    that needs no FUSE, because it shows nothing. Raise DaemonUnreachable, or what kept the daemon from starting (FuseUnavailable, StoreLocked, MountFailed …).
+    that needs no FUSE, because it shows nothing. Raise DaemonUnreachable, or what kept the daemon from starting
+    (FuseUnavailable, StoreLocked, MountFailed …).
     """
     with _reach(settings, solo, start, store_only) as daemon:
         yield daemon
