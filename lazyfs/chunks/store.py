@@ -19,6 +19,7 @@ from functools import partial
 from pathlib import Path
 
 from lazyfs import digest as digests
+from lazyfs.chunks import removal
 from lazyfs.chunks.catalog import Catalog
 from lazyfs.chunks.evict import Budget, Evictor
 from lazyfs.chunks.health import DiskHealth
@@ -35,16 +36,13 @@ from lazyfs.chunks.private_files import (
     translate,
 )
 from lazyfs.chunks.source import MAX_SOURCE, LayerSource, decode_source, encode_source
-from lazyfs.errors import StoreBroken, StoreError, StoreLocked
+from lazyfs.errors import StoreError, StoreLocked
 
 __all__ = ["LayerStore", "Store", "StoreStatus"]
 
 log = logging.getLogger(__name__)
 
 MAX_TOC = 1 << 30  # bytes of a raw TOC that is read back
-_GONE = ".gone-"  # directories on their way out
-_UNFINISHED = 3600.0  # seconds after which a directory without chunks is taken for the rest of a crash
-_HALVES = (".new", ".again", ".tmp")  # endings of files that get their name only when they are whole
 _OPEN_WAIT = 1.0  # seconds to wait for another process that is removing the layer
 
 
@@ -125,25 +123,10 @@ class Store:
         self._lock_file = fd
         self._shared = not exclusive
         if exclusive:
-            self._sweep()
-
-    def _sweep(self) -> None:
-        """Finish removals that a crash cut short, and drop files that were only half made."""
-        try:
-            for name in os.listdir(self._layers.number):
-                if name.startswith(_GONE):
-                    remove_tree(self._layers, name)
-                elif digests.is_digest(f"sha256:{name}"):
-                    self._drop_halves(name)
-        except OSError as error:
-            self.health.failed(error)
-
-    def _drop_halves(self, name: str) -> None:
-        directory = open_directory(self._layers, name, create=False)
-        for inner in os.listdir(directory.number) if directory is not None else ():
-            if directory is not None and (inner.startswith(".") or inner.endswith(_HALVES)):
-                log.info("left by a crash: layer=sha256:%s file=%s", name, inner)
-                os.unlink(inner, dir_fd=directory.number)
+            try:
+                removal.sweep(self._layers)
+            except OSError as error:
+                self.health.failed(error)
 
     @contextmanager
     def hold(self, wanted: Iterable[str]) -> Iterator[None]:
@@ -339,14 +322,9 @@ class Store:
         if not self._shared:
             return False
         try:
-            chunks = open_file(self._open_existing(digest), "chunks", create=False)
-            if chunks is not None:
-                fcntl.flock(chunks.number, fcntl.LOCK_EX | fcntl.LOCK_NB)  # let go with the descriptor
-        except BlockingIOError:
-            return True
+            return removal.is_open(self._layers, digest)
         except (OSError, StoreError):
             return False
-        return False
 
     def drop_chunks(self, digest: str) -> int:
         """Forget a layer's chunks while it stays in use. Return the bytes freed: readers fetch them again."""
@@ -357,33 +335,18 @@ class Store:
 
     def directory_usage(self, digest: str) -> int:
         """Return the bytes that a layer's directory takes on disk, all files together."""
-        used = 0
-        try:
-            directory = self._open_existing(digest)
-            with os.scandir(directory.number) as entries:
-                for entry in entries:
-                    used += entry.stat(follow_symlinks=False).st_blocks * 512
-        except (OSError, StoreBroken):
-            return used  # a file or the directory has gone meanwhile
-        return used
-
-    def _open_existing(self, digest: str) -> OwnedFd:
-        directory = open_directory(self._layers, digests.hex_of(digest), create=False)
-        if directory is None:
-            raise StoreBroken(f"layer {digest} is not in the store")
-        return directory
+        return removal.usage(self._layers, digest)
 
     def remove_layer(self, digest: str) -> bool:
         """Remove a layer's directory and its place in the catalog. False: it is in use, here or by another process.
 
         A directory that is just being filled (no chunks yet, younger than an hour) counts as in use. Never raises.
         """
-        name = digests.hex_of(digest)
-        gone = f"{_GONE}{name}-{os.getpid()}"
         try:
             with self._lock:
-                if digest in self._slots or not self._rename_away(digest, name, gone):
-                    return False
+                gone = None if digest in self._slots else removal.hide(self._layers, digest, self._now())
+            if gone is None:
+                return False
             remove_tree(self._layers, gone)
             self.catalog.remove_layer(digest)
         except (OSError, StoreError) as error:
@@ -394,18 +357,3 @@ class Store:
     def table_path(self, digest: str) -> Path:
         """Return where a layer's table lies, if it is there. Doesn't block."""
         return self.root / "layers" / "sha256" / digests.hex_of(digest) / "table"
-
-    def _rename_away(self, digest: str, name: str, gone: str) -> bool:
-        """Take a directory out of everybody's sight, unless another process has it open or is filling it."""
-        directory = self._open_existing(digest)
-        chunks = open_file(directory, "chunks", create=False)
-        if chunks is None:
-            if self._now() - os.fstat(directory.number).st_mtime < _UNFINISHED:
-                return False
-        else:
-            try:
-                fcntl.flock(chunks.number, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                return False
-        os.rename(name, gone, src_dir_fd=self._layers.number, dst_dir_fd=self._layers.number)
-        return True
