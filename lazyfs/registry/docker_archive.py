@@ -47,7 +47,7 @@ class _Contents:
         self.images = images
         self.manifests: dict[int, bytes] = {}  # by place in manifest.json
         self.places: dict[str, str] = {}  # digest: file name in the archive
-        self.hashed: dict[str, str] = {}  # file name in the archive: digest
+        self.hashed: dict[int, str] = {}  # where a layer lies in the archive, whatever links lead there: its digest
 
 
 class DockerArchiveRepository:
@@ -182,12 +182,12 @@ class DockerArchiveRepository:
                 return oci.Descriptor(kind, f"sha256:{named[1]}", whole.size)
             if kind == oci.OCI_LAYER:
                 return oci.Descriptor(kind, diff_id, whole.size)
-            digest = contents.hashed.get(name)
+            digest = contents.hashed.get(whole.offset)
             if digest is None:
                 hasher = hashlib.sha256(head)
                 while piece := stream.read(PIECE):
                     hasher.update(piece)
-                digest = contents.hashed[name] = "sha256:" + hasher.hexdigest()
+                digest = contents.hashed[whole.offset] = "sha256:" + hasher.hexdigest()
             return oci.Descriptor(kind, digest, whole.size)
 
     def _open(self, digest: str, what: str) -> OpenRange:

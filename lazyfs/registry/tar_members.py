@@ -28,6 +28,7 @@ from lazyfs.registry.layout import open_regular
 from lazyfs.registry.layout_read import Missing
 
 MAX_MEMBERS = 1 << 16  # of one archive; an image's has a few for each layer
+MAX_NAMES = 16 << 20  # bytes of all names and links of one archive
 MAX_LINKS = 8  # symlinks after one another
 _MAX_NAME = 4096  # bytes
 _FILES = (b"0", b"\0", b"7")
@@ -82,7 +83,7 @@ def find_members(read_at: ReadAt, total: int) -> dict[str, Member]:
     Raise TarInvalid: damage, an end that is missing, a name twice or one that leads out, a sparse member, too many.
     """
     found: dict[str, Member] = {}
-    at, count, names = 0, 0, _Names()
+    at, count, room, names = 0, 0, MAX_NAMES, _Names()
     while at < total:
         block = read_at(BLOCK, at)
         if len(block) < BLOCK:
@@ -111,6 +112,9 @@ def find_members(read_at: ReadAt, total: int) -> dict[str, Member]:
             if at + member.size > total:
                 raise TarInvalid("it is cut short in this member", os.fsencode(member.name))
             at += member.size + padding(member.size)
+        room -= len(member.name) + len(member.link)
+        if room < 0:
+            raise TarInvalid(f"its names have more than {MAX_NAMES} bytes together")
         old = found.get(member.name)
         if old is not None and not (old.is_directory and member.is_directory):
             raise TarInvalid("two members have this name", os.fsencode(member.name))

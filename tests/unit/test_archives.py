@@ -35,11 +35,12 @@ from lazyfs.errors import (
     UsageError,
 )
 from lazyfs.registry.docker_archive import DockerArchiveRepository
+from lazyfs.registry.files import FileStream
 from lazyfs.registry.local import check_destination
 from lazyfs.registry.oci_archive import OciArchiveRepository
 from lazyfs.registry.open import open_repository
 from lazyfs.registry.repository import Repository
-from lazyfs.registry.tar_members import MAX_MEMBERS, find_members, follow
+from lazyfs.registry.tar_members import MAX_MEMBERS, MAX_NAMES, find_members, follow
 from tests.helpers.archives import docker_archive, image, oci_archive
 from tests.helpers.tars import declared, dir_, fifo, file, global_pax, hardlink, header, sparse, symlink, tar_of
 
@@ -164,6 +165,13 @@ def test_members_are_bounded() -> None:
     with pytest.raises(TarInvalid, match="more than"):
         find_members(read_at, 1 << 50)
     assert count == MAX_MEMBERS + 1
+
+
+def test_all_names_together_are_bounded() -> None:
+    long = b"n" * 4000
+    raw = tar_of(*(symlink(b"%d" % number, long) for number in range(MAX_NAMES // len(long) + 1)))
+    with pytest.raises(TarInvalid, match="names have more than"):
+        find_members(lambda size, at: raw[at : at + size], len(raw))
 
 
 def test_global_headers_and_leading_dots_do_not_matter() -> None:
@@ -470,6 +478,28 @@ def test_compressed_layers_keep_their_digest(form: str, named: bool, tmp_path: P
     )  # fmt: skip
     manifest = check_image(opened(tmp_path / "a.tar", raw, "docker-archive"), "", (packed,))
     assert manifest.layers[0].media_type == f"{oci.OCI_LAYER}+{form}"
+
+
+def test_a_layer_under_many_names_is_hashed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    packed = gzip.compress(LAYER, mtime=0) + bytes(1 << 20)
+    names = [f"{number}/layer.tar" for number in range(200)]
+    one = image(*[packed] * 200, diff_ids=[of(LAYER)] * 200)
+    raw = tar_of(
+        file("layer.tar", packed), *(symlink(name, "../layer.tar") for name in names), file("c.json", one.config),
+        file("manifest.json", json.dumps([{"Config": "c.json", "Layers": names}]).encode()),
+    )  # fmt: skip
+    sizes: list[int] = []
+    plain = FileStream.read
+
+    def counted(stream: FileStream, size: int) -> bytes:
+        data = plain(stream, size)
+        sizes.append(len(data))
+        return data
+
+    monkeypatch.setattr(FileStream, "read", counted)
+    _, manifest = opened(tmp_path / "a.tar", raw, "docker-archive").manifest("")
+    assert [layer.digest for layer in oci.parse_manifest(manifest).layers] == [of(packed)] * 200
+    assert sum(sizes) < 2 * len(raw)
 
 
 def test_a_layer_that_is_not_its_diff_id_is_somebody_elses_bytes(tmp_path: Path) -> None:
