@@ -28,6 +28,7 @@ _ABORT = Method(_SERVICE + "Abort", messages.AbortRequest, messages.StatusRespon
 PIECE = 1 << 20  # bytes of a blob in one message
 _LOCK_WAIT = 60.0  # seconds for another writer of the same blob
 _LOCK_POLL = 0.1  # seconds
+_SLOWEST = 64 << 10  # bytes a second for which a call without a deadline has time
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,7 +109,8 @@ class ContentStore:
         if not size:  # to containerd 0 means "all"
             return ContentStream(self._calls, None, digest, 0)
         question = messages.ReadContentRequest(digest=digest, offset=offset, size=size)
-        return ContentStream(self._calls, self._calls.answers(_READ, question, deadline=deadline), digest, size)
+        call = self._calls.answers(_READ, question, deadline=self._limit(deadline, size))
+        return ContentStream(self._calls, call, digest, size)
 
     def label(self, digest: str, labels: dict[str, str]) -> None:
         """Add labels to a blob; others stay. Raise BlobMissing."""
@@ -154,6 +156,7 @@ class ContentStore:
         """
         start = source.tell() if source.seekable() else None
         until = time.monotonic() + _LOCK_WAIT
+        deadline = self._limit(deadline, size)
         fresh = False
         while True:
             upload = _Upload(self._calls, digest, size, source, labels or {})
@@ -161,7 +164,7 @@ class ContentStore:
                 return upload.run(lease, deadline)
             except Refused as error:
                 if _is_locked(error) and not upload.touched:
-                    if time.monotonic() > min(until, deadline or until):
+                    if time.monotonic() > min(until, deadline):
                         raise RegistryTimeout(
                             self._calls.address,
                             f"another process has been writing blob {digest} to containerd for long",
@@ -178,6 +181,9 @@ class ContentStore:
                     raise self._calls.fault(f"writing blob {digest}", error) from None
                 if start is not None:
                     source.seek(start)
+
+    def _limit(self, deadline: float | None, size: int) -> float:
+        return deadline if deadline is not None else time.monotonic() + self._calls.timeout + size / _SLOWEST
 
     def abort(self, ref: str) -> None:
         """Forget an upload under way, if there is one."""

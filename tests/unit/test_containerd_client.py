@@ -254,6 +254,20 @@ def test_ranges_come_in_pieces_of_any_size(scripted: Any) -> None:
         assert stream.read(100) == b""
 
 
+def test_a_large_blob_has_more_time_than_a_small_one(scripted: Any) -> None:
+    left: list[float] = []
+
+    def read(request: Any, context: Any) -> Iterator[messages.ReadContentResponse]:
+        left.append(context.time_remaining())
+        yield messages.ReadContentResponse(data=b"x")
+
+    client = scripted(read)
+    for size in (1, 64 << 20):
+        with client.content.read(D, 0, size) as stream:
+            stream.read(1)
+    assert left[0] < 6 and 1000 < left[1] < 1100
+
+
 def test_too_little_and_too_much_are_bad_answers(scripted: Any) -> None:
     def read(request: Any, context: Any) -> Iterator[messages.ReadContentResponse]:
         yield messages.ReadContentResponse(data=b"x" * 100)
