@@ -7,17 +7,35 @@ network. What the user has configured is not looked at here.
 from __future__ import annotations
 
 import ipaddress
+import re
 import socket
+from urllib.parse import SplitResult, urlsplit
 
 Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 
 # Served to whoever runs in a cloud, credentials included: names that clouds resolve to such addresses, and addresses
-# that are not link-local but serve it all the same (Alibaba, Oracle, AWS over IPv6).
+# that are not link-local but serve it all the same (Alibaba, Oracle, Azure, AWS and Google over IPv6).
 _METADATA_NAMES = frozenset(
     {"metadata", "metadata.google.internal", "metadata.goog", "instance-data", "instance-data.ec2.internal"}
 )
-_METADATA = frozenset(ipaddress.ip_address(text) for text in ("100.100.100.200", "192.0.0.192", "fd00:ec2::254"))
+_METADATA = frozenset(
+    ipaddress.ip_address(text)
+    for text in ("100.100.100.200", "192.0.0.192", "168.63.129.16", "fd00:ec2::254", "fd20:ce::254")
+)
 _NAT64 = ipaddress.ip_network("64:ff9b::/96")
+_NETLOC = re.compile(r"(?:[A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+(?:%[A-Za-z0-9._~%-]+)?\])(?::[0-9]*)?")
+
+
+def split_named(url: str) -> SplitResult:
+    """Return the parts of a URL that a registry named, user information still in it.
+
+    Raise ValueError unless it has a host and a port that all readers of URLs agree on: what was looked at here must be
+    what is asked, by whatever library or proxy.
+    """
+    parts = urlsplit(url)
+    if not _NETLOC.fullmatch(parts.netloc.rpartition("@")[2]) or parts.port == 0:
+        raise ValueError("no host")
+    return parts
 
 
 def refusal(address: str, *, loopback: bool) -> str:

@@ -13,9 +13,10 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from urllib.parse import urlencode, urlsplit, urlunsplit
+from urllib.parse import urlencode, urlunsplit
 
 from lazyfs.errors import BadAnswer, RegistryTimeout, Unauthorized, UsageError
+from lazyfs.registry.addresses import split_named
 from lazyfs.registry.credentials import Credentials
 from lazyfs.registry.logins import Found, Logins
 from lazyfs.registry.status import error_for
@@ -182,10 +183,14 @@ class Authorizer:
         return found
 
     def _token(self, challenge: Challenge, credentials: Credentials | None, deadline: float) -> tuple[str, float]:
-        realm = urlsplit(challenge.parameters.get("realm", ""))
         allowed = ("https",) if self.secure else ("https", "http")
-        if realm.scheme not in allowed or not realm.hostname or realm.username is not None:
-            raise BadAnswer(self._host, f"{self._host} names a token endpoint that is no {' or '.join(allowed)} URL")
+        no_url = BadAnswer(self._host, f"{self._host} names a token endpoint that is no {' or '.join(allowed)} URL")
+        try:
+            realm = split_named(challenge.parameters.get("realm", ""))
+        except ValueError:
+            raise no_url from None
+        if realm.scheme not in allowed or realm.username is not None:
+            raise no_url
         scopes = [f"repository:{self._repository}:{'pull,push' if self._pushes else 'pull'}"]
         scopes += [f"repository:{other}:pull" for other in sorted(self._others)]
         fields: dict[str, str] = {}

@@ -26,6 +26,7 @@ from lazyfs.registry.addresses import refusal
 from lazyfs.registry.pace import Pace
 from lazyfs.registry.tls import TlsContexts
 
+MAX_HEADER = 128 << 10  # bytes of an answer's header, provisional answers before it included
 _LAST_WORD = 0.2  # seconds for an alert that is on its way
 
 
@@ -62,6 +63,7 @@ class _TimedReader(io.RawIOBase):
         self._limits = limits
         self._waited = 0.0  # seconds of this window
         self._got = 0  # bytes of this window
+        self._header = 0  # bytes before the body, and of its beginning
         self.begun = False  # the header is here
 
     def readable(self) -> bool:
@@ -75,6 +77,10 @@ class _TimedReader(io.RawIOBase):
         if timeout != self._sock.gettimeout():
             self._sock.settimeout(timeout)
         got = self._raw.readinto(buffer)
+        if not self.begun:
+            self._header += got or 0
+            if self._header > MAX_HEADER:  # megabytes of cookies take seconds to parse, and everybody waits meanwhile
+                raise http.client.HTTPException(f"a header of more than {MAX_HEADER} bytes")
         pace = self._limits.pace
         if self.begun and pace is not None and pace.floor and got:
             self._weigh(pace, got, time.monotonic() - now)
@@ -109,35 +115,60 @@ class AddressRefused(Exception):
 class _Guarded(HTTPConnection):
     """A connection that looks at the addresses of a name before it connects, and connects to those it looked at.
 
-    The check of a URL alone would not do: a name may lead somewhere else a moment later.
+    The check of a URL alone would not do: a name may lead somewhere else a moment later. All its addresses together
+    get what is left of the deadline, with the TLS handshake: a name may have thousands that don't answer.
     """
 
     guard_level: ClassVar[Guard] = Guard.USER
+    current: ClassVar[CurrentLimits]
+
+    def send(self, data: Any) -> None:
+        """Send unless the deadline has passed: a server may take a body as slowly as it likes."""
+        limits = self.current.limits
+        if limits is not None and time.monotonic() >= limits.deadline:
+            raise TimeoutError("the deadline has passed")
+        super().send(data)
 
     def _new_conn(self) -> socket.socket:
-        if self.guard_level is Guard.USER:
-            return super()._new_conn()
         name = self._dns_host
         try:
             answers = socket.getaddrinfo(name.strip("[]"), self.port, type=socket.SOCK_STREAM)
         except (OSError, UnicodeError) as error:
             raise NameResolutionError(name, self, socket.gaierror(str(error))) from error
         found = list(dict.fromkeys(str(answer[4][0]) for answer in answers))
-        for address in found:
+        for address in found if self.guard_level is not Guard.USER else ():
             why = refusal(address, loopback=self.guard_level is Guard.NEAR)
             if why:
                 raise AddressRefused(f"{address}, which {why}" if address != name else why)
+        patience = self.timeout
         try:
             for number, address in enumerate(found):
-                self._dns_host = address
+                self._dns_host, self.timeout = address, self._left(patience)
                 try:
-                    return super()._new_conn()
+                    connected = super()._new_conn()
                 except (HTTPError, OSError):
                     if number + 1 == len(found):
                         raise
+                else:
+                    try:
+                        connected.settimeout(self._left(patience))  # for the handshake
+                    except TimeoutError:
+                        connected.close()
+                        raise
+                    return connected
         finally:
-            self._dns_host = name  # certificates are for the name
+            self._dns_host, self.timeout = name, patience  # certificates are for the name
         raise NameResolutionError(name, self, socket.gaierror("no address"))
+
+    def _left(self, patience: Any) -> Any:
+        """Return how many seconds the next step may take: `patience` at most. Raise TimeoutError for none."""
+        limits = self.current.limits
+        if limits is None:
+            return patience
+        left = limits.pause(time.monotonic(), begun=False)
+        if left <= 0:
+            raise TimeoutError("the deadline has passed")
+        return min(patience, left) if isinstance(patience, (int, float)) else left
 
 
 def _peer(sock: socket.socket) -> str:
@@ -160,6 +191,12 @@ def timed_pools(current: CurrentLimits, guard: Guard = Guard.USER) -> dict[str, 
                 current.peer = _peer(sock)
                 self.fp = io.BufferedReader(current.reader)
 
+        def _read_next_chunk_size(self) -> int:
+            size: int = super()._read_next_chunk_size()  # type: ignore[misc]
+            if size < 0:  # -1 would read on to the end of the connection, all into memory
+                raise ValueError("a chunk of negative size")
+            return size
+
     class TimedConnection(_Guarded, HTTPConnection):
         response_class = TimedResponse
         guard_level = guard
@@ -178,6 +215,8 @@ def timed_pools(current: CurrentLimits, guard: Guard = Guard.USER) -> dict[str, 
             except OSError:
                 _raise_alert(self.sock)
                 raise
+
+    TimedConnection.current = TimedTlsConnection.current = current
 
     class TimedPool(HTTPConnectionPool):
         ConnectionCls = TimedConnection

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 
@@ -36,7 +36,8 @@ class Endpoint:
     can_push: bool = False
     origin: bool = False  # the registry that the reference names, not a mirror of it
     namespace: str = ""  # the registry that a mirror stands for, sent as "?ns=": "" for the origin
-    headers: tuple[tuple[str, str], ...] = ()  # sent with each request to this endpoint, and never to another host
+    # Sent with each request to this endpoint, and never to another host; may hold secrets.
+    headers: tuple[tuple[str, str], ...] = field(default=(), repr=False)
     tls: Tls = NO_TLS
     may_be_plain: bool = (
         False  # "insecure" in registries.conf: plain HTTP where no TLS is spoken; found out at first use

@@ -13,7 +13,7 @@ from urllib.parse import quote, urljoin, urlsplit
 
 from lazyfs.errors import BadAnswer
 from lazyfs.registry.access import Access
-from lazyfs.registry.addresses import is_loopback
+from lazyfs.registry.addresses import is_loopback, split_named
 from lazyfs.registry.auth import Authorizer
 from lazyfs.registry.connections import Guard, Limits
 from lazyfs.registry.endpoints import Endpoint
@@ -172,10 +172,14 @@ class Exchange:
         """Fall back to plain HTTP where an insecure registry speaks no TLS. Several threads may find out at once."""
         timeout = min(self.timeouts.connect, deadline - time.monotonic())
         host = urlsplit(self._endpoint.api).netloc
-        if not self._transport.is_proxied(self._endpoint.api) and timeout > 0 and not speaks_tls(host, timeout):
+        tls = True if self._transport.is_proxied(self._endpoint.api) else None
+        if tls is None and timeout > 0:
+            tls = speaks_tls(host, timeout)
+        if tls is False:
             self._origin = _origin(self._endpoint.api.replace("https:", "http:", 1))
             self._auth.secure = False
-        self._scheme_known.set()
+        if tls is not None:  # one that is down for a moment is looked at again
+            self._scheme_known.set()
 
     def _send(
         self,
@@ -230,11 +234,10 @@ def follow_location(answer: Answer, location: str) -> str:
         raise _refused(answer, f"{sends} no address, or one of absurd length")
     try:
         target = urljoin(answer.url, location)
-        parts = urlsplit(target)
-        origin = _origin(target)
+        parts = split_named(target)
     except ValueError:
         raise _refused(answer, f"{sends} a malformed address") from None
-    if parts.scheme not in ("http", "https") or not origin[1] or parts.username is not None:
+    if parts.scheme not in ("http", "https") or parts.username is not None:
         raise _refused(answer, f"{sends} an address that is neither http nor https")
     if answer.url.startswith("https:") and parts.scheme != "https":
         raise _refused(answer, f"{sends} {host_of(target)} without TLS, which is refused")

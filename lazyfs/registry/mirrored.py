@@ -25,6 +25,7 @@ from lazyfs.errors import (
     LazyfsError,
     RegistryError,
     TooManyRequests,
+    Unauthorized,
 )
 from lazyfs.oci import Descriptor
 from lazyfs.registry.endpoints import Endpoint
@@ -281,13 +282,18 @@ class MirroredRepository:
     def probe(self, digest: str, blob_offset: int, size: int) -> None:
         """Try failing members again, in threads: none of the readers waits for them. Doesn't block."""
         for member in self.members:
-            if self.health.take_probe(member.endpoint.host):
-                threading.Thread(
+            host = member.endpoint.host
+            if self.health.take_probe(host):
+                asker = threading.Thread(
                     target=self._try_again,
                     args=(member, digest, blob_offset, min(size, _PROBE)),
                     name="lazyfs-probe",
                     daemon=True,
-                ).start()
+                )
+                try:
+                    asker.start()
+                except RuntimeError:  # no more threads: the reader goes on, the next one tries
+                    self.health.probed(host)
 
     def _try_again(self, member: Member, digest: str, blob_offset: int, size: int) -> None:
         host = member.endpoint.host
@@ -301,7 +307,7 @@ class MirroredRepository:
                     pass
             self.health.note_answer(host, digest, first)
             self.health.note_done(host)
-        except (BlobMissing, TooManyRequests) as error:
+        except (BlobMissing, TooManyRequests, Unauthorized) as error:
             self.health.note_done(host)
             self.health.note_error(host, digest, error)
         except LazyfsError as error:

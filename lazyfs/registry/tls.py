@@ -121,10 +121,10 @@ def wants_certificate(host: str) -> tuple[str, str]:
     )
 
 
-def speaks_tls(host: str, timeout: float) -> bool:
+def speaks_tls(host: str, timeout: float) -> bool | None:
     """Tell whether "host[:port]" speaks TLS, for a registry that is configured as insecure. Blocking, one connection.
 
-    Where nobody listens the answer is True: the error of a real request says more. Raise nothing.
+    None: nobody answers now, which says nothing of later; the error of a real request says more. Raise nothing.
     """
     name, _, port = host.rpartition(":") if not host.endswith("]") and ":" in host else (host, "", "")
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
@@ -133,9 +133,9 @@ def speaks_tls(host: str, timeout: float) -> bool:
     try:
         connection = socket.create_connection((name.strip("[]"), int(port or 443)), timeout)
     except ConnectionRefusedError:
-        return bool(port)
+        return None if port else False
     except (OSError, ValueError):
-        return True
+        return None
     with connection:
         connection.settimeout(min(timeout, _HANDSHAKE))
         try:

@@ -26,6 +26,7 @@ from lazyfs.registry.waits import retry_after
 
 POOL_SIZE = 32  # idle connections kept per host
 MAX_DISCARD = 64 << 10  # bytes of an unwanted body read to keep its connection; more, and the connection goes
+_MAX_DIGITS = 18  # of a length that is looked at; int() raises for thousands
 MAX_CAUSES = 10  # how deep a chain of causes is looked through
 
 
@@ -86,7 +87,8 @@ class Answer:
         try:
             declared = self.headers.get("Content-Length", "")
             pieces: list[bytes] = []
-            while self.received <= limit and not (declared.isdecimal() and int(declared) > limit):
+            too_much = declared.isdecimal() and (len(declared) > _MAX_DIGITS or int(declared) > limit)
+            while self.received <= limit and not too_much:
                 piece = self.read(min(limit + 1 - self.received, 1 << 20))
                 if not piece:
                     return b"".join(pieces)

@@ -17,7 +17,7 @@ from lazyfs.errors import BadAnswer, PushRejected, RegistryError, UsageError
 from lazyfs.registry.exchange import Body, Exchange, follow_location
 from lazyfs.registry.retry import RetryPolicy
 from lazyfs.registry.status import error_for, registry_words
-from lazyfs.registry.transport import Answer
+from lazyfs.registry.transport import Answer, host_of
 
 PIECE = 256 << 10  # bytes per write to the socket
 
@@ -178,9 +178,10 @@ class Uploader:
             answer.discard()
             # An ordinary upload was begun instead; it is given up, and whoever pushes begins his own.
             location = follow_location(answer, answer.headers.get("Location", ""))
-            self._exchange.ask(
-                "DELETE", location, kind="upload", what=f"end of the {what}", deadline=limit, pushes=True
-            ).discard()
+            if host_of(location) == answer.host:  # nothing is deleted on another host because a registry says so
+                self._exchange.ask(
+                    "DELETE", location, kind="upload", what=f"end of the {what}", deadline=limit, pushes=True
+                ).discard()
             return False
 
         return self._retry.run(attempt, limit)
