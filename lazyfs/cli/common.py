@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from lazyfs.registry.open import OpenOptions
     from lazyfs.registry.repository import Repository
 
+_SIDES = {"src": "SRC", "dest": "DST"}
 _MAX_LINE = 64 << 10  # bytes of a login; clouds' tokens have a few thousand
 IMAGE_HELP = (
     "docker://HOST/REPO:TAG, HOST/REPO:TAG, HOST/REPO@sha256:…, oci:DIR[:REF], oci-archive:FILE[:REF], "
@@ -51,7 +52,7 @@ def add_registry(parser: argparse.ArgumentParser, *sides: str) -> None:
     add_plain_http(parser)
     add = parser.add_argument_group("registry options").add_argument
     for side in sides or ("",):
-        name, of = (f"--{side}-creds", f" for {side.upper()}") if side else ("--creds", "")
+        name, of = (f"--{side}-creds", f" for {_SIDES[side]}") if side else ("--creds", "")
         variable = _creds_variable(side)
         hidden = "other users see arguments: prefer the next one"
         add(name, metavar="USER:PASSWORD", help=f"the login{of}; {hidden}")

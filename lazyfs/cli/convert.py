@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
     from indexer.report import ConvertReport, LayerReport
     from lazyfs.cli.output import Output
+    from lazyfs.cli.report_file import ReportFile
     from lazyfs.reference import Reference
     from lazyfs.registry.open import OpenOptions
     from lazyfs.registry.repository import Repository
@@ -83,6 +84,24 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
 def run(args: argparse.Namespace, out: Output) -> int:
     """Convert and push. Blocking. Raise LazyfsError; temporary files are gone then, too."""
     from contextlib import ExitStack
+
+    from lazyfs.cli.report_file import ReportFile
+
+    # A layer's names are many small objects and no cycles; looking for some again and again costs several percent.
+    gc.disable()
+    report_file = None if args.report is None else ReportFile(args.report, args.source, args.destination)
+    with ExitStack() as reporting:
+        if report_file is not None:
+            reporting.enter_context(report_file.on_failure())
+        report = _convert(args, out, report_file)
+    if report_file is not None:
+        report_file.write(report.to_json())
+    _say(report, out)
+    return 0
+
+
+def _convert(args: argparse.Namespace, out: Output, report_file: ReportFile | None) -> ConvertReport:
+    from contextlib import ExitStack
     from dataclasses import replace
     from pathlib import Path
 
@@ -90,23 +109,22 @@ def run(args: argparse.Namespace, out: Output) -> int:
     from indexer.options import ConvertOptions, OutputForm
     from indexer.prefetch import read_prefetch
     from lazyfs import reference
-    from lazyfs.cli.report_file import ReportFile
     from lazyfs.registry.local import check_destination
     from lazyfs.registry.open import open_repository
 
-    # A layer's names are many small objects and no cycles; looking for some again and again costs several percent.
-    gc.disable()
     source_reference = reference.parse(args.source)
     destination_reference = reference.parse(args.destination)
     check_destination(destination_reference)
-    cache_reference = reference.parse(args.cache_repo) if args.cache_repo else None
+    if args.copy_referrers and destination_reference.transport == "containerd":
+        raise UsageError("containerd keeps no referrers, so --copy-referrers has no place for them")
+    cache_reference = reference.parse(args.cache_repo) if args.cache_repo is not None else None
     if cache_reference is not None and (cache_reference.digest or cache_reference.tag not in ("", "latest")):
         raise UsageError("--cache-repo takes a repository, not an image", hint="leave out the tag")
     options = ConvertOptions(
         platform=args.platform,
         form=OutputForm(args.compat or args.format),
         level=args.level,
-        prefetch=read_prefetch(Path(args.prefetch)) if args.prefetch else (),
+        prefetch=read_prefetch(Path(args.prefetch)) if args.prefetch is not None else (),
         jobs=args.jobs or len(os.sched_getaffinity(0)),
         force=args.force,
         all_platforms=args.all_platforms,
@@ -116,7 +134,6 @@ def run(args: argparse.Namespace, out: Output) -> int:
         progress=out.progress,
     )
     options.check()
-    report_file = ReportFile(Path(args.report)) if args.report else None
     settings = common.settings(args)
     source_options = replace(common.open_options(args, settings, side="src"), total_timeout=_PUSH_TIMEOUT)
     destination_options = replace(common.open_options(args, settings, side="dest"), total_timeout=_PUSH_TIMEOUT)
@@ -136,12 +153,8 @@ def run(args: argparse.Namespace, out: Output) -> int:
             repository(cache_reference, destination_options) if cache_reference else None,
         )
         if report_file is not None:
-            opened.enter_context(report_file.on_failure(conversion))
-        report = conversion.run()
-    if report_file is not None:
-        report_file.write(report.to_json())
-    _say(report, out)
-    return 0
+            report_file.conversion = conversion
+        return conversion.run()
 
 
 def _say(report: ConvertReport, out: Output) -> None:
@@ -175,7 +188,9 @@ def _work_directory(named: str | None, out: Output) -> Path | None:
     """Return the work directory; None, with a remark, when the usual one can't be had."""
     from pathlib import Path
 
-    if named:
+    if named == "":
+        raise UsageError("--work-dir '' names no directory")
+    if named is not None:
         return Path(named).absolute()
     cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
     path = Path(cache) / "lazyfs" / "convert"

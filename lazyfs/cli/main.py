@@ -66,8 +66,8 @@ def entry() -> None:
 
 def main(argv: Sequence[str]) -> int:
     """Run one command line and return its exit code. Blocking; raises nothing."""
-    out = Output()
     name = command_of(argv)
+    out = Output(json="--json" in argv and name != "run")  # `run` has none of its own: it's the container's
     verbose = False
     try:
         args = _parse(name, argv)

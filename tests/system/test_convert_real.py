@@ -174,7 +174,9 @@ def test_a_signal_leaves_nothing_behind(tmp_path: Path, number: signal.Signals, 
     (tmp_path / "big.tar").write_bytes(tar_of(*(file(f"f{i}", os.urandom(1 << 20)) for i in range(60))))
     run("umoci", "raw", "add-layer", "--image", f"{source}:base", str(tmp_path / "big.tar"))
     work = tmp_path / "work"
-    command = ["-q", "convert", "--level", "19", "--work-dir", str(work), f"oci:{source}:base", f"oci:{target}:lazy"]
+    report = tmp_path / "report.json"
+    command = ["-q", "convert", "--level", "19", "--work-dir", str(work), "--report", str(report)]
+    command += [f"oci:{source}:base", f"oci:{target}:lazy"]
     process = subprocess.Popen([sys.executable, "-m", "lazyfs", *command], stderr=subprocess.PIPE)
     try:
         for _ in range(600):
@@ -188,6 +190,7 @@ def test_a_signal_leaves_nothing_behind(tmp_path: Path, number: signal.Signals, 
         _, said = process.communicate(timeout=30)
     assert process.returncode == code, said
     assert list(target.iterdir()) == [] and list((work / "runs").iterdir()) == []
+    assert json.loads(report.read_text())["error"]["exit_code"] == code
 
 
 def test_failures_are_sentences_with_exit_codes(layout: Path, tmp_path: Path) -> None:

@@ -119,6 +119,14 @@ def test_an_error_with_json_is_an_object_too(probe: Callable[[Run], None], capsy
     assert printed.err == "lazyfs: no room\n"
 
 
+def test_so_is_one_in_the_arguments_themselves(
+    probe: Callable[[Run], None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    probe(remember)
+    assert frame.main(["probe", "--json", "--platform", "amd64"]) == 2
+    assert json.loads(capsys.readouterr().out)["error"]["class"] == "UsageError"
+
+
 def test_a_bug_says_so_and_shows_its_traceback_only_when_asked(
     probe: Callable[[Run], None], capsys: pytest.CaptureFixture[str]
 ) -> None:
