@@ -27,11 +27,16 @@ from indexer.reuse import docker_type, earlier_layers
 from indexer.work import Converted, WorkDirectory
 from lazyfs import digest as digests
 from lazyfs import oci
-from lazyfs.errors import RegistryError, StoreBroken, UsageError
+from lazyfs.errors import LazyfsError, StoreBroken, UsageError
 from lazyfs.reference import Reference
 from lazyfs.registry.repository import Repository
 
 log = logging.getLogger(__name__)
+
+_DOCKER_NOTE = (
+    "Docker's manifests know no annotations, though registries and containerd keep them: a tool that rewrites the "
+    "manifest makes the layers ordinary ones"
+)
 
 
 def convert_image(
@@ -98,8 +103,9 @@ class Conversion:
             referrers, unknown = listing.result()
             if unknown and options.copy_referrers:
                 raise UsageError(f"--copy-referrers can't be done: {unknown}")
-            self.notes += filter(None, (unknown, related.note_about(referrers)))
             copies = self._copy_referrers(referrers, result, copier)
+            left = [each for each in referrers if each.entry.digest not in copies]
+            self.notes += filter(None, (unknown, related.note_about(left)))
             for copy in copies.values():
                 uploads += copy.uploads
             moved = push_blobs(self._destination, uploads)
@@ -207,14 +213,16 @@ class Conversion:
 
     def _record(self, done: dict[str, DoneLayer], work: WorkDirectory) -> None:
         """Record the layers converted; their blobs are at the destination, from where a registry takes them over."""
+        cache = self._cache
         for layer in done.values():
             if not layer.key:
                 continue
-            if self._cache is not None and layer.report.origin is not Origin.CACHE:
+            if cache is not None and layer.report.origin is not Origin.CACHE:
                 try:
-                    self._add_to_cache(self._cache, layer, work)
-                except RegistryError as error:
+                    self._add_to_cache(cache, layer, work)
+                except LazyfsError as error:  # whatever it is: the image is pushed
                     self.notes.append(f"the cache repository took no record: {error.message}")
+                    cache = None
             work.arrived(layer.key)
 
     def _add_to_cache(self, cache: LayerCache, layer: DoneLayer, work: WorkDirectory) -> None:
@@ -259,11 +267,8 @@ class _Result:
         self.configs.append((node, config))
         docker = options.docker and node.media_type == oci.DOCKER_MANIFEST
         descriptors = [docker_type(layer.descriptor) if docker else layer.descriptor for layer in layers]
-        if docker:
-            self.notes.append(
-                "Docker's manifests know no annotations, though registries and containerd keep them: a tool that "
-                "rewrites the manifest makes the layers ordinary ones"
-            )
+        if docker and _DOCKER_NOTE not in self.notes:
+            self.notes.append(_DOCKER_NOTE)
         return manifest_type(docker), new_manifest(node.manifest, config, descriptors, docker=docker)
 
 
@@ -274,6 +279,17 @@ def _layers(node: Node) -> tuple[oci.Descriptor, ...]:
 
 @contextmanager
 def _work_directory(options: ConvertOptions) -> Iterator[WorkDirectory]:
+    try:
+        with _made_directory(options) as work:
+            yield work
+    except StoreBroken as error:
+        where = options.work or options.scratch or tempfile.gettempdir()
+        error.hint = error.hint or f"the work is done in {where}; --work-dir names another directory"
+        raise
+
+
+@contextmanager
+def _made_directory(options: ConvertOptions) -> Iterator[WorkDirectory]:
     if options.work is not None:
         with WorkDirectory(options.work) as work:
             yield work

@@ -104,11 +104,15 @@ class LayerWork:
     def _one(self, layer: oci.Descriptor, diff_id: str, compressors: Compressors, in_flight: int) -> DoneLayer:
         began = time.monotonic()
         found = None
-        if not self._options.force:
-            found = self._reuse(layer, diff_id, began) or self._keep(layer, diff_id, began)
-        # A mirror's wrong bytes are no reason to fail while another source has the right ones.
-        convert = partial(self._convert, layer, diff_id, compressors, in_flight, began)
-        done = found or read_again(self._source, layer.digest, convert, (DigestMismatch,))
+        try:
+            if not self._options.force:
+                found = self._reuse(layer, diff_id, began) or self._keep(layer, diff_id, began)
+            # A mirror's wrong bytes are no reason to fail while another source has the right ones.
+            convert = partial(self._convert, layer, diff_id, compressors, in_flight, began)
+            done = found or read_again(self._source, layer.digest, convert, (DigestMismatch,))
+        except FormatError as error:
+            error.message = f"layer {layer.digest[7:19]}: {error.message}"
+            raise
         self.done.append(done.report)
         return done
 

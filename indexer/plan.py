@@ -79,6 +79,8 @@ def read_image(source: Repository, reference: Reference, platform: str | None) -
     notes = []
     if image.index is not None:
         others = [name for entry in image.index.manifests if (name := _left_out(entry, image.platform))]
+        if attested := sum(REFERENCE_DIGEST in entry.annotations for entry in image.index.manifests):
+            others.append("1 attestation" if attested == 1 else f"{attested} attestations")
         if others:
             notes.append(f"left out: {', '.join(others)[:500]} (--all-platforms converts the whole index)")
     return Plan(_image(image.manifest, config), tuple(notes))

@@ -13,7 +13,7 @@ from indexer.push import Upload, push_blobs
 from indexer.work import Converted
 from lazyfs import digest as digests
 from lazyfs import oci
-from lazyfs.errors import FormatError, RegistryError, TrustError
+from lazyfs.errors import FormatError, RegistryError, RegistryTimeout, RegistryUnreachable, TrustError
 from lazyfs.registry.repository import Repository
 
 log = logging.getLogger(__name__)
@@ -33,9 +33,12 @@ class LayerCache:
 
     def __init__(self, repository: Repository) -> None:
         self.repository = repository
+        self._is_down = False  # asked for each layer, a registry that doesn't answer would cost its time-out each time
 
     def find(self, key: str) -> Converted | None:
         """Return the layer recorded under `key` whose blob is there, None for any other outcome. Two requests."""
+        if self._is_down:
+            return None
         try:
             media_type, raw = self.repository.manifest(tag_of(key))
             manifest = oci.parse_manifest(raw, media_type)
@@ -50,6 +53,7 @@ class LayerCache:
                 return None
             return Converted(layer, str(diff_id))
         except (RegistryError, FormatError, TrustError) as error:
+            self._is_down |= isinstance(error, RegistryTimeout | RegistryUnreachable)
             log.info("no record of %s in %s: %s", key, self.repository.name, error)
             return None
 

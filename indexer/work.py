@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import hashlib
+import itertools
 import logging
 import os
 import secrets
@@ -61,6 +62,7 @@ class WorkDirectory:
         self._layers = path / "layers"
         self._run = path / "runs" / f"{os.getpid()}-{secrets.token_hex(6)}"
         self._lease = -1
+        self._files = itertools.count()
 
     def __enter__(self) -> WorkDirectory:
         try:
@@ -89,8 +91,11 @@ class WorkDirectory:
             shutil.rmtree(self._path, ignore_errors=True)
 
     def new_file(self, digest: str) -> Path:
-        """Return where this run makes a blob from the source layer `digest`; nothing is there yet."""
-        return self._run / digests.hex_of(digest)
+        """Return where this run makes a blob from the source's blob `digest`, another file each time.
+
+        One blob may be wanted twice: converted as an image's layer, and as it is for something that is kept.
+        """
+        return self._run / f"{digests.hex_of(digest)}.{next(self._files)}"
 
     def keep(self, key: str, layer: Converted, blob: Path) -> None:
         """Keep a layer that was converted and verified. Never raises: then the next run converts it again.

@@ -239,8 +239,9 @@ def test_nothing_is_pushed_when_the_source_is_bad(
 ) -> None:
     image = broken(registry, case)
     with FakeRegistry() as destination:
-        with pytest.raises(error):
+        with pytest.raises(error) as caught:
             convert(image.reference, f"{destination.host}/copy:x", options)
+        assert any(layer[7:19] in caught.value.message for layer in image.layers)  # which of them it was
         assert not destination.blobs and not destination.uploads and "copy" not in destination.repositories
 
 

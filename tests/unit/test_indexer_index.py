@@ -196,7 +196,23 @@ def test_one_platform_names_the_ones_left_out(registry: FakeRegistry) -> None:
     report = convert(f"{registry.host}/app:multi", f"{registry.host}/lazy:one", ConvertOptions(platform="linux/amd64"))
     assert registry.manifests_of("lazy")["one"][0] == oci.OCI_MANIFEST
     (note,) = report.notes
-    assert "linux/arm64" in note and "unknown" not in note and "--all-platforms" in note
+    assert "linux/arm64, 1 attestation " in note and "unknown" not in note and "--all-platforms" in note
+
+
+def test_what_is_kept_may_share_a_layer_with_an_image(registry: FakeRegistry) -> None:
+    """The blob is needed twice then: converted, and as it is."""
+    amd, _ = images(registry)
+    manifest = json.loads(amd.raw)
+    subject = {"mediaType": oci.OCI_MANIFEST, "digest": amd.digest, "size": len(amd.raw)}
+    about = oci.canonical_json({**manifest, "artifactType": "text/x", "subject": subject})
+    registry.add_manifest("app", "", oci.OCI_MANIFEST, about)
+    kept = {"mediaType": oci.OCI_MANIFEST, "digest": of(about), "size": len(about)}
+    add_index(registry, [entry_of(amd, "linux/amd64"), kept])
+    for options in (EVERYTHING, replace(EVERYTHING, copy_referrers=True)):
+        with FakeRegistry(isolated=True) as there:
+            report = convert(f"{registry.host}/app:multi", f"{there.host}/lazy:multi", options)
+            for digest in (*amd.layers, *(layer.digest for layer in report.layers)):
+                assert of(there.blobs[digest]) == digest
 
 
 def test_a_single_image_needs_no_index(registry: FakeRegistry) -> None:

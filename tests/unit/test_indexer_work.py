@@ -333,6 +333,15 @@ def test_a_cache_that_is_of_no_use_is_passed_by(registry: FakeRegistry, what: st
         assert any("took no record" in note for note in report.notes) is (what == "down")
 
 
+def test_a_cache_that_does_not_answer_is_asked_once(registry: FakeRegistry) -> None:
+    source = registry.add_image("app", "1", [tar_of(file(f"f{number}", b"x")) for number in range(20)])
+    with FakeRegistry(isolated=True) as cache:
+        cache.fault(Fault.REFUSE)
+        report = convert(source.reference, f"{registry.host}/lazy:1", ConvertOptions(jobs=1), f"{cache.host}/cache")
+        assert cache.count("GET", "/manifests/lazyfs-") <= 2  # with one more try
+    assert sum("took no record" in note for note in report.notes) == 1
+
+
 def test_a_record_is_a_manifest_that_registries_and_people_understand(registry: FakeRegistry) -> None:
     image = add_app(registry)
     report = convert(image.reference, f"{registry.host}/lazy:1", ConvertOptions(), f"{registry.host}/cache")
@@ -378,6 +387,7 @@ def test_what_refers_to_the_source_is_listed_and_copied(api: bool) -> None:
         assert len(listed.referrers) == 3 and any(SIGNATURE in note for note in listed.notes)
         assert all(referrer.reason for referrer in listed.referrers)
         report = convert(image.reference, f"{there.host}/lazy:1", ConvertOptions(copy_referrers=True))
+        assert not any(SBOM in note for note in report.notes) and any(SIGNATURE in note for note in report.notes)
         by_kind = {referrer.kind: referrer for referrer in report.referrers}
         assert by_kind[SIGNATURE].digest == signature and "anew" in by_kind[SIGNATURE].reason
         assert not by_kind[SIGNATURE].copy and not by_kind["cosign signature"].copy
