@@ -92,7 +92,7 @@ def estargz_layer(
 
     `min_chunk`: a member takes further chunks until it has that many bytes. `behind`: entries that follow the
     TOC's in its member. `more`: members between that one and the footer.
-    """  # noqa: E501
+    """
     items = scan(tar)
     stop = items[-1].end if items else 0
     blob, frames = bytearray(), list[tuple[int, int]]()
