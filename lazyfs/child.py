@@ -3,9 +3,10 @@
 Parsing half a million entries takes hundreds of megabytes; a process that ends gives them back, a daemon does not. It
 gets jobs as JSON objects on standard input, one a line, and answers each with one on standard output:
 
-    {"tables": [{"toc": PATH, "out": PATH, "form": N, "blob_size": N, "payload_end": N}], "tree": {"tables": [PATH], "out": PATH}}
+    {"tables": [{"toc": PATH, "out": PATH, "form": N, "blob_size": N, "payload_end": N}],
+     "tree": {"tables": [PATH], "out": PATH}}
     {"ok": true}    or    {"error": {"class": "TocInvalid", "message": "…"}}
-"""  # noqa: E501
+"""
 
 from __future__ import annotations
 

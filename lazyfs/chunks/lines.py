@@ -34,11 +34,11 @@ class Lines:
 
     @contextmanager
     def place(self, host: str, size: int, alive: Callable[[], None] = lambda: None) -> Iterator[None]:
-        """Hold one of the host's places for unpacking a layer of `size` bytes; the largest layer that waits comes first.
+        """Hold one of the host's places for unpacking a layer of `size` bytes; the largest that waits comes first.
 
         Blocks while other layers of the host are being unpacked, each of which has deadlines of its own. `alive` is
         called now and then meanwhile; what it raises ends the wait.
-        """  # noqa: E501
+        """
         with self._changed:
             self._sequence += 1
             mine = -size, self._sequence

@@ -1,8 +1,8 @@
-"""Threads that hand work to each other in order and within bounds: a reader, a decoder, hashers and a writer side by side.
+"""Threads that hand work to each other in order and within bounds: reader, decoder, hashers and writer side by side.
 
 Each does what releases the interpreter lock (reading, inflating, hashing, writing); Python itself runs in one thread
 at a time. The threads end with their process at the latest.
-"""  # noqa: E501
+"""
 
 from __future__ import annotations
 

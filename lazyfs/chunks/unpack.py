@@ -49,7 +49,7 @@ class Unpacker:
         self.pairs: Namespace[list[Chunk]] = Namespace()
 
     def feed(self, block: bytes) -> list[Piece]:
-        """Take the next bytes of the stream. Return the chunks that ended in them, as views of this and earlier ones."""  # noqa: E501
+        """Take the next bytes of the stream. Return the chunks that ended in them, views of this and earlier bytes."""
         pieces: list[Piece] = []
         view = memoryview(block)
         if self._file is not None:

@@ -49,7 +49,7 @@ class _Member(Protocol):
 
 
 def is_compressed(head: bytes) -> bool:
-    """Tell from a stream's first 8 bytes (fewer: all of it) whether `decompress` yields anything but the stream itself."""  # noqa: E501
+    """Tell from a stream's first 8 bytes (fewer: all of it) whether `decompress` yields more than the stream itself."""
     return head.startswith((_GZIP, _ZSTD)) or _is_skippable(head)
 
 
@@ -79,7 +79,7 @@ def decompress(blocks: Iterable[bytes]) -> Iterator[bytes]:
 
 
 def open_stream(stream: Readable) -> Readable:
-    """Return a stream of the decompressed bytes, at most 1 MiB a read. Blocking; read() raises what `decompress` does."""  # noqa: E501
+    """Return a stream of the decompressed bytes, at most 1 MiB a read. Blocking; read() raises as `decompress`."""
     return _Pieces(decompress(_blocks(stream)))
 
 

@@ -51,10 +51,10 @@ class MemberStream:
         return self._member is None
 
     def feed(self, data: bytes | memoryview) -> Iterator[bytes]:
-        """Yield what `data` decodes to, in pieces of 1 MiB at most; take all of it. CRC and size of members are checked.
+        """Yield what `data` decodes to, in pieces of 1 MiB at most; take all of it. Members' CRC and size are checked.
 
         Raise FrameInvalid for anything that is no member, padding included.
-        """  # noqa: E501
+        """
         view = memoryview(data)
         at = 0
         try:

@@ -1,8 +1,8 @@
-"""The FUSE adapter: kernel requests to forest and reader, and nothing else. The one wrapper around every handler is here.
+"""The FUSE adapter: kernel requests to forest and reader, and nothing else. Here is the one wrapper of every handler.
 
 In pyfuse3 an exception other than FUSEError ends the main loop and leaves every client in an unkillable wait. So no
 handler is without `_guarded`.
-"""  # noqa: E501
+"""
 
 from __future__ import annotations
 

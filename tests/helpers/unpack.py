@@ -1,9 +1,9 @@
 """A full unpack by real system calls, the measure for what `Namespace`, tables and trees work out without one.
 
-Rules: what is there makes room for what comes, but a directory for a directory; missing parents are made; symlinks on the
-way are followed inside the root; whiteouts take effect when they come. The owner of each node is the number of the
+Rules: what is there makes room for what comes, but a directory for a directory; missing parents are made; symlinks on
+the way are followed inside the root; whiteouts take effect when they come. The owner of each node is the number of the
 entry that it came from, so a test can tell which one won. Needs root, for the owners.
-"""  # noqa: E501
+"""
 
 from __future__ import annotations
 

@@ -89,7 +89,8 @@ def test_a_layer_larger_than_the_disk_is_told(registry: FakeRegistry, repository
     with small_disk(scratch / "small", "16m") as disk, store_at(disk / "root") as store:
         unpacking = Unpacking(store, 8)
         layer = layer_of(registry, unpacking, 24 << 20)
-        with pytest.raises(StoreFull, match=r"takes more than 1\d.* unpacked, and the store's disk has .* free.*--root"):
+        sentence = r"takes more than 1\d.* unpacked, and the store's disk has .* free.*--root"
+        with pytest.raises(StoreFull, match=sentence):
             unpacking.unpack(repository, layer)
         assert not layer.data.exists() and not layer.table.exists()
 
