@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import BinaryIO
@@ -83,12 +85,23 @@ def check_diff_id(layer: oci.Descriptor, diff_id: str, actual: str) -> None:
         raise DiffIdMismatch(layer.digest, diff_id, actual)
 
 
-def create(path: Path) -> BinaryIO:
-    """Open a new file for writing. Raise StoreBroken."""
+@contextmanager
+def create(path: Path) -> Iterator[BinaryIO]:
+    """Yield a new file for writing. Raise StoreBroken, also for a disk that is full when the last bytes go to it."""
     try:
-        return path.open("wb")
+        target = path.open("wb")
     except OSError as error:
         raise StoreBroken(f"a temporary file can't be made: {error.strerror}") from None
+    try:
+        yield target
+    except BaseException:
+        with suppress(OSError):
+            target.close()
+        raise
+    try:
+        target.close()
+    except OSError as error:
+        raise StoreBroken(f"a temporary file can't be written: {error.strerror}") from None
 
 
 def _write(target: BinaryIO, block: bytes) -> None:

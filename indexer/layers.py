@@ -9,7 +9,6 @@ import logging
 import threading
 import time
 from collections.abc import Iterator
-from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
@@ -24,6 +23,7 @@ from indexer.record import LayerCache
 from indexer.report import Action, LayerReport, Origin
 from indexer.reuse import LAYER_TYPES, as_oci, is_converted, source_key
 from indexer.source import BlobSource, Pump, decompressed
+from indexer.threads import side_by_side
 from indexer.work import Converted, WorkDirectory
 from lazyfs import oci
 from lazyfs.errors import (
@@ -31,7 +31,6 @@ from lazyfs.errors import (
     DigestMismatch,
     FormatError,
     FrameInvalid,
-    Interrupted,
     RegistryError,
     TarInvalid,
     TrustError,
@@ -86,20 +85,16 @@ class LayerWork:
                 raise DiffIdMismatch(layer.digest, diff_id, known)
         if not unique:
             return {}
-        side_by_side = min(self._options.jobs, len(unique), SIDE_BY_SIDE)
-        pool = ThreadPoolExecutor(side_by_side, "layer")
+        threads = min(self._options.jobs, len(unique), SIDE_BY_SIDE)
         with Compressors(self._options.compression, self._options.jobs, self._options.form) as compressors:
-            try:
-                futures = {
-                    layer.digest: pool.submit(self._one, layer, diff_id, compressors, IN_FLIGHT // side_by_side)
-                    for layer, diff_id in unique.values()
-                }
-                wait(futures.values(), return_when=FIRST_EXCEPTION)
-                _raise_first(list(futures.values()))
-            finally:
-                self._cancelled.set()
-                pool.shutdown(wait=True, cancel_futures=True)
-        return {digest: future.result() for digest, future in futures.items()}
+            done = side_by_side(
+                lambda layer: self._one(*layer, compressors, IN_FLIGHT // threads),
+                list(unique.values()),
+                threads,
+                "layer",
+                self._cancelled.set,
+            )
+        return dict(zip(unique, done, strict=True))
 
     def _one(self, layer: oci.Descriptor, diff_id: str, compressors: Compressors, in_flight: int) -> DoneLayer:
         began = time.monotonic()
@@ -220,11 +215,3 @@ def _drain(pump: Pump, blob: BlobSource) -> None:
             pass
     for _ in blob.blocks():  # what damaged compression left unread; the pump's thread has ended
         pass
-
-
-def _raise_first(futures: list[Future[DoneLayer]]) -> None:
-    """Raise the error that ended the work, not the interruptions that followed from it."""
-    errors = [future.exception() for future in futures if future.done()]
-    for error in errors:
-        if error is not None and not isinstance(error, Interrupted):
-            raise error

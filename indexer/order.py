@@ -12,6 +12,7 @@ import tempfile
 import threading
 from array import array
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import BinaryIO
 
@@ -64,7 +65,8 @@ class SpooledTar:
             self._fill()
             self._find()
         except BaseException:
-            self._file.close()
+            with suppress(OSError):
+                self._file.close()
             raise
         return self
 
@@ -97,6 +99,10 @@ class SpooledTar:
                 self._file.write(block)
             except OSError as error:
                 raise StoreBroken(f"a temporary file can't be written: {error.strerror}") from None
+        try:
+            self._file.flush()
+        except OSError as error:
+            raise StoreBroken(f"a temporary file can't be written: {error.strerror}") from None
         scanner.finish()
         self.source_diff_id = "sha256:" + total.hexdigest()
 

@@ -5,16 +5,15 @@ from __future__ import annotations
 import io
 import logging
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import BinaryIO, TypeVar
+from typing import BinaryIO
 
+from indexer.threads import side_by_side
 from lazyfs.errors import RegistryError, StoreBroken
 from lazyfs.registry.repository import Repository
 
 log = logging.getLogger(__name__)
-T = TypeVar("T")
 
 _UPLOADS = 4  # at once
 
@@ -51,21 +50,11 @@ def push_blobs(destination: Repository, uploads: list[Upload]) -> Moved:
     raises.
     """
     unique = list({upload.digest: upload for upload in uploads}.values())
-    with ThreadPoolExecutor(_UPLOADS, "push") as pool:
-        settled = _all(pool, lambda upload: _settle(destination, upload), unique)
-        waiting = [upload for upload in settled if upload is not None]
-        mounted = sum(before.size for before, after in zip(unique, settled, strict=True) if after is None)
-        pushed = sum(_all(pool, lambda upload: _push(destination, upload), waiting))
+    settled = side_by_side(lambda upload: _settle(destination, upload), unique, _UPLOADS, "push")
+    waiting = [upload for upload in settled if upload is not None]
+    mounted = sum(before.size for before, after in zip(unique, settled, strict=True) if after is None)
+    pushed = sum(side_by_side(lambda upload: _push(destination, upload), waiting, _UPLOADS, "push"))
     return Moved(pushed, mounted)
-
-
-def _all(pool: ThreadPoolExecutor, action: Callable[[Upload], T], uploads: list[Upload]) -> list[T]:
-    futures: list[Future[T]] = [pool.submit(action, upload) for upload in uploads]
-    try:
-        return [future.result() for future in futures]
-    except BaseException:
-        pool.shutdown(wait=False, cancel_futures=True)
-        raise
 
 
 def _settle(destination: Repository, upload: Upload) -> Upload | None:

@@ -122,6 +122,21 @@ def test_a_kept_blob_is_verified_before_it_is_used(registry: FakeRegistry, optio
         assert {layer.action for layer in report.layers} == {Action.CONVERTED}
 
 
+def test_a_disk_that_is_full_at_the_last_byte_is_a_sentence(
+    registry: FakeRegistry, options: ConvertOptions, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A small layer's bytes go to the disk only when its file is closed."""
+    image = registry.add_image("app", "1", [tar_of(file("etc/motd", b"hello"))])
+    monkeypatch.setattr(tempfile, "TemporaryFile", lambda **_: open("/dev/full", "w+b"))
+    with pytest.raises(StoreBroken, match="No space left") as caught:
+        convert(image.reference, f"{registry.host}/lazy:1", replace(options, prefetch=(b"etc/motd",)))
+    assert str(options.work) in caught.value.hint and "--work-dir" in caught.value.hint
+    monkeypatch.setattr(WorkDirectory, "new_file", lambda *_: Path("/dev/full"))
+    with pytest.raises(StoreBroken, match="No space left") as caught:
+        convert(image.reference, f"{registry.host}/lazy:1", options)
+    assert str(options.work) in caught.value.hint and "lazy" not in registry.repositories
+
+
 def layer_of(raw: bytes) -> Converted:
     return Converted(oci.Descriptor(oci.OCI_LAYER_ZSTD, of(raw), len(raw), {"a": "b"}), EMPTY)
 
