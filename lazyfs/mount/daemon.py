@@ -294,6 +294,8 @@ def _raise_limits() -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
     except (ValueError, OSError) as error:
         log.info("the limit of open files stays: %s", error)
+    _, hard = resource.getrlimit(resource.RLIMIT_CORE)
+    resource.setrlimit(resource.RLIMIT_CORE, (0, hard))  # logins are in memory, and go to no disk
     os.umask(0o077)
 
 

@@ -35,6 +35,12 @@ def test_ends_with_the_last_mount(node: Node, registry: FakeRegistry) -> None:
     node.check_nothing_left()
 
 
+def test_no_core_dump_takes_logins_to_the_disk(node: Node, registry: FakeRegistry) -> None:
+    node.mount(add(registry, "one", layer()))
+    limits = [Path(f"/proc/{pid}/limits").read_text() for pid in node.processes()]
+    assert limits and all("Max core file size        0 " in text for text in limits)
+
+
 def test_eight_commands_at_once_start_one_daemon(node: Node, registry: FakeRegistry) -> None:
     image = add(registry, "one", layer())
     directories = [node.new_dir() for _ in range(8)]
