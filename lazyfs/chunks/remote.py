@@ -15,6 +15,7 @@ from collections.abc import Callable
 
 import trio
 
+from lazyfs.chunks.crowds import STRETCH, Crowds
 from lazyfs.chunks.frames import Fetched, fetch_frames, needed
 from lazyfs.chunks.layer import ServedLayer
 from lazyfs.chunks.schedule import Priority, Scheduler, Ticket
@@ -94,6 +95,7 @@ class Remote:
         self._timeout = read_timeout or _FOREVER
         self._on_error = on_error
         self._flights: dict[tuple[int, int], _Flight] = {}
+        self._crowds = Crowds()
         # (layer, frame that continues the stream) -> compressed bytes of the next window
         self._streams: OrderedDict[tuple[int, int], int] = OrderedDict()
         # (layer, frame whose reading triggers the next window) -> (first frame of it, stop at, window)
@@ -192,6 +194,8 @@ class Remote:
             first -= 1
         window = self._streams.pop((layer.number, first), 0)
         stop = self._reach(layer, first, window, limit, max(frame, span[1]))
+        if priority is Priority.DEMAND:
+            stop = self._take_along(layer, frame, stop)
         fetch = self._launch(layer, first, stop, priority)
         self._remember(layer, first, stop, limit, window)
         return fetch.flights[frame]
@@ -209,6 +213,18 @@ class Remote:
         limit = min(limit, table.frame_count, first + MAX_FRAMES)
         stop = first + 1
         while stop < limit and (stop <= through or table.frame_blob_end[stop] <= end) and self._wanted(layer, stop):
+            stop += 1
+        return stop
+
+    def _take_along(self, layer: ServedLayer, frame: int, stop: int) -> int:
+        """Return where a request for `frame` and what lies before `stop` ends, small neighbours included."""
+        table = layer.table
+        start = table.frame_blob_offset[frame]
+        if not self._crowds.note(layer.number, start):
+            return stop
+        end = start + min(STRETCH, self._scheduler.bytes_in_a_round_trip(layer.host))
+        limit = min(table.frame_count, frame + MAX_FRAMES)
+        while stop < limit and table.frame_blob_end[stop] <= end and self._wanted(layer, stop):
             stop += 1
         return stop
 

@@ -16,9 +16,12 @@ from typing import TypeVar
 
 import trio
 
+from lazyfs.units import KiB
+
 T = TypeVar("T")
 
 QUIET = 1.0  # seconds without demand after which background may use the whole link
+_FEW = 16 * KiB  # bytes that always fit into a round trip
 _SMOOTHING = 0.3  # weight of the newest sample in the moving averages
 _PATIENCE = 0.02  # seconds between looks while background waits for the end of demand
 # Threads for each connection: those of cancelled jobs run on until their own deadline and must not stop new ones, nor
@@ -173,6 +176,11 @@ class Scheduler:
         if seconds > 0 and size > 1 << 16:
             rate = size / seconds
             state.rate += (rate - state.rate) * (_SMOOTHING if state.rate else 1.0)
+
+    def bytes_in_a_round_trip(self, host: str) -> int:
+        """Return how many bytes cross the link in the time that another request would wait for its first one."""
+        state = self._host(host)
+        return max(_FEW, int(state.round_trip * state.rate))
 
     async def run(self, ticket: Ticket, job: Callable[[], T]) -> T:
         """Run `job` in a worker thread once the ticket's host has room. A ticket serves one run.
