@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from enum import IntEnum
 
@@ -21,6 +22,8 @@ TOC_NAME = b"stargz.index.json"
 DROPPED_XATTRS = (b"trusted.", b"user.overlay.")
 # As regular files only: under a directory or a symlink of such a name anything may lie.
 HIDDEN_AT_ROOT = frozenset({LANDMARK, NO_LANDMARK, TOC_NAME})
+_ODD = re.compile(rb"//|/\.|\0")
+_ODD_STARTS = (b".", b"/")
 
 
 class Kind(IntEnum):
@@ -73,19 +76,19 @@ def clean_path(raw: bytes, error: type[FormatError]) -> bytes:
 
     Raise `error` for a name that leads out of the root, is too long or holds a NUL: these are attacks, not typos.
     """
+    path = raw[2:] if raw.startswith(b"./") else raw
+    if path.endswith(b"/"):
+        path = path[:-1]
+    # Nearly all names: nothing else in them to be cleaned, and too short to be too long.
+    if len(path) <= MAX_NAME and path[:1] not in _ODD_STARTS and path[-1:] != b"/" and _ODD.search(path) is None:
+        return path
     shown = raw[:200].decode("utf-8", "backslashreplace")
     if b"\0" in raw:
         raise error(f"the name {shown!r} holds a NUL byte")
-    if b"//" not in raw and b"./" not in raw and not raw.startswith(b"/") and not raw.endswith((b"/", b"/.", b"..")):
-        if raw == b".":
-            return b""
-        parts = raw.split(b"/") if len(raw) > MAX_NAME else ()
-        path = raw
-    else:
-        parts = [part for part in raw.split(b"/") if part not in (b"", b".")]
-        if b".." in parts:
-            raise error(f"the name {shown!r} leads out of the root")
-        path = b"/".join(parts)
+    parts = [part for part in raw.split(b"/") if part not in (b"", b".")]
+    if b".." in parts:
+        raise error(f"the name {shown!r} leads out of the root")
+    path = b"/".join(parts)
     if len(path) >= MAX_PATH or any(len(part) > MAX_NAME for part in parts):
         raise error(f"the name {shown!r}… is longer than a file system takes")
     return path
