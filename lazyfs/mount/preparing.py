@@ -5,8 +5,10 @@ from __future__ import annotations
 import dataclasses
 import logging
 import os
+import threading
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 
@@ -28,8 +30,14 @@ from lazyfs.mount.unpacking import Unpacking
 from lazyfs.oci import GITHUB_ZSTD_CHECKSUM, TOC_DIGEST, ZSTD_CHECKSUM, Descriptor, Manifest
 from lazyfs.registry.mirrored import read_again
 from lazyfs.registry.repository import Repository
+from lazyfs.units import MiB
 
 log = logging.getLogger(__name__)
+
+# An image may have hundreds of layers, each with a TOC of 150 MiB: to hold them, or what they parse to, takes a node.
+_LARGE_TAIL = 8 * MiB  # bytes; larger ones are fetched when their layer's turn comes
+_LARGE_TOC = 16 * MiB  # bytes of JSON; larger ones take a gigabyte to turn into a table
+_LARGE_AT_ONCE = 2
 
 # What a layer's `source` file calls its form.
 _SOURCE_FORMS = {
@@ -66,6 +74,7 @@ class Preparer:
         self._catalog = catalog
         self._settings = settings
         self.builder = Builder()
+        self._large = threading.BoundedSemaphore(_LARGE_AT_ONCE)
         self.unpacking = Unpacking(store, settings.host_connections, self.builder.warm)
 
     def begin_tails(
@@ -79,7 +88,9 @@ class Preparer:
         for layer in manifest.layers:
             found = toc_source(layer, allow_unverified=self._settings.allow_unverified)
             table = self._settings.root / "layers" / "sha256" / layer.digest[7:] / "table"
-            if isinstance(found, TocSource) and layer.digest not in tails and not table.exists():
+            if not isinstance(found, TocSource) or found.size > _LARGE_TAIL:
+                continue
+            if layer.digest not in tails and not table.exists():
                 tails[layer.digest] = pool.submit(_fetch, repository, layer.digest, found.blob_offset, found.size)
         return tails
 
@@ -189,7 +200,8 @@ class Preparer:
             "blob_size": wanted.descriptor.size,
             "payload_end": toc.payload_end,
         }
-        self.builder.run({"tables": [job]})
+        with self._large if len(toc.raw) > _LARGE_TOC else nullcontext():
+            self.builder.run({"tables": [job]})
         source = LayerSource(wanted.descriptor, _SOURCE_FORMS[toc.form], wanted.origin, wanted.diff_id)
         self._store.set_source(digest, source)
         tail = b"".join(parts[at] for at in sorted(parts))

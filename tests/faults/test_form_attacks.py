@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,8 +15,12 @@ import zstandard
 
 from lazyfs.chunks import frames as frames_module
 from lazyfs.chunks.frames import fetch_frames
+from lazyfs.config import Settings
 from lazyfs.errors import TocMismatch
 from lazyfs.format.entry import LANDMARK, NO_LANDMARK, TOC_NAME
+from lazyfs.format.lazy import TocSource, toc_source
+from lazyfs.mount.preparing import Preparer
+from lazyfs.oci import OCI_LAYER_ZSTD, OCI_MANIFEST, TOC_DIGEST, ZSTD_POSITION, Descriptor, Manifest
 from lazyfs.units import MiB
 from tests.helpers.blobs import LayerBlob, Toc, resealed, toc_entry, zstd_chunked_layer
 from tests.helpers.daemon import Node, add, pattern, until
@@ -202,6 +207,24 @@ async def test_small_frames_of_much_content_are_handed_on_as_they_come(scratch: 
     assert not fetched.damaged
     assert sum(handed) == size * count
     assert max(handed) <= frames_module._READY + size + MiB
+
+
+async def test_large_tails_wait_for_their_turn(scratch: Path, registry: FakeRegistry) -> None:
+    """A manifest can name hundreds of them; together they are more than a node has memory for."""
+    small = zstd_chunked_layer(tar_of(file("a", REAL)))
+    size = 1 << 30
+    claims = {TOC_DIGEST: sha256(b"toc"), ZSTD_POSITION: f"{size - (100 << 20)}:{90 << 20}:{90 << 20}:1"}
+    large = Descriptor(OCI_LAYER_ZSTD, sha256(b"large"), size, claims)
+    assert isinstance(toc_source(large), TocSource)
+    registry.add_blob(small.blob)
+    manifest = Manifest(OCI_MANIFEST, large, (large, small.descriptor), {}, b"{}", sha256(b"{}"))
+    async with served_node(scratch / "served") as one:
+        preparer = Preparer(one.store, one.catalog, Settings(root=one.root, run=scratch))
+        with ThreadPoolExecutor(2) as pool:
+            tails = preparer.begin_tails(one.repository(registry.host), manifest, pool)
+            assert list(tails) == [small.digest]
+            assert tails[small.digest].result(10).endswith(small.tail[-48:])
+        preparer.builder.close()
 
 
 # -- frames
