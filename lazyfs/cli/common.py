@@ -81,6 +81,11 @@ def add_pull(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def pull(args: argparse.Namespace, settings: Settings) -> str | None:
+    """Return when to ask the registry; a daemon that runs already may have been started with another `offline`."""
+    return "never" if settings.offline else args.pull
+
+
 def add_json(parser: argparse.ArgumentParser) -> None:
     """Add --json (`args.json`)."""
     parser.add_argument("--json", action="store_true", help="print one JSON object to stdout")

@@ -61,7 +61,8 @@ def run(args: argparse.Namespace, out: Output) -> int:
     if args.jobs < 1:
         raise UsageError("--jobs is at least 1")
     access = common.access(args, settings).to_json()
-    calls = [_call(args, image, access) for image in images]  # all are looked at before the first one is fetched
+    pull = common.pull(args, settings)
+    calls = [_call(args, image, access, pull) for image in images]  # all are looked at before the first one is fetched
     works = [partial(_fetch, settings, image, call, out) for image, call in zip(images, calls, strict=True)]
     results = side_by_side(works, args.jobs)
     if len(images) == 1 and isinstance(results[0], LazyfsError):
@@ -106,14 +107,14 @@ def _check(image: str, where: str) -> None:
         raise UsageError(f"{where}{error.message}", hint=error.hint) from None
 
 
-def _call(args: argparse.Namespace, image: str, access: dict[str, Any]) -> dict[str, Any]:
+def _call(args: argparse.Namespace, image: str, access: dict[str, Any], pull: str | None) -> dict[str, Any]:
     _check(image, "")
     return {
         "image": common.daemon_image(argparse.Namespace(**{**vars(args), "image": image})),
         "platform": args.platform,
         "plain_http": args.plain_http,
         "access": access,
-        "pull": args.pull,
+        "pull": pull,
         "pin": args.pin,
     }
 

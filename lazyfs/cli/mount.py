@@ -59,7 +59,7 @@ def run(args: argparse.Namespace, out: Output) -> int:
             platform=args.platform,
             plain_http=args.plain_http,
             access=common.access(args, settings).to_json(),
-            pull=args.pull,
+            pull=common.pull(args, settings),
             lease=False,
             on_event=out.note,
         )

@@ -157,7 +157,7 @@ def _mounted(
             platform=args.platform,
             plain_http=args.plain_http,
             access=common.access(args, settings).to_json(),
-            pull=args.pull,
+            pull=common.pull(args, settings),
             lease=True,
             entrypoint=args.entrypoint,
             command=args.command_line,

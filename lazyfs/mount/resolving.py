@@ -79,7 +79,7 @@ class Resolver:
             return self._with_config(repository, known, platform, known=True)
         if pull is Pull.NEVER:
             raise ManifestMissing(
-                reference.host, f"{name} was never on this node", hint="leave --offline away, or lazyfs fetch it first"
+                reference.host, f"{name} is not on this node", hint="leave --offline away, or lazyfs fetch it first"
             )
         if known is None or pull is Pull.ALWAYS:
             image = resolve_image(repository, reference, platform, deadline=time.monotonic() + _PATIENCE)

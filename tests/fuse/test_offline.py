@@ -87,7 +87,20 @@ def test_no_request_is_made_where_none_may_be(node: Node, registry: FakeRegistry
     tree = node.mount(image)
     check(node, tree)
     assert registry.requests == []
-    assert "never on this node" in node.refused(3, "mount", image_of(registry, "other").reference, node.new_dir())
+    assert "is not on this node" in node.refused(3, "mount", image_of(registry, "other").reference, node.new_dir())
+    assert registry.requests == []
+
+
+def test_the_setting_offline_holds_for_a_daemon_that_runs_already(node: Node, registry: FakeRegistry) -> None:
+    image = image_of(registry)
+    fetched(node, image)
+    node.mount(image)
+    registry.clear_log()
+    node.settings["OFFLINE"] = "true"
+    check(node, node.mount(image))
+    assert node.lazyfs("fetch", image.reference).returncode == 0
+    unknown = node.refused(3, "mount", image.reference.replace(":latest", ":other"), node.new_dir())
+    assert "is not on this node" in unknown
     assert registry.requests == []
 
 

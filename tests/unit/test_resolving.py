@@ -81,7 +81,7 @@ def test_policies_without_one(place: Place) -> None:
     for pull in (Pull.NEWER, Pull.MISSING):
         with pytest.raises(RegistryError):
             place.resolve(pull, reference.parse(f"{place.registry.host}/app:v2"))
-    with pytest.raises(ManifestMissing, match="never on this node"):
+    with pytest.raises(ManifestMissing, match="is not on this node"):
         place.resolve(Pull.NEVER, reference.parse(f"{place.registry.host}/app:v2"))
 
 
