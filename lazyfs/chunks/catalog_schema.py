@@ -19,6 +19,7 @@ log = logging.getLogger(__name__)
 SCHEMA_VERSION = 2
 BUSY_TIMEOUT = 5.0  # seconds to wait for another process's transaction
 _DAMAGED = frozenset({sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB})
+_NO_ROOM = frozenset({sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR, sqlite3.SQLITE_CANTOPEN})
 _SUFFIXES = ("", "-wal", "-shm")
 
 _SCHEMA = """
@@ -124,9 +125,12 @@ def _create(path: Path) -> None:
         raise StoreBroken(f"the catalog {path} is not a file of ours", hint="remove it")
 
 
-def _connect(path: Path) -> sqlite3.Connection:
+def _connect(path: Path, *, alone: bool = False) -> sqlite3.Connection:
+    """Open the file; `alone`: nobody else may have it open then, and no file is needed beside it."""
     connection = sqlite3.connect(path, timeout=BUSY_TIMEOUT, isolation_level=None, check_same_thread=False)
     try:
+        if alone:
+            connection.execute("PRAGMA locking_mode=EXCLUSIVE")
         connection.execute("PRAGMA journal_mode=WAL")
         connection.execute("PRAGMA synchronous=NORMAL")
         connection.execute("PRAGMA trusted_schema=OFF")
@@ -197,6 +201,9 @@ def open_database(path: Path) -> sqlite3.Connection:
         # An error without a code is our own finding about the schema, or a table that is not what it should be.
         if not is_damage(error) and _code(error) not in (0, sqlite3.SQLITE_ERROR):
             with translated(path):
+                if _code(error) in _NO_ROOM:
+                    # A disk without a free block has no room for SQLite's -shm. Whoever comes to free some needs us.
+                    return _connect(path, alone=True)
                 raise
         _begin_anew(path, str(error))
     _create(path)

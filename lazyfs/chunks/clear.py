@@ -11,7 +11,7 @@ from lazyfs import digest as digests
 from lazyfs import oci
 from lazyfs import reference as references
 from lazyfs.chunks.census import Census, HeldImage, HeldLayer
-from lazyfs.errors import LazyfsError, ManifestMissing, UsageError
+from lazyfs.errors import LazyfsError, ManifestMissing, StoreFull, UsageError
 
 log = logging.getLogger(__name__)
 
@@ -111,9 +111,10 @@ class Clearing:
         self._release()
         done = Cleared()
         needed = {layer for image in rest for layer in image.layers}
-        for image in chosen.values():
-            self._catalog.forget_image(image.digest)
-            done.images.append(image.digest)
+        try:
+            self._forget(chosen, done)
+        except StoreFull as error:  # a disk without a free block: the layers make room
+            log.info("images are forgotten after their layers: %s", error)
         wanted = dict.fromkeys([*direct, *(one for image in chosen.values() for one in image.layers)])
         used = self._census.used()
         for digest in wanted:
@@ -128,6 +129,7 @@ class Clearing:
                 done.dropped.append(digest)
             else:
                 self._remove(digest, done)
+        self._forget(chosen, done)
         return self._finish(done)
 
     def unpin(self, names: list[str]) -> list[str]:
@@ -145,6 +147,12 @@ class Clearing:
         return out
 
     # -- parts
+
+    def _forget(self, images: Iterable[str], done: Cleared) -> None:
+        for digest in images:
+            if digest not in done.images:
+                self._catalog.forget_image(digest)
+                done.images.append(digest)
 
     def _remove(self, digest: str, done: Cleared) -> None:
         size = self._store.directory_usage(digest)

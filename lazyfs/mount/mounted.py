@@ -7,6 +7,7 @@ import os
 import shutil
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 from uuid import uuid4
 
@@ -15,7 +16,7 @@ import trio
 from lazyfs.chunks.catalog import Catalog, MountRecord
 from lazyfs.config import Settings
 from lazyfs.container import mounts, sweep
-from lazyfs.errors import LazyfsError, MountPointInvalid, UsageError
+from lazyfs.errors import LazyfsError, MountPointInvalid, StoreError, UsageError
 from lazyfs.mount.control import Say
 from lazyfs.mount.images import Images, MountedImage
 from lazyfs.mount.stock_calls import StockCalls, pull_of
@@ -131,7 +132,14 @@ class Mounted:
         for record in await trio.to_thread.run_sync(self._catalog.mounts, limiter=self._limiter):
             log.info("left by a crash: image=%s dir=%s", record.image, record.dir)
             await trio.to_thread.run_sync(_take_away, record.dir, record.kind, record.state_dir, limiter=self._limiter)
-            await trio.to_thread.run_sync(self._catalog.remove_mount, record.id, limiter=self._limiter)
+            await self._note(partial(self._catalog.remove_mount, record.id), record.dir)
+
+    async def _note(self, work: Callable[[], None], directory: str) -> None:
+        """Write down what only the clean-up after a crash needs: a disk that is full keeps nobody from mounting."""
+        try:
+            await trio.to_thread.run_sync(work, limiter=self._limiter)
+        except StoreError as error:
+            log.warning("what became of mount %s is not noted: %s", directory, error)
 
     # -- calls
 
@@ -195,7 +203,7 @@ class Mounted:
         record = MountRecord(
             mount.id, mount.name, mount.image.manifest.digest, mount.dir, kind, mount.state_dir, os.getpid(), tree
         )
-        await trio.to_thread.run_sync(self._catalog.set_mount, record, limiter=self._limiter)
+        await self._note(partial(self._catalog.set_mount, record), mount.dir)
         return {}
 
     def _found(self, mount: Mount) -> dict[str, Any]:
@@ -206,10 +214,7 @@ class Mounted:
             return
         await self._images.release(mount.image)
         if mount.dir:
-            try:
-                await trio.to_thread.run_sync(self._catalog.remove_mount, mount.id, limiter=self._limiter)
-            except LazyfsError as error:
-                log.warning("mount %s is not forgotten: %s", mount.dir, error)
+            await self._note(partial(self._catalog.remove_mount, mount.id), mount.dir)
         self._note_change()
 
     def _note_change(self) -> None:

@@ -22,7 +22,15 @@ from lazyfs.chunks.spool import Spool
 from lazyfs.chunks.store import Store
 from lazyfs.chunks.whole import WholeCheck
 from lazyfs.config import Settings
-from lazyfs.errors import DiffIdMismatch, DigestMismatch, FormatError, LayerQuarantined, StoreError, TableInvalid
+from lazyfs.errors import (
+    DiffIdMismatch,
+    DigestMismatch,
+    FormatError,
+    LayerQuarantined,
+    StoreError,
+    StoreFull,
+    TableInvalid,
+)
 from lazyfs.format.footer import Form
 from lazyfs.format.lazy import TABLE_FORMS, NotLazy, Toc, TocSource, read_toc, toc_source
 from lazyfs.format.table import FORM_PLAIN, VERSION, LayerTable
@@ -248,7 +256,10 @@ class Preparer:
         digest = wanted.descriptor.digest
         plain = table.form == FORM_PLAIN
         number = self._catalog.number(f"layer:{digest}:plain" if plain else f"layer:{digest}")
-        self._catalog.add_layer(digest, wanted.descriptor.size, table.data_size)
+        try:
+            self._catalog.add_layer(digest, wanted.descriptor.size, table.data_size)
+        except StoreFull as error:  # a full disk must not keep an image from starting
+            log.warning("the use of layer %s is not noted: %s", digest, error)
         opened = self._store.open_layer(digest, table)
         served = ServedLayer(
             number,

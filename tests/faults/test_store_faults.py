@@ -61,6 +61,33 @@ def test_disk_full_from_the_start(node: Node, registry: FakeRegistry) -> None:
         until(lambda: not node.processes(), "no daemon stays")
 
 
+@pytest.mark.parametrize("words", [("prune", "--all"), ("rm", "IMAGE")])
+def test_disk_without_a_free_block_starts_what_is_here_and_can_be_cleared(
+    node: Node, registry: FakeRegistry, words: tuple[str, ...]
+) -> None:
+    image = image_of(registry)
+    with tmpfs(node.root, 12 << 20):
+        assert node.lazyfs("fetch", image.reference).returncode == 0
+        until(lambda: not node.processes(), "the daemon ends")
+        with contextlib.suppress(OSError), (node.root / "filler").open("wb", buffering=0) as handle:
+            while handle.write(bytes(4096)):
+                pass
+        assert os.statvfs(node.root).f_bavail == 0
+        listed = node.lazyfs("cache", "ls")
+        assert listed.returncode == 0 and "complete" in listed.stdout, listed.stderr
+        tree = node.mount(image)
+        assert node.read(tree / "data") == DATA
+        node.umount(tree)
+        until(lambda: not node.processes(), "the daemon ends by itself")
+        done = node.lazyfs("cache", *(image.reference if word == "IMAGE" else word for word in words))
+        assert done.returncode == 0 and "1 layer removed" in done.stdout and "1 image forgotten" in done.stdout, done
+        assert os.statvfs(node.root).f_bavail * 4096 > len(DATA)
+        tree = node.mount(image)
+        assert node.read(tree / "small") == b"small"
+        node.umount(tree)
+        until(lambda: not node.processes(), "the daemon ends by itself")
+
+
 def test_damaged_chunks_are_fetched_again(node: Node, registry: FakeRegistry) -> None:
     node.settings["MEMORY_SIZE"] = "0"
     image = image_of(registry)
