@@ -11,7 +11,7 @@ from lazyfs.units import MiB
 
 if TYPE_CHECKING:
     from lazyfs.config import Settings
-    from lazyfs.registry.access import Access, Login
+    from lazyfs.registry.config.access import Access, Login
     from lazyfs.registry.hops import Hop
     from lazyfs.registry.open import OpenOptions
     from lazyfs.registry.repository import Repository
@@ -161,7 +161,7 @@ def access(args: argparse.Namespace, chosen: Settings, side: str = "") -> Access
     import dataclasses
     from pathlib import Path
 
-    from lazyfs.registry import access as accesses
+    from lazyfs.registry.config import access as accesses
 
     def existing(flag: str, value: str) -> Path:
         path = Path(value).expanduser().absolute()
@@ -206,7 +206,7 @@ def _login(args: argparse.Namespace, side: str) -> Login | None:
     """Return the login given by flag, file or environment variable, in this order."""
     import os
 
-    from lazyfs.registry.access import parse_login
+    from lazyfs.registry.config.access import parse_login
 
     name = f"{side}_creds" if side else "creds"
     flag = f"--{name.replace('_', '-')}"

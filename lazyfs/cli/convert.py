@@ -109,7 +109,7 @@ def _convert(args: argparse.Namespace, out: Output, report_file: ReportFile | No
     from indexer.options import ConvertOptions, OutputForm
     from indexer.prefetch import read_prefetch
     from lazyfs import reference
-    from lazyfs.registry.local import check_destination
+    from lazyfs.registry.local.open_local import check_destination
     from lazyfs.registry.open import open_repository
 
     source_reference = reference.parse(args.source)

@@ -7,13 +7,13 @@ from typing import TYPE_CHECKING
 
 from lazyfs.cli.host_checks import Check, State
 from lazyfs.errors import LazyfsError
-from lazyfs.registry.credential_programs import CredentialPrograms
-from lazyfs.registry.logins import Logins
-from lazyfs.registry.routing import find_endpoints
+from lazyfs.registry.config.credential_programs import CredentialPrograms
+from lazyfs.registry.config.logins import Logins
+from lazyfs.registry.config.routing import find_endpoints
 
 if TYPE_CHECKING:
     from lazyfs.reference import Reference
-    from lazyfs.registry.access import Access
+    from lazyfs.registry.config.access import Access
     from lazyfs.registry.endpoints import Endpoint
 
 _PATIENCE = 20.0  # seconds for credential programs

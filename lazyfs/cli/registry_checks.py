@@ -13,8 +13,8 @@ from lazyfs.cli.host_checks import Check, State
 from lazyfs.cli.output import count
 from lazyfs.errors import BadAnswer, LazyfsError, ManifestMissing, RegistryError
 from lazyfs.format.lazy import NotLazy, toc_source
+from lazyfs.registry.http.rate_limits import LOW
 from lazyfs.registry.open import open_repository
-from lazyfs.registry.rate_limits import LOW
 from lazyfs.registry.resolve import resolve_image
 from lazyfs.units import KiB
 

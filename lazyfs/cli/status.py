@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from lazyfs.cli import common, exit_codes
 from lazyfs.cli.output import count
-from lazyfs.registry.rate_limits import LOW
+from lazyfs.registry.http.rate_limits import LOW
 from lazyfs.units import format_size
 
 if TYPE_CHECKING:

@@ -21,7 +21,7 @@ from lazyfs.mount.control import Say
 from lazyfs.mount.images import Images, MountedImage
 from lazyfs.mount.resolving import Pull
 from lazyfs.oci import Manifest
-from lazyfs.registry.access import Access
+from lazyfs.registry.config.access import Access
 from lazyfs.units import format_size
 
 log = logging.getLogger(__name__)

@@ -38,15 +38,15 @@ from lazyfs.mount.resolving import Pull, Resolver
 from lazyfs.mount.whole_layers import WholeLayers
 from lazyfs.oci import ImageConfig, Manifest
 from lazyfs.reference import Reference
-from lazyfs.registry.access import Access, from_environment
+from lazyfs.registry.config.access import Access, from_environment
 from lazyfs.registry.health import Health
 from lazyfs.registry.hops import OnHop
+from lazyfs.registry.http.rate_limits import LimitTeller
+from lazyfs.registry.http.transport import Transport
 from lazyfs.registry.offline import OfflineRepository
 from lazyfs.registry.open import OpenOptions, open_repository
-from lazyfs.registry.rate_limits import LimitTeller
 from lazyfs.registry.repository import Repository
 from lazyfs.registry.resolve import doubt_tag
-from lazyfs.registry.transport import Transport
 from lazyfs.units import format_size
 
 log = logging.getLogger(__name__)

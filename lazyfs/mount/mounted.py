@@ -20,7 +20,7 @@ from lazyfs.errors import LazyfsError, MountPointInvalid, StoreError, UsageError
 from lazyfs.mount.control import Say
 from lazyfs.mount.images import Images, MountedImage
 from lazyfs.mount.stock_calls import StockCalls, pull_of
-from lazyfs.registry import access as accesses
+from lazyfs.registry.config import access as accesses
 
 log = logging.getLogger(__name__)
 

@@ -14,7 +14,7 @@ from lazyfs.errors import UsageError
 from lazyfs.mount.control import Say
 from lazyfs.mount.fetching import Fetcher, Wanted
 from lazyfs.mount.resolving import Pull
-from lazyfs.registry import access as accesses
+from lazyfs.registry.config import access as accesses
 
 if TYPE_CHECKING:
     from lazyfs.mount.images import Images

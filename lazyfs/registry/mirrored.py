@@ -30,9 +30,9 @@ from lazyfs.errors import (
 from lazyfs.oci import Descriptor
 from lazyfs.registry.endpoints import Endpoint
 from lazyfs.registry.health import Health
-from lazyfs.registry.pace import Pace
+from lazyfs.registry.http.pace import Pace
+from lazyfs.registry.http.retry import RetryPolicy
 from lazyfs.registry.repository import ByteStream, Repository
-from lazyfs.registry.retry import RetryPolicy
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")

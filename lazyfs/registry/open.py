@@ -6,17 +6,17 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from lazyfs.reference import Reference
-from lazyfs.registry import access as accesses
-from lazyfs.registry.access import Access
+from lazyfs.registry.config import access as accesses
+from lazyfs.registry.config.access import Access
 from lazyfs.registry.hops import OnHop
-from lazyfs.registry.local import open_local
+from lazyfs.registry.http.retry import RetryPolicy
+from lazyfs.registry.local.open_local import open_local
 from lazyfs.registry.repository import Repository
-from lazyfs.registry.retry import RetryPolicy
 
 if TYPE_CHECKING:
     from lazyfs.registry.endpoints import Endpoint
     from lazyfs.registry.health import Health
-    from lazyfs.registry.transport import Transport
+    from lazyfs.registry.http.transport import Transport
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,10 +63,10 @@ def open_repository(reference: Reference, options: OpenOptions | None = None) ->
 
 def _open_registry(reference: Reference, options: OpenOptions) -> Repository:
     # Only here: an OCI layout needs no HTTP library, and importing one takes a fifth of a second.
-    from lazyfs.registry.client import RemoteRepository
-    from lazyfs.registry.exchange import Exchange, Timeouts
-    from lazyfs.registry.routing import find_endpoints
-    from lazyfs.registry.transport import Transport
+    from lazyfs.registry.config.routing import find_endpoints
+    from lazyfs.registry.http.client import RemoteRepository
+    from lazyfs.registry.http.exchange import Exchange, Timeouts
+    from lazyfs.registry.http.transport import Transport
 
     access = options.access or accesses.from_environment()
     endpoints = find_endpoints(reference, access, options.plain_http)

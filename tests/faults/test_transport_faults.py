@@ -16,11 +16,11 @@ import pytest
 from lazyfs.cli import exit_codes
 from lazyfs.errors import BadAnswer, LazyfsError, RegistryError, RegistryTimeout, TooManyRequests, Unauthorized
 from lazyfs.reference import parse
-from lazyfs.registry.access import Access
+from lazyfs.registry.config.access import Access
+from lazyfs.registry.http.retry import RetryPolicy
 from lazyfs.registry.mirrored import PATIENCE
 from lazyfs.registry.open import OpenOptions, open_repository
 from lazyfs.registry.repository import Repository
-from lazyfs.registry.retry import RetryPolicy
 from tests.helpers.chunk_tables import noise
 from tests.helpers.fake_registry import FakeRegistry, Fault
 from tests.helpers.mirrors import Mirrors

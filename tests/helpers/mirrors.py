@@ -15,11 +15,11 @@ from types import TracebackType
 from typing import Any
 
 from lazyfs.reference import parse
-from lazyfs.registry.access import Access
+from lazyfs.registry.config.access import Access
+from lazyfs.registry.http.retry import RetryPolicy
+from lazyfs.registry.http.transport import Transport
 from lazyfs.registry.mirrored import MirroredRepository
 from lazyfs.registry.open import OpenOptions, open_repository
-from lazyfs.registry.retry import RetryPolicy
-from lazyfs.registry.transport import Transport
 from tests.helpers.blobs import LayerBlob
 from tests.helpers.fake_registry import AddedImage, FakeRegistry
 

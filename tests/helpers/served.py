@@ -29,10 +29,10 @@ from lazyfs.format.table import LayerTable
 from lazyfs.format.table_build import LayerFacts, build_table
 from lazyfs.format.toc import parse_toc
 from lazyfs.reference import parse
+from lazyfs.registry.http.retry import RetryPolicy
+from lazyfs.registry.http.transport import Transport
 from lazyfs.registry.open import OpenOptions, open_repository
 from lazyfs.registry.repository import Repository
-from lazyfs.registry.retry import RetryPolicy
-from lazyfs.registry.transport import Transport
 from lazyfs.units import MiB
 from tests.helpers.blobs import LayerBlob
 from tests.helpers.fake_registry import FakeRegistry

@@ -22,7 +22,7 @@ from lazyfs.containerd.client import Client, connect
 from lazyfs.containerd.images import Image
 from lazyfs.digest import of
 from lazyfs.errors import BlobMissing, LazyfsError, ManifestMissing, PushRejected, RegistryError
-from lazyfs.registry.containerd_store import ContainerdRepository
+from lazyfs.registry.local.containerd_store import ContainerdRepository
 from lazyfs.registry.open import open_repository
 from lazyfs.registry.resolve import resolve_image
 from tests.helpers import archives, real

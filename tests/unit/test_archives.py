@@ -34,13 +34,13 @@ from lazyfs.errors import (
     TarInvalid,
     UsageError,
 )
-from lazyfs.registry.docker_archive import DockerArchiveRepository
-from lazyfs.registry.files import FileStream
-from lazyfs.registry.local import check_destination
-from lazyfs.registry.oci_archive import OciArchiveRepository
+from lazyfs.registry.local.docker_archive import DockerArchiveRepository
+from lazyfs.registry.local.files import FileStream
+from lazyfs.registry.local.oci_archive import OciArchiveRepository
+from lazyfs.registry.local.open_local import check_destination
+from lazyfs.registry.local.tar_members import MAX_MEMBERS, MAX_NAMES, find_members, follow
 from lazyfs.registry.open import open_repository
 from lazyfs.registry.repository import Repository
-from lazyfs.registry.tar_members import MAX_MEMBERS, MAX_NAMES, find_members, follow
 from tests.helpers.archives import docker_archive, image, oci_archive
 from tests.helpers.tars import declared, dir_, fifo, file, global_pax, hardlink, header, sparse, symlink, tar_of
 

@@ -34,7 +34,7 @@ from lazyfs.errors import (
     Unauthorized,
     UsageError,
 )
-from lazyfs.registry.local import check_destination
+from lazyfs.registry.local.open_local import check_destination
 from lazyfs.registry.open import OpenOptions, open_repository
 
 ROOT = Path(__file__).parents[2]

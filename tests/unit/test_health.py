@@ -18,7 +18,7 @@ from lazyfs.errors import (
 )
 from lazyfs.registry.health import Health
 from lazyfs.registry.hops import Hop
-from lazyfs.registry.rate_limits import LimitTeller, sentence
+from lazyfs.registry.http.rate_limits import LimitTeller, sentence
 
 HOSTS = ["a", "b", "c"]
 BLOB = "sha256:" + "1" * 64

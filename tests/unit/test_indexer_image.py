@@ -29,8 +29,8 @@ from lazyfs.errors import (
     UsageError,
 )
 from lazyfs.format.lazy import NotLazy, toc_source
+from lazyfs.registry.http.retry import RetryPolicy
 from lazyfs.registry.open import OpenOptions, open_repository
-from lazyfs.registry.retry import RetryPolicy
 from tests.helpers import tars
 from tests.helpers.fake_registry import AddedImage, FakeRegistry, Fault
 from tests.helpers.tars import dir_, file, sparse, tar_of

@@ -20,8 +20,8 @@ from indexer.report import Action, ConvertReport
 from lazyfs import oci, reference
 from lazyfs.digest import EMPTY, of
 from lazyfs.errors import DigestMismatch, DocumentInvalid, LazyfsError, PlatformMissing, UsageError
+from lazyfs.registry.http.retry import RetryPolicy
 from lazyfs.registry.open import OpenOptions, open_repository
-from lazyfs.registry.retry import RetryPolicy
 from tests.helpers.fake_registry import AddedImage, FakeRegistry
 from tests.helpers.tars import dir_, file, tar_of
 

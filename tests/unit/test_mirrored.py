@@ -25,10 +25,10 @@ from lazyfs.errors import (
 from lazyfs.oci import OCI_MANIFEST, Descriptor
 from lazyfs.registry.endpoints import Endpoint
 from lazyfs.registry.health import Health
+from lazyfs.registry.http.pace import Pace
+from lazyfs.registry.http.retry import RetryPolicy
 from lazyfs.registry.mirrored import DELAY, PATIENCE, MirroredRepository, read_again
-from lazyfs.registry.pace import Pace
 from lazyfs.registry.repository import ByteStream
-from lazyfs.registry.retry import RetryPolicy
 from tests.helpers.chunk_tables import noise
 from tests.helpers.fake_registry import Fault
 from tests.helpers.mirrors import Mirrors

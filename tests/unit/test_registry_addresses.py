@@ -12,13 +12,13 @@ from hypothesis import strategies as st
 
 from lazyfs.errors import BadAnswer, RegistryUnreachable
 from lazyfs.reference import parse
-from lazyfs.registry import addresses
-from lazyfs.registry.access import Access
-from lazyfs.registry.environment import Proxies
+from lazyfs.registry.config.access import Access
+from lazyfs.registry.http import addresses
+from lazyfs.registry.http.environment import Proxies
+from lazyfs.registry.http.retry import RetryPolicy
+from lazyfs.registry.http.transport import Transport
 from lazyfs.registry.open import OpenOptions, open_repository
 from lazyfs.registry.repository import Repository
-from lazyfs.registry.retry import RetryPolicy
-from lazyfs.registry.transport import Transport
 from tests.helpers.fake_registry import FakeRegistry, Fault
 
 BLOB = bytes(range(200)) * 20
@@ -140,7 +140,7 @@ def test_the_address_that_was_looked_at_is_the_one_that_is_asked(
 
 def test_a_far_registry_must_not_lead_to_this_machine(registry: FakeRegistry, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its own address says how far it is, not its name; here it is made to look as if on another machine."""
-    monkeypatch.setattr("lazyfs.registry.exchange.is_loopback", lambda host: False)
+    monkeypatch.setattr("lazyfs.registry.http.exchange.is_loopback", lambda host: False)
     digest = registry.add_blob(BLOB)
     with FakeRegistry() as victim:
         victim.add_blob(BLOB)

@@ -15,13 +15,13 @@ from hypothesis import strategies as st
 
 from lazyfs import reference
 from lazyfs.errors import BadAnswer, Unauthorized, UsageError
-from lazyfs.registry.access import Access, from_environment
-from lazyfs.registry.auth import Challenge, parse_challenges
-from lazyfs.registry.credentials import Credentials, read_auth_file
+from lazyfs.registry.config.access import Access, from_environment
+from lazyfs.registry.config.credentials import Credentials, read_auth_file
 from lazyfs.registry.hops import Hop
+from lazyfs.registry.http.auth import Challenge, parse_challenges
+from lazyfs.registry.http.retry import RetryPolicy
 from lazyfs.registry.open import OpenOptions, open_repository
 from lazyfs.registry.repository import Repository
-from lazyfs.registry.retry import RetryPolicy
 from tests.helpers.fake_registry import FakeRegistry, Fault
 
 BLOB = b"0123456789" * 1000
@@ -145,7 +145,7 @@ def test_a_token_is_renewed_before_it_expires(config: Path, monkeypatch: pytest.
         repository = opened(registry, config)
         fetched(repository, image.layers[0])
         now = time.monotonic()
-        monkeypatch.setattr("lazyfs.registry.auth.time.monotonic", lambda: now + 95)
+        monkeypatch.setattr("lazyfs.registry.http.auth.time.monotonic", lambda: now + 95)
         assert repository.has_blob(image.layers[0])
         assert registry.count(path="/token") == 2
         assert not [r for r in registry.matching("HEAD") if r.status == 401]

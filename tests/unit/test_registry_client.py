@@ -26,9 +26,9 @@ from lazyfs.errors import (
     Unauthorized,
 )
 from lazyfs.registry.hops import Hop
+from lazyfs.registry.http.retry import RetryPolicy
 from lazyfs.registry.open import OpenOptions, open_repository
 from lazyfs.registry.repository import ByteStream, Repository
-from lazyfs.registry.retry import RetryPolicy
 from tests.helpers.fake_registry import AddedImage, FakeRegistry, Fault
 
 BLOB = bytes(range(256)) * 4096  # 1 MiB

@@ -6,10 +6,10 @@ import pytest
 
 from lazyfs import reference
 from lazyfs.digest import of
-from lazyfs.registry.environment import Proxies
+from lazyfs.registry.http.environment import Proxies
+from lazyfs.registry.http.retry import RetryPolicy
+from lazyfs.registry.http.transport import Transport
 from lazyfs.registry.open import OpenOptions, open_repository
-from lazyfs.registry.retry import RetryPolicy
-from lazyfs.registry.transport import Transport
 from tests.helpers.fake_registry import FakeRegistry
 
 PROXY = "http://proxy.example:3128"

@@ -14,15 +14,15 @@ import pytest
 
 from lazyfs import reference
 from lazyfs.errors import BadAnswer, DocumentInvalid, LazyfsError, RegistryError, RegistryTimeout
-from lazyfs.registry.access import Access
-from lazyfs.registry.addresses import split_named
-from lazyfs.registry.connections import MAX_HEADER, Limits
+from lazyfs.registry.config.access import Access
+from lazyfs.registry.config.hosts_toml import HostRule
 from lazyfs.registry.endpoints import Endpoint
-from lazyfs.registry.hosts_toml import HostRule
+from lazyfs.registry.http.addresses import split_named
+from lazyfs.registry.http.connections import MAX_HEADER, Limits
+from lazyfs.registry.http.retry import RetryPolicy
+from lazyfs.registry.http.transport import Transport
 from lazyfs.registry.open import OpenOptions, open_repository
 from lazyfs.registry.repository import Repository
-from lazyfs.registry.retry import RetryPolicy
-from lazyfs.registry.transport import Transport
 from tests.helpers.fake_registry import FakeRegistry, Fault
 from tests.helpers.mirrors import Mirrors
 

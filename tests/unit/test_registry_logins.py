@@ -17,14 +17,14 @@ from hypothesis import strategies as st
 
 from lazyfs import reference
 from lazyfs.errors import Unauthorized, UsageError
-from lazyfs.registry.access import Access, Login
-from lazyfs.registry.credential_programs import CredentialPrograms
-from lazyfs.registry.credentials import AuthFile, Credentials, read_auth_file
+from lazyfs.registry.config.access import Access, Login
+from lazyfs.registry.config.credential_programs import CredentialPrograms
+from lazyfs.registry.config.credentials import AuthFile, Credentials, read_auth_file
+from lazyfs.registry.config.logins import Logins
 from lazyfs.registry.endpoints import Endpoint
-from lazyfs.registry.logins import Logins
+from lazyfs.registry.http.retry import RetryPolicy
 from lazyfs.registry.open import OpenOptions, open_repository
 from lazyfs.registry.repository import Repository
-from lazyfs.registry.retry import RetryPolicy
 from tests.helpers.daemon import until
 from tests.helpers.fake_registry import FakeRegistry, Fault
 

@@ -24,10 +24,10 @@ from lazyfs.errors import (
     RegistryFault,
     UsageError,
 )
-from lazyfs.registry.layout import LayoutRepository
+from lazyfs.registry.http.retry import RetryPolicy
+from lazyfs.registry.local.layout import LayoutRepository
 from lazyfs.registry.open import OpenOptions, open_repository
 from lazyfs.registry.repository import Repository
-from lazyfs.registry.retry import RetryPolicy
 from tests.helpers.fake_registry import FakeRegistry, Fault, Request, Rule
 
 BLOB = os.urandom(700_000)

@@ -13,12 +13,12 @@ import pytest
 
 from lazyfs import reference
 from lazyfs.errors import BadAnswer, RegistryUnreachable, Unauthorized
-from lazyfs.registry.access import Access
+from lazyfs.registry.config.access import Access
 from lazyfs.registry.hops import Hop
+from lazyfs.registry.http.ranges import MAX_SIGNED, SignedUrls
+from lazyfs.registry.http.retry import RetryPolicy
 from lazyfs.registry.open import OpenOptions, open_repository
-from lazyfs.registry.ranges import MAX_SIGNED, SignedUrls
 from lazyfs.registry.repository import Repository
-from lazyfs.registry.retry import RetryPolicy
 from tests.helpers.fake_registry import FakeRegistry, Fault
 
 BLOB = bytes(range(250)) * 400

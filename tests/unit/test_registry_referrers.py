@@ -12,12 +12,12 @@ import pytest
 from lazyfs import oci, reference
 from lazyfs.digest import EMPTY, of
 from lazyfs.errors import DocumentInvalid
-from lazyfs.registry.access import Access
-from lazyfs.registry.layout import LayoutRepository
+from lazyfs.registry.config.access import Access
+from lazyfs.registry.http.retry import RetryPolicy
+from lazyfs.registry.local.layout import LayoutRepository
 from lazyfs.registry.open import OpenOptions, open_repository
 from lazyfs.registry.referrers import described, fallback_tag, listed_with
 from lazyfs.registry.repository import Repository
-from lazyfs.registry.retry import RetryPolicy
 from tests.helpers.fake_registry import FakeRegistry, Fault
 
 QUICK = RetryPolicy(attempts=2, first=0.0, longest=0.0)

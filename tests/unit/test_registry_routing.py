@@ -13,14 +13,14 @@ from hypothesis import strategies as st
 from lazyfs import reference
 from lazyfs.digest import of
 from lazyfs.errors import UsageError
-from lazyfs.registry.access import Access, Login, from_environment, from_json, parse_login
-from lazyfs.registry.config_files import Section
+from lazyfs.registry.config.access import Access, Login, from_environment, from_json, parse_login
+from lazyfs.registry.config.config_files import Section
+from lazyfs.registry.config.hosts_toml import find_host_rules, split_server
+from lazyfs.registry.config.registries_conf import read_registries_conf
+from lazyfs.registry.config.routing import find_endpoints
 from lazyfs.registry.endpoints import Endpoint, Tls
-from lazyfs.registry.hosts_toml import find_host_rules, split_server
+from lazyfs.registry.http.retry import RetryPolicy
 from lazyfs.registry.open import OpenOptions, open_repository
-from lazyfs.registry.registries_conf import read_registries_conf
-from lazyfs.registry.retry import RetryPolicy
-from lazyfs.registry.routing import find_endpoints
 from tests.helpers.fake_registry import FakeRegistry
 
 IMAGE = "registry.example:5000/team/app:1"
@@ -212,7 +212,7 @@ _KEYS = st.sampled_from(
 
 @given(st.dictionaries(_KEYS, _VALUES, max_size=6), _VALUES)
 def test_any_value_under_any_key_is_taken_or_refused_in_a_sentence(values: dict[str, Any], host: Any) -> None:
-    from lazyfs.registry import hosts_toml, registries_conf
+    from lazyfs.registry.config import hosts_toml, registries_conf
 
     path = Path("/x/hosts.toml")
     for parse in (

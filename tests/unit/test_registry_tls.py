@@ -12,14 +12,14 @@ import pytest
 
 from lazyfs import reference
 from lazyfs.errors import LazyfsError, RegistryUnreachable, UsageError
-from lazyfs.registry import tls as tls_module
-from lazyfs.registry.access import Access
+from lazyfs.registry.config.access import Access
 from lazyfs.registry.endpoints import Tls
-from lazyfs.registry.environment import Authorities
+from lazyfs.registry.http import tls as tls_module
+from lazyfs.registry.http.environment import Authorities
+from lazyfs.registry.http.retry import RetryPolicy
+from lazyfs.registry.http.tls import TlsContexts, explain, speaks_tls
 from lazyfs.registry.open import OpenOptions, open_repository
 from lazyfs.registry.repository import Repository
-from lazyfs.registry.retry import RetryPolicy
-from lazyfs.registry.tls import TlsContexts, explain, speaks_tls
 from tests.helpers.certs import Pair, TestAuthority, server_context
 from tests.helpers.fake_registry import FakeRegistry
 
@@ -90,7 +90,7 @@ def test_an_authority_of_one_registry_is_not_trusted_for_another(
     secure: FakeRegistry, authority: TestAuthority, pair: Pair
 ) -> None:
     """Endpoints share a transport, and connections only with those that talk alike."""
-    from lazyfs.registry.transport import Transport
+    from lazyfs.registry.http.transport import Transport
 
     transport = Transport()
     digest = secure.add_blob(BLOB)

@@ -14,10 +14,10 @@ from urllib.parse import quote
 
 from lazyfs import digest as digests
 from lazyfs.errors import BadAnswer, PushRejected, RegistryError, UsageError
-from lazyfs.registry.exchange import Body, Exchange, follow_location
-from lazyfs.registry.retry import RetryPolicy
-from lazyfs.registry.status import error_for, registry_words
-from lazyfs.registry.transport import Answer, host_of
+from lazyfs.registry.http.exchange import Body, Exchange, follow_location
+from lazyfs.registry.http.retry import RetryPolicy
+from lazyfs.registry.http.status import error_for, registry_words
+from lazyfs.registry.http.transport import Answer, host_of
 
 PIECE = 256 << 10  # bytes per write to the socket
 

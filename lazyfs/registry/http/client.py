@@ -11,17 +11,17 @@ from lazyfs import digest as digests
 from lazyfs import oci
 from lazyfs.errors import BadAnswer, BlobMissing, DocumentInvalid, ManifestMissing, RegistryError
 from lazyfs.registry.endpoints import Endpoint
-from lazyfs.registry.exchange import Exchange
 from lazyfs.registry.hops import HopKind
-from lazyfs.registry.pace import Pace
-from lazyfs.registry.ranges import BodyStream, EmptyStream, SignedUrls, check_range, range_header
+from lazyfs.registry.http.exchange import Exchange
+from lazyfs.registry.http.pace import Pace
+from lazyfs.registry.http.ranges import BodyStream, EmptyStream, SignedUrls, check_range, range_header
+from lazyfs.registry.http.referrers_api import ReferrersApi
+from lazyfs.registry.http.retry import RetryPolicy
+from lazyfs.registry.http.status import error_for
+from lazyfs.registry.http.transport import Answer
+from lazyfs.registry.http.upload import Uploader
 from lazyfs.registry.referrers import by_fallback_tag, described, fallback_tag, listed_with
-from lazyfs.registry.referrers_api import ReferrersApi
 from lazyfs.registry.repository import ByteStream, Repository
-from lazyfs.registry.retry import RetryPolicy
-from lazyfs.registry.status import error_for
-from lazyfs.registry.transport import Answer
-from lazyfs.registry.upload import Uploader
 
 
 class RemoteRepository:

@@ -11,7 +11,7 @@ from typing import Any
 from lazyfs import digest as digests
 from lazyfs import oci
 from lazyfs.errors import BlobMissing, FormatError, ManifestMissing, TrustError
-from lazyfs.registry.files import OpenRange, part_of, read_all
+from lazyfs.registry.local.files import OpenRange, part_of, read_all
 from lazyfs.registry.referrers import MAX_REFERRERS, by_fallback_tag, described
 from lazyfs.registry.repository import ByteStream
 

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lazyfs.errors import UsageError
-from lazyfs.registry.config_files import read_bounded
+from lazyfs.registry.config.config_files import read_bounded
 from lazyfs.registry.endpoints import NO_TLS, Tls
-from lazyfs.registry.environment import Authorities, load_authorities
+from lazyfs.registry.http.environment import Authorities, load_authorities
 
 MAX_PEM = 1 << 20  # bytes of one file of certificates
 MAX_FILES = 256  # certificates in one directory

@@ -6,10 +6,10 @@ from urllib.parse import quote
 
 from lazyfs import oci
 from lazyfs.errors import ManifestMissing
-from lazyfs.registry.exchange import Exchange, follow_location
+from lazyfs.registry.http.exchange import Exchange, follow_location
+from lazyfs.registry.http.retry import RetryPolicy
+from lazyfs.registry.http.status import error_for
 from lazyfs.registry.referrers import MAX_REFERRERS
-from lazyfs.registry.retry import RetryPolicy
-from lazyfs.registry.status import error_for
 
 _MAX_PAGES = 20
 

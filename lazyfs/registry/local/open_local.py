@@ -18,15 +18,15 @@ def open_local(reference: Reference, *, address: str = "", namespace: str = "", 
     path = Path(reference.path)
     match reference.transport:
         case "oci":
-            from lazyfs.registry.layout import LayoutRepository
+            from lazyfs.registry.local.layout import LayoutRepository
 
             return LayoutRepository(path)
         case "oci-archive":
-            from lazyfs.registry.oci_archive import OciArchiveRepository
+            from lazyfs.registry.local.oci_archive import OciArchiveRepository
 
             return OciArchiveRepository(path)
         case "docker-archive":
-            from lazyfs.registry.docker_archive import DockerArchiveRepository
+            from lazyfs.registry.local.docker_archive import DockerArchiveRepository
 
             return DockerArchiveRepository(path)
         case "containerd":
@@ -35,7 +35,9 @@ def open_local(reference: Reference, *, address: str = "", namespace: str = "", 
 
             where = socket_path(reference.path or address), namespace_name(reference.host or namespace)
             client = connect(*where, timeout=timeout)
-            from lazyfs.registry.containerd_store import ContainerdRepository  # now that gRPC is known to be there
+            from lazyfs.registry.local.containerd_store import (
+                ContainerdRepository,  # now that gRPC is known to be there
+            )
 
             return ContainerdRepository(client, reference.tag)
     raise UsageError(f"there is no transport {reference.transport}")
@@ -44,7 +46,7 @@ def open_local(reference: Reference, *, address: str = "", namespace: str = "", 
 def check_destination(reference: Reference) -> None:
     """Raise UsageError for a destination that can't be written, before any work is done for it."""
     if reference.transport == "docker-archive":
-        from lazyfs.registry.docker_archive import not_writable
+        from lazyfs.registry.local.docker_archive import not_writable
 
         raise not_writable()
     if reference.transport == "containerd" and reference.digest:

@@ -10,11 +10,11 @@ from dataclasses import dataclass, replace
 
 from lazyfs.errors import UsageError
 from lazyfs.reference import Reference
-from lazyfs.registry import hosts_toml
-from lazyfs.registry.access import Access
+from lazyfs.registry.config import hosts_toml
+from lazyfs.registry.config.access import Access
+from lazyfs.registry.config.hosts_toml import HostRules
+from lazyfs.registry.config.registries_conf import Location, PullBy, RegistryRule, read_registries_conf
 from lazyfs.registry.endpoints import Endpoint, Tls
-from lazyfs.registry.hosts_toml import HostRules
-from lazyfs.registry.registries_conf import Location, PullBy, RegistryRule, read_registries_conf
 
 # The host in Docker Hub's references is not the one that serves its API.
 HUB, HUB_API = "docker.io", "registry-1.docker.io"

@@ -12,17 +12,17 @@ from dataclasses import dataclass, replace
 from urllib.parse import quote, urljoin, urlsplit
 
 from lazyfs.errors import BadAnswer
-from lazyfs.registry.access import Access
-from lazyfs.registry.addresses import is_loopback, split_named
-from lazyfs.registry.auth import Authorizer
-from lazyfs.registry.connections import Guard, Limits
+from lazyfs.registry.config.access import Access
+from lazyfs.registry.config.logins import Logins
 from lazyfs.registry.endpoints import Endpoint
 from lazyfs.registry.health import UNTOLD
 from lazyfs.registry.hops import HopKind, OnHop
-from lazyfs.registry.logins import Logins
-from lazyfs.registry.pace import Pace
-from lazyfs.registry.tls import speaks_tls
-from lazyfs.registry.transport import Answer, Transport, host_of
+from lazyfs.registry.http.addresses import is_loopback, split_named
+from lazyfs.registry.http.auth import Authorizer
+from lazyfs.registry.http.connections import Guard, Limits
+from lazyfs.registry.http.pace import Pace
+from lazyfs.registry.http.tls import speaks_tls
+from lazyfs.registry.http.transport import Answer, Transport, host_of
 
 MAX_REDIRECTS = 5
 MAX_LOCATION = 16 << 10  # bytes of a Location header; signed URLs have one or two thousand

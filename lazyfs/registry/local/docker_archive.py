@@ -19,9 +19,9 @@ from lazyfs import digest as digests
 from lazyfs import oci
 from lazyfs.errors import BlobMissing, DocumentInvalid, ManifestMissing, ReferenceInvalid, UsageError
 from lazyfs.reference import docker_name
-from lazyfs.registry.files import PIECE, FileStream, OpenRange, part_of, read_all
+from lazyfs.registry.local.files import PIECE, FileStream, OpenRange, part_of, read_all
+from lazyfs.registry.local.tar_members import ArchiveFile, Identity
 from lazyfs.registry.repository import ByteStream, Repository
-from lazyfs.registry.tar_members import ArchiveFile, Identity
 
 DOCUMENT = "manifest.json"
 MAX_IMAGES = 1000  # of one archive

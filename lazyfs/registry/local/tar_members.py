@@ -23,9 +23,9 @@ from lazyfs.format.tar_headers import (
     pax_records,
 )
 from lazyfs.format.tar_headers import pad as padding
-from lazyfs.registry.files import OpenRange, fault
-from lazyfs.registry.layout import open_regular
-from lazyfs.registry.layout_read import Missing
+from lazyfs.registry.local.files import OpenRange, fault
+from lazyfs.registry.local.layout import open_regular
+from lazyfs.registry.local.layout_read import Missing
 
 MAX_MEMBERS = 1 << 16  # of one archive; an image's has a few for each layer
 MAX_NAMES = 16 << 20  # bytes of all names and links of one archive

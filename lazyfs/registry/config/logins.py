@@ -8,11 +8,11 @@ import time
 from dataclasses import dataclass
 
 from lazyfs.errors import UsageError
-from lazyfs.registry.access import Access
-from lazyfs.registry.credential_programs import CredentialPrograms
-from lazyfs.registry.credentials import HUB_SERVERS, Credentials, names_of, read_auth_file
+from lazyfs.registry.config.access import Access
+from lazyfs.registry.config.credential_programs import CredentialPrograms
+from lazyfs.registry.config.credentials import HUB_SERVERS, Credentials, names_of, read_auth_file
+from lazyfs.registry.config.registries_conf import AUTH_FILES, read_registries_conf
 from lazyfs.registry.endpoints import Endpoint
-from lazyfs.registry.registries_conf import AUTH_FILES, read_registries_conf
 
 log = logging.getLogger(__name__)
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from lazyfs.errors import UsageError
-from lazyfs.registry.config_files import Section, read_section
+from lazyfs.registry.config.config_files import Section, read_section
 from lazyfs.registry.endpoints import NO_TLS, Tls
 
 MAX_HOSTS = 32

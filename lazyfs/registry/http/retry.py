@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 from lazyfs.errors import RegistryError, RegistryFault, TooManyRequests
-from lazyfs.registry.rate_limits import sentence
+from lazyfs.registry.http.rate_limits import sentence
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")

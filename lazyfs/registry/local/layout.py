@@ -19,8 +19,8 @@ from typing import BinaryIO
 
 from lazyfs import digest as digests
 from lazyfs.errors import PushRejected, RegistryTimeout
-from lazyfs.registry.files import PIECE, OpenRange, fault
-from lazyfs.registry.layout_read import (
+from lazyfs.registry.local.files import PIECE, OpenRange, fault
+from lazyfs.registry.local.layout_read import (
     INDEX,
     MARKER,
     LayoutReader,

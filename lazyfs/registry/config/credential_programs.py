@@ -19,7 +19,7 @@ import time
 from dataclasses import dataclass
 
 from lazyfs.errors import UsageError
-from lazyfs.registry.credentials import Credentials
+from lazyfs.registry.config.credentials import Credentials
 
 PATIENCE = 15.0  # seconds for one answer
 MAX_ANSWER = 64 << 10  # bytes; clouds' tokens have a few thousand

@@ -9,7 +9,7 @@ from types import TracebackType
 from typing import Self
 
 from lazyfs.errors import BadAnswer
-from lazyfs.registry.transport import Answer
+from lazyfs.registry.http.transport import Answer
 
 MAX_READ = 256 << 10  # bytes per read at most, so that a reader can decode while more comes
 MAX_SIGNED = 1024  # signed URLs remembered per repository

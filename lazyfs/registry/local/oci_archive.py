@@ -19,9 +19,9 @@ from typing import IO, Any, BinaryIO
 
 from lazyfs import digest as digests
 from lazyfs.errors import BlobMissing, PushRejected
-from lazyfs.registry.files import PIECE, OpenRange, fault
-from lazyfs.registry.layout import locked
-from lazyfs.registry.layout_read import (
+from lazyfs.registry.local.files import PIECE, OpenRange, fault
+from lazyfs.registry.local.layout import locked
+from lazyfs.registry.local.layout_read import (
     INDEX,
     MARKER,
     LayoutReader,
@@ -31,8 +31,8 @@ from lazyfs.registry.layout_read import (
     marker_bytes,
     new_entry,
 )
+from lazyfs.registry.local.tar_members import ArchiveFile
 from lazyfs.registry.repository import Repository
-from lazyfs.registry.tar_members import ArchiveFile
 
 _TRIES = 5  # of putting an archive together, while others replace it meanwhile
 _COPY = 64 << 20  # bytes copied by one system call

@@ -11,7 +11,7 @@ from enum import Enum
 from pathlib import Path
 
 from lazyfs.errors import UsageError
-from lazyfs.registry.config_files import Section, read_section
+from lazyfs.registry.config.config_files import Section, read_section
 
 MAX_FILES = 64  # in one directory
 MAX_MIRRORS = 31

@@ -25,7 +25,7 @@ from lazyfs.errors import (
     ReferenceInvalid,
 )
 from lazyfs.reference import docker_name
-from lazyfs.registry.files import PIECE
+from lazyfs.registry.local.files import PIECE
 from lazyfs.registry.repository import ByteStream, Repository
 
 log = logging.getLogger(__name__)

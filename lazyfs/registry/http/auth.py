@@ -16,11 +16,11 @@ from dataclasses import dataclass
 from urllib.parse import urlencode, urlunsplit
 
 from lazyfs.errors import BadAnswer, RegistryTimeout, Unauthorized, UsageError
-from lazyfs.registry.addresses import split_named
-from lazyfs.registry.credentials import Credentials
-from lazyfs.registry.logins import Found, Logins
-from lazyfs.registry.status import error_for
-from lazyfs.registry.transport import Answer
+from lazyfs.registry.config.credentials import Credentials
+from lazyfs.registry.config.logins import Found, Logins
+from lazyfs.registry.http.addresses import split_named
+from lazyfs.registry.http.status import error_for
+from lazyfs.registry.http.transport import Answer
 
 MAX_CHALLENGE = 8 << 10  # bytes of a WWW-Authenticate header
 MAX_TOKEN = 64 << 10  # bytes of a token endpoint's answer

@@ -14,15 +14,15 @@ from urllib3.exceptions import HTTPError, NameResolutionError, ReadTimeoutError
 
 from lazyfs import __version__
 from lazyfs.errors import BadAnswer, DocumentInvalid, RegistryError, RegistryTimeout, RegistryUnreachable, UsageError
-from lazyfs.registry.addresses import name_refusal
-from lazyfs.registry.connections import AddressRefused, CurrentLimits, Guard, Limits, TimedAdapter
-from lazyfs.registry.credential_programs import CredentialPrograms
+from lazyfs.registry.config.credential_programs import CredentialPrograms
 from lazyfs.registry.endpoints import NO_TLS, Tls
-from lazyfs.registry.environment import Authorities, Proxies
 from lazyfs.registry.health import Health
 from lazyfs.registry.hops import Hop, HopKind, OnHop
-from lazyfs.registry.tls import TlsContexts, explain
-from lazyfs.registry.waits import retry_after
+from lazyfs.registry.http.addresses import name_refusal
+from lazyfs.registry.http.connections import AddressRefused, CurrentLimits, Guard, Limits, TimedAdapter
+from lazyfs.registry.http.environment import Authorities, Proxies
+from lazyfs.registry.http.tls import TlsContexts, explain
+from lazyfs.registry.http.waits import retry_after
 
 POOL_SIZE = 32  # idle connections kept per host
 MAX_DISCARD = 64 << 10  # bytes of an unwanted body read to keep its connection; more, and the connection goes

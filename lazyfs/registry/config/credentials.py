@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from lazyfs.errors import UsageError
-from lazyfs.registry.config_files import read_bounded
+from lazyfs.registry.config.config_files import read_bounded
 
 MAX_CONFIG = 1 << 20  # bytes
 # All names under which Docker Hub's credentials have been stored; the first is docker login's own.

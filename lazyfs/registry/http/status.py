@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 
 from lazyfs.errors import BadAnswer, BlobMissing, RegistryError, RegistryFault, TooManyRequests, Unauthorized
-from lazyfs.registry.tls import wants_certificate
-from lazyfs.registry.transport import Answer
-from lazyfs.registry.waits import MAX_WAIT, retry_after
+from lazyfs.registry.http.tls import wants_certificate
+from lazyfs.registry.http.transport import Answer
+from lazyfs.registry.http.waits import MAX_WAIT, retry_after
 
 __all__ = ["MAX_WAIT", "error_for", "registry_words", "retry_after"]
 
