@@ -44,12 +44,13 @@ from lazyfs.mount.filling import Fillings
 from lazyfs.mount.forest import Forest, Owner
 from lazyfs.mount.images import Images, MountedImage
 from lazyfs.mount.mounted import Mounted
+from lazyfs.mount.node_uses import NodeUses
 from lazyfs.mount.operations import Operations
 from lazyfs.mount.preparing import Preparer
 from lazyfs.mount.resolving import Resolver
 from lazyfs.mount.session import Session
 from lazyfs.mount.status import RequestCounters, StatusReport
-from lazyfs.mount.stock_calls import NodeUses, StockCalls
+from lazyfs.mount.stock_calls import StockCalls
 
 log = logging.getLogger(__name__)
 

@@ -13,12 +13,10 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Sequence
-from types import TracebackType
-from typing import BinaryIO, Protocol, Self, TypeVar
+from typing import BinaryIO, TypeVar
 
 from lazyfs import digest as digests
 from lazyfs.errors import (
-    BadAnswer,
     BlobMissing,
     DigestMismatch,
     DocumentInvalid,
@@ -32,6 +30,8 @@ from lazyfs.registry.endpoints import Endpoint
 from lazyfs.registry.health import Health
 from lazyfs.registry.http.pace import Pace
 from lazyfs.registry.http.retry import RetryPolicy
+from lazyfs.registry.member import Member
+from lazyfs.registry.relay import RelayedStream
 from lazyfs.registry.repository import ByteStream, Repository
 
 log = logging.getLogger(__name__)
@@ -45,34 +45,6 @@ _PROBE = 64 << 10  # bytes asked of a failing host to see whether it is well aga
 _PROBE_TIME = 10.0  # seconds
 _SLOWEST = 64 << 10  # bytes a second for which a call without a deadline has time (see Timeouts)
 _WORDS = 160  # characters of each mirror's error in the origin's
-
-
-class Member(Protocol):
-    """One source: a RemoteRepository that tries each request once."""
-
-    endpoint: Endpoint
-
-    def manifest(
-        self, target: str, *, deadline: float | None = None, pace: Pace | None = None
-    ) -> tuple[str, bytes]: ...
-
-    def blob(self, descriptor: Descriptor, *, deadline: float | None = None, pace: Pace | None = None) -> bytes: ...
-
-    def fetch(
-        self, digest: str, blob_offset: int, size: int, *, deadline: float | None = None, pace: Pace | None = None
-    ) -> ByteStream: ...
-
-    def has_blob(self, digest: str) -> bool: ...
-
-    def push_blob(self, digest: str, size: int, source: BinaryIO) -> bool: ...
-
-    def push_manifest(self, target: str, media_type: str, raw: bytes) -> None: ...
-
-    def referrers(self, digest: str, *, deadline: float | None = None) -> list[Descriptor]: ...
-
-    def mount_blob(self, digest: str, size: int, source: Repository) -> bool: ...
-
-    def close(self) -> None: ...
 
 
 class MirroredRepository:
@@ -127,7 +99,7 @@ class MirroredRepository:
         def ask(member: Member, pace: Pace | None) -> tuple[str, bytes]:
             return member.manifest(target, deadline=limit, pace=pace)
 
-        found, member = self.ask(what, limit, ask, able)
+        found, member = self._ask(what, limit, ask, able)
         if not by_digest:
             self._resolved[target] = member.endpoint.host
         return found
@@ -149,15 +121,23 @@ class MirroredRepository:
         def ask(member: Member, pace: Pace | None) -> bytes:
             return member.blob(descriptor, deadline=limit, pace=pace)
 
-        return self.ask(descriptor.digest, limit, ask, self._able(lambda endpoint: endpoint.can_pull))[0]
+        return self._ask(descriptor.digest, limit, ask, self._able(lambda endpoint: endpoint.can_pull))[0]
 
     def fetch(self, digest: str, blob_offset: int, size: int, *, deadline: float | None = None) -> ByteStream:
         """Start reading a range of a blob; see Repository. The stream goes from member to member as need be."""
         digests.parse(digest, "blob digest")
-        stream = _Stream(self, digest, blob_offset, size, self._limit(deadline, size))
-        if size:
-            stream.open()
-        return stream
+        limit = self._limit(deadline, size)
+
+        def begin(at: int, left: int, passed_by: frozenset[str]) -> tuple[ByteStream, str]:
+            def ask(member: Member, pace: Pace | None) -> ByteStream:
+                return member.fetch(digest, at, left, deadline=limit, pace=pace)
+
+            able = self._able(lambda endpoint: endpoint.can_pull)
+            stream, member = self._ask(digest, limit, ask, able, passed_by, whole=False)
+            self._probe(digest, at, left)
+            return stream, member.endpoint.host
+
+        return RelayedStream(begin, self.health, digest, blob_offset, size, limit, len(self.members))
 
     def referrers(self, digest: str, *, deadline: float | None = None) -> list[Descriptor]:
         """Return the manifests whose subject is `digest`; see Repository. Mirrors seldom have them: the origin does."""
@@ -198,7 +178,7 @@ class MirroredRepository:
 
     # -- asking one after another
 
-    def ask(
+    def _ask(
         self,
         what: str,
         limit: float,
@@ -279,7 +259,7 @@ class MirroredRepository:
 
     # -- trying failing hosts again
 
-    def probe(self, digest: str, blob_offset: int, size: int) -> None:
+    def _probe(self, digest: str, blob_offset: int, size: int) -> None:
         """Try failing members again, in threads: none of the readers waits for them. Doesn't block."""
         for member in self.members:
             host = member.endpoint.host
@@ -314,95 +294,6 @@ class MirroredRepository:
             self.health.note_error(host, digest, error)
         finally:
             self.health.probed(host)
-
-
-class _Stream:
-    """A range that is read from one member after another. The ByteStream protocol."""
-
-    def __init__(self, repository: MirroredRepository, digest: str, blob_offset: int, size: int, limit: float) -> None:
-        self._repository = repository
-        self._digest = digest
-        self._at = blob_offset
-        self._left = size
-        self._limit = limit
-        self._stream: ByteStream | None = None
-        self._host = ""  # of the member that sends, or sent last
-        self._passed_by: set[str] = set()  # members that failed in this stream
-        self._futile = 0  # failures in a row without a byte between them
-        self._got = 0  # bytes of the member that sends
-        self._waited = 0.0  # seconds that they took
-
-    def open(self) -> ByteStream:
-        """Ask for what is left. Raise RegistryError."""
-        repository, digest = self._repository, self._digest
-
-        def ask(member: Member, pace: Pace | None) -> ByteStream:
-            return member.fetch(digest, self._at, self._left, deadline=self._limit, pace=pace)
-
-        able = repository._able(lambda endpoint: endpoint.can_pull)
-        stream, member = repository.ask(digest, self._limit, ask, able, frozenset(self._passed_by), whole=False)
-        self._stream, self._host = stream, member.endpoint.host
-        self._got, self._waited = 0, 0.0
-        repository.probe(digest, self._at, self._left)
-        return stream
-
-    def read(self, size: int) -> bytes:
-        while self._left:
-            stream = self._stream or self.open()
-            began = time.monotonic()
-            try:
-                data = stream.read(min(size, self._left))
-                if not data:
-                    raise BadAnswer(self._host, f"{self._host} sent {self._left} bytes too few of blob {self._digest}")
-            except RegistryError as error:
-                self._fail(error)
-                continue
-            self._waited += time.monotonic() - began
-            self._got += len(data)
-            self._at += len(data)
-            self._left -= len(data)
-            self._futile = 0
-            if not self._left:
-                self._leave()
-                self._repository.health.note_done(self._host)
-            return data
-        return b""
-
-    def _fail(self, error: RegistryError) -> None:
-        repository = self._repository
-        repository.health.note_error(self._host, self._digest, error)
-        self._leave()
-        self._passed_by.add(self._host)
-        self._futile += 1
-        if time.monotonic() >= self._limit or self._futile > len(repository.members):
-            raise error
-        log.info("%s failed after %d bytes, going on elsewhere: %s", self._host, self._got, error)
-
-    def _leave(self) -> None:
-        stream, self._stream = self._stream, None
-        if stream is not None:
-            stream.close()
-            if self._got:
-                self._repository.health.note_body(self._host, self._digest, self._got, self._waited)
-
-    def reject(self, reason: str) -> None:
-        if not self._host:
-            return
-        host = self._host
-        self._leave()
-        self._passed_by.add(host)
-        self._repository.health.note_lie(host, self._digest, reason)
-
-    def close(self) -> None:
-        self._leave()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
 
 def _final(error: LazyfsError | None) -> bool:
