@@ -5,8 +5,6 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
-from types import TracebackType
-from typing import Self
 
 from lazyfs.errors import BadAnswer, RegistryError
 from lazyfs.registry.health import Health
@@ -18,7 +16,7 @@ log = logging.getLogger(__name__)
 Begin = Callable[[int, int, frozenset[str]], tuple[ByteStream, str]]
 
 
-class RelayedStream:
+class RelayedStream(ByteStream):
     """A range that is read from one member after another. The ByteStream protocol."""
 
     def __init__(
@@ -96,11 +94,3 @@ class RelayedStream:
 
     def close(self) -> None:
         self._leave()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()

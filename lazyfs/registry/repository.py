@@ -14,7 +14,7 @@ __all__ = ["ByteStream", "Hop", "Repository"]
 class ByteStream(Protocol):
     """A range of a blob as it arrives. Owned by one thread at a time; close it, or use it in a `with`.
 
-    The bytes are not verified: the caller hashes them.
+    The bytes are not verified: the caller hashes them. Implementations inherit from it.
     """
 
     def read(self, size: int) -> bytes:
@@ -32,15 +32,18 @@ class ByteStream(Protocol):
     def reject(self, reason: str) -> None:
         """Tell that what was read last is not what its digest promised, and why. Never raises, asks nothing.
 
-        Where the blob has several sources, the one that sent it is passed by for this blob from now on.
+        Where the blob has several sources, the one that sent it is passed by for this blob from now on; a stream that
+        says nothing else has no other source to turn to.
         """
-        ...
+        return None
 
-    def __enter__(self) -> Self: ...
+    def __enter__(self) -> Self:
+        return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None: ...
+    ) -> None:
+        self.close()
 
 
 class Repository(Protocol):

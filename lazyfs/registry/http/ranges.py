@@ -5,11 +5,10 @@ from __future__ import annotations
 import re
 import threading
 from collections import OrderedDict
-from types import TracebackType
-from typing import Self
 
 from lazyfs.errors import BadAnswer
 from lazyfs.registry.http.transport import Answer
+from lazyfs.registry.repository import ByteStream
 
 MAX_READ = 256 << 10  # bytes per read at most, so that a reader can decode while more comes
 MAX_SIGNED = 1024  # signed URLs remembered per repository
@@ -47,7 +46,7 @@ def check_range(answer: Answer, blob_offset: int, size: int) -> None:
         raise BadAnswer(host, wrong)
 
 
-class BodyStream:
+class BodyStream(ByteStream):
     """A ByteStream over an answer that check_range() has passed. Gives exactly `size` bytes or raises."""
 
     def __init__(self, answer: Answer, size: int) -> None:
@@ -72,19 +71,8 @@ class BodyStream:
     def close(self) -> None:
         self._answer.close()
 
-    def reject(self, reason: str) -> None:
-        """There is no other source to turn to."""
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
-
-
-class EmptyStream:
+class EmptyStream(ByteStream):
     """A ByteStream of no bytes: HTTP has no range for it."""
 
     def read(self, size: int) -> bytes:
@@ -92,17 +80,6 @@ class EmptyStream:
 
     def close(self) -> None:
         """Nothing is held."""
-
-    def reject(self, reason: str) -> None:
-        """Nothing was sent."""
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
 
 class SignedUrls:

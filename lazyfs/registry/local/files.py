@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
-from types import TracebackType
-from typing import Self
 
 from lazyfs.errors import BadAnswer, DocumentInvalid, RegistryFault
+from lazyfs.registry.repository import ByteStream
 
 PIECE = 256 << 10  # bytes per read
 
@@ -24,7 +23,7 @@ class OpenRange:
         os.close(self.descriptor)
 
 
-class FileStream:
+class FileStream(ByteStream):
     """A ByteStream over a range of an open file. Owns the descriptor; reads by pread, so nothing is shared."""
 
     def __init__(self, descriptor: int, offset: int, size: int, host: str, what: str) -> None:
@@ -52,17 +51,6 @@ class FileStream:
         if self._descriptor >= 0:
             os.close(self._descriptor)
             self._descriptor = -1
-
-    def reject(self, reason: str) -> None:
-        """There is no other source to turn to."""
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
 
 def part_of(whole: OpenRange, blob_offset: int, size: int, host: str, what: str) -> FileStream:
