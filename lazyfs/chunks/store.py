@@ -98,6 +98,8 @@ class Store:
         self._shared = False
         self._closed_damaged = 0  # of layers that were closed since
         self._held: Counter[str] = Counter()  # layers that a fetch completes, by how many
+        # Tells, from any thread, which layers can't be fetched again for those who read them; set by the daemon.
+        self.irreplaceable: Callable[[], frozenset[str]] = frozenset
         self.health = DiskHealth(monotonic=monotonic)
         self.budget = Budget(bound, monotonic=monotonic)
         self.evictor = Evictor(self, self.budget, self._kept)
@@ -146,7 +148,7 @@ class Store:
             return frozenset(self._held)
 
     def _kept(self) -> frozenset[str]:
-        return self.catalog.pinned() | self.held()
+        return self.catalog.pinned() | self.held() | self.irreplaceable()
 
     def close(self) -> None:
         """Stop evicting, close all layers, release the lock. Waits 10 s at most for an eviction under way."""

@@ -155,6 +155,7 @@ class Daemon:
             stock = StockCalls(Stock(census, release=donors.close), fetcher)
             mounted = Mounted(settings, images, catalog, self._path_of, report.report, self._stop.set, stock)
             uses.bind(images, mounted)
+            store.irreplaceable = images.layers_offline
             server = ControlServer(socket_of(settings, self._solo, store_only=self._store_only), mounted)
             if session is not None:
                 session.open()

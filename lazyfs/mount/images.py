@@ -175,7 +175,7 @@ class Images:
         except RegistryError as error:
             if isinstance(error, (BlobMissing, ManifestMissing)) and doubt_tag(repository, reference):
                 return await self.mount(image, platform, plain_http, say, pull=pull, check=check, access=access)
-            if not resolved.known or not error.temporary:
+            if not resolved.known or not (error.temporary or pull is Pull.NEVER):
                 raise
             gone = await self._in_thread(partial(self._census.missing, manifest))
             raise missing.incomplete(reference, gone, error.message) from None
@@ -252,6 +252,11 @@ class Images:
     def layers_held(self) -> frozenset[str]:
         """Return the digests of the layers in use. From any thread."""
         return frozenset(list(self._layers))
+
+    def layers_offline(self) -> frozenset[str]:
+        """Return the digests of the layers in use that can't be fetched again. From any thread."""
+        held = list(self._layers.items())
+        return frozenset(digest for digest, one in held if isinstance(one.layer.repository, OfflineRepository))
 
     def trees_held(self) -> frozenset[str]:
         """Return the keys of the trees in use. From any thread."""

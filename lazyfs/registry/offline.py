@@ -17,11 +17,13 @@ class OfflineRepository:
         self.name = name
 
     def _refuse(self, what: str) -> NoReturn:
-        raise RegistryUnreachable(
+        error = RegistryUnreachable(
             self.host,
             f"{what} of {self.host}/{self.name} is not on this node, and its registry is not to be asked",
             hint="leave --offline away",
         )
+        error.temporary = False  # nobody is asked later either: a reader need not wait
+        raise error
 
     def manifest(self, target: str, *, deadline: float | None = None) -> tuple[str, bytes]:
         """Raise RegistryUnreachable."""

@@ -104,6 +104,22 @@ def test_the_setting_offline_holds_for_a_daemon_that_runs_already(node: Node, re
     assert registry.requests == []
 
 
+def test_what_was_mounted_offline_is_not_evicted_for_others(node: Node, registry: FakeRegistry) -> None:
+    node.settings |= {"STORE_SIZE": "5MB", "MEMORY_SIZE": "0", "READ_TIMEOUT": "60"}
+    image = image_of(registry)
+    fetched(node, image)
+    tree = node.mount(image, "--offline")
+    large = pattern(9_000_000, 7)
+    other = node.mount(add(registry, "large", zstd_chunked_layer(tar_of(file("large", large)))))
+    assert node.read(other / "large") == large
+    assert node.status()["cache"]["store"]["evicted"] > 0
+    check(node, tree)
+    # Bytes that are gone all the same are an error at once: nobody will ever be asked for them.
+    assert node.lazyfs("cache", "rm", "--force", image.reference).returncode == 0
+    node.python("os.posix_fadvise(os.open(a[0], os.O_RDONLY), 0, 0, os.POSIX_FADV_DONTNEED)", tree / "data")
+    assert "Input/output error" in node.read_fails(tree / "data")
+
+
 def test_a_tag_moves_on_when_the_registry_is_back(node: Node, registry: FakeRegistry) -> None:
     old = image_of(registry)
     fetched(node, old)
