@@ -10,6 +10,7 @@ import os
 import signal
 import subprocess
 import tarfile
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -61,9 +62,10 @@ def skopeo(source: str, destination: str, *options: str) -> None:
 
 
 @pytest.fixture(scope="module")
-def podman(place: Path) -> list[str]:
-    base = place / "podman"
-    return ["podman", "--root", f"{base}/root", "--runroot", f"{base}/run", "--storage-driver", "vfs"]
+def podman(place: Path) -> Iterator[list[str]]:
+    # podman takes no run directory of over 50 characters.
+    with tempfile.TemporaryDirectory(prefix="lazyfs-test-", dir="/var/tmp") as run:
+        yield ["podman", "--root", f"{place}/podman", "--runroot", run, "--storage-driver", "vfs"]
 
 
 @pytest.fixture(scope="module")
