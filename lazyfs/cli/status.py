@@ -203,9 +203,12 @@ def _mount_lines(mount: dict[str, Any]) -> Iterator[str]:
         shown = f"in container {os.path.basename(place)}"
     else:
         shown = f"on {place or '(not shown anywhere yet)'}, {mount.get('kind') or 'ro'}"
+    layers = mount.get("layers", [])
+    whole = bool(layers) and all(layer.get("complete") for layer in layers)
+    held = "whole on this node" if whole else f"{100 * (mount.get('share') or 0):.1f} % fetched"
     yield (
         f"  {mount['image']} {shown}, {format_size(mount.get('size') or 0)}, "
-        f"{'pinned, ' if mount.get('pinned') else ''}{100 * (mount.get('share') or 0):.1f} % fetched"
+        f"{'pinned, ' if mount.get('pinned') else ''}{held}"
     )
     for layer in mount.get("layers", []):
         state = "lazy" if layer.get("lazy") else f"in full: {layer.get('reason')}"

@@ -150,6 +150,7 @@ class Daemon:
                 scheduler,
                 requests,
                 images.health,
+                lambda: images.fetched,
             )
             fetcher = Fetcher(settings, images, census, store, catalog)
             stock = StockCalls(Stock(census, release=donors.close), fetcher)

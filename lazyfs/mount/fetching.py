@@ -74,21 +74,26 @@ class Fetcher:
         Raise StoreFull before anything is fetched when the image can't fit beside what is pinned or being fetched;
         else as `Images.mount` and `Fillings.complete`. A cancelled fetch keeps what came so far.
         """
+        before = 0
+
+        def begin(manifest: Manifest) -> None:
+            nonlocal before
+            before = self._images.fetched_of(layer.digest for layer in manifest.layers)
+            self._begin(wanted, stack, manifest)
+
         with contextlib.ExitStack() as stack:
-            check = partial(self._begin, wanted, stack)
             image = await self._images.mount(
                 wanted.image,
                 wanted.platform,
                 wanted.plain_http,
                 say,
                 pull=wanted.pull,
-                check=check,
+                check=begin,
                 access=wanted.access,
             )
             try:
                 # Now that their tables are here it is known what the layers take.
                 await self._in_thread(partial(self._resize, wanted, image, stack))
-                before = _fetched(image)
                 await self._complete(image, say)
                 if wanted.pin:
                     await self._in_thread(partial(self._pin, image))
@@ -97,7 +102,7 @@ class Fetcher:
                     image.manifest.digest,
                     len(image.layers),
                     image.size,
-                    max(0, _fetched(image) - before),
+                    max(0, self._images.fetched_of(layer.digest for layer in image.manifest.layers) - before),
                     sum(layer.store.present_bytes for layer in image.distinct_layers()),
                     wanted.pin,
                     image.remarks,
@@ -197,7 +202,3 @@ class Fetcher:
 
     async def _in_thread(self, job: partial[None]) -> None:
         await trio.to_thread.run_sync(job, limiter=self._limiter)
-
-
-def _fetched(image: MountedImage) -> int:
-    return sum(sum(layer.bytes_by_priority) for layer in image.distinct_layers())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -16,7 +16,7 @@ from lazyfs import reference as references
 from lazyfs.chunks.census import Census
 from lazyfs.chunks.layer import ServedLayer
 from lazyfs.chunks.memory import MemoryCache
-from lazyfs.chunks.schedule import Scheduler
+from lazyfs.chunks.schedule import Priority, Scheduler
 from lazyfs.chunks.single_flight import SingleFlight
 from lazyfs.config import Settings
 from lazyfs.errors import (
@@ -133,6 +133,7 @@ class Images:
         self._limiter = trio.CapacityLimiter(_THREADS)
         self._whole = WholeLayers(scheduler, preparer.unpacking.lines)
         self._layers: dict[str, Prepared] = {}
+        self.fetched = [0 for _ in Priority]  # compressed bytes of layers that have gone
         self._preparing: SingleFlight[str, Prepared] = SingleFlight()
         self._planting = Planting(settings.root / "trees", forest, scheduler, self.fillings, preparer, self._drop)
 
@@ -253,6 +254,11 @@ class Images:
         """Return the digests of the layers in use. From any thread."""
         return frozenset(list(self._layers))
 
+    def fetched_of(self, digests: Iterable[str]) -> int:
+        """Return the compressed bytes that were fetched of those of these layers that are in use. From any thread."""
+        held = [self._layers.get(digest) for digest in set(digests)]
+        return sum(sum(one.layer.bytes_by_priority) for one in held if one is not None)
+
     def layers_offline(self) -> frozenset[str]:
         """Return the digests of the layers in use that can't be fetched again. From any thread."""
         held = list(self._layers.items())
@@ -340,6 +346,7 @@ class Images:
             layer.users -= 1
             if layer.users == 0:
                 self._layers.pop(layer.digest, None)
+                self.fetched = [sum(pair) for pair in zip(self.fetched, layer.bytes_by_priority, strict=True)]
                 self.fillings.stop(layer)
                 self._memory.forget_layer(layer.number)
                 if layer.check is not None:

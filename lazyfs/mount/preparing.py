@@ -17,6 +17,7 @@ from lazyfs.chunks.catalog import Catalog
 from lazyfs.chunks.frames import read_exactly
 from lazyfs.chunks.layer import Check, ServedLayer
 from lazyfs.chunks.plain import PlainLayer
+from lazyfs.chunks.schedule import Priority
 from lazyfs.chunks.source import LayerSource
 from lazyfs.chunks.spool import Spool
 from lazyfs.chunks.store import Store
@@ -122,13 +123,16 @@ class Preparer:
         found = toc_source(wanted.descriptor, allow_unverified=self._settings.allow_unverified)
         known = self._store.source(digest)
         table = self._table(digest) if known is not None and self._usable(known, wanted, found) else None
-        tail = b""
+        tail, whole = b"", 0
         if known is None or table is None:
             known, table, tail = self._make(repository, wanted, found, say, alive)
+            whole = wanted.descriptor.size if table.form == FORM_PLAIN else 0
         reason = found.reason if isinstance(found, NotLazy) else ""
         if isinstance(found, TocSource) and table.form == FORM_PLAIN:
             reason = known.reason or "its TOC can't be used"
-        return self._serve(repository, wanted, known, table, tail, reason)
+        prepared = self._serve(repository, wanted, known, table, tail, reason)
+        prepared.layer.bytes_by_priority[Priority.DEMAND] += whole
+        return prepared
 
     # -- what the store has
 
@@ -291,6 +295,7 @@ class Preparer:
         finally:
             job.table.unlink(missing_ok=True)
         served.store.adopt(job.data.name)
+        served.bytes_by_priority[Priority.DEMAND] += served.descriptor.size
 
     def tree_number(self, key: str) -> int:
         """Return the number of a tree, given out and written down before the kernel hears of it. Blocking."""

@@ -6,6 +6,7 @@ import os
 import threading
 import time
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any
 
@@ -76,7 +77,9 @@ class StatusReport:
         scheduler: Scheduler,
         requests: RequestCounters,
         health: Health,
+        gone: Callable[[], list[int]],
     ) -> None:
+        """`gone`: what was fetched for layers that are in use no more, as their `bytes_by_priority`."""
         self._settings = settings
         self._forest = forest
         self._operations = operations
@@ -87,12 +90,14 @@ class StatusReport:
         self._scheduler = scheduler
         self._requests = requests
         self._health = health
+        self._gone = gone
         self._began = time.monotonic()
 
     async def report(self, mounts: list[Mount]) -> dict[str, Any]:
         """Return the status object. A checkpoint; no part of it reads the mount."""
         layers = {layer.digest: layer for layer in self._forest.layers()}
-        fetched = [sum(layer.bytes_by_priority[p] for layer in layers.values()) for p in Priority]
+        gone = self._gone()
+        fetched = [gone[p] + sum(layer.bytes_by_priority[p] for layer in layers.values()) for p in Priority]
         store = self._store.status()
         reason = "the only driver of this version"
         if self._session is None:

@@ -44,8 +44,12 @@ def held(node: Node) -> dict[str, dict[str, object]]:
 
 @pytest.mark.parametrize("plain", [False, True])
 def test_all_bytes_are_here_and_checked_and_only_once(node: Node, registry: FakeRegistry, plain: bool) -> None:
+    node.settings["DAEMON_LINGER"] = "4"
     image = image_of(registry, "app", plain=plain)
-    fetch(node, image.reference)
+    first = fetch(node, image.reference)["images"][0]  # type: ignore[index]
+    assert SIZE <= first["fetched"] <= registry.bytes_sent("/blobs/")
+    moved = node.status()["bytes"]  # of the daemon, whose layers have gone
+    assert moved["demand"] + moved["prefetch"] + moved["background"] == first["fetched"]
     state = held(node)["app"]
     assert (state["complete"], state["verified"], state["pinned"]) == (True, True, False)
     sent = registry.bytes_sent("/blobs/")
