@@ -97,6 +97,7 @@ class Fetcher:
                 await self._complete(image, say)
                 if wanted.pin:
                     await self._in_thread(partial(self._pin, image))
+                pins = await trio.to_thread.run_sync(self._catalog.pins, limiter=self._limiter)
                 return Fetched(
                     str(image.reference),
                     image.manifest.digest,
@@ -104,7 +105,7 @@ class Fetcher:
                     image.size,
                     max(0, self._images.fetched_of(layer.digest for layer in image.manifest.layers) - before),
                     sum(layer.store.present_bytes for layer in image.distinct_layers()),
-                    wanted.pin,
+                    any(pin.image == image.manifest.digest for pin in pins),
                     image.remarks,
                 )
             finally:

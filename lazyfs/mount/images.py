@@ -179,7 +179,7 @@ class Images:
             if not resolved.known or not (error.temporary or pull is Pull.NEVER):
                 raise
             gone = await self._in_thread(partial(self._census.missing, manifest))
-            raise missing.incomplete(reference, gone, error.message) from None
+            raise missing.incomplete(reference, gone, "" if pull is Pull.NEVER else error.message) from None
         try:
             planted = await self._planting.plant(prepared)
         except BaseException:

@@ -20,7 +20,7 @@ def check(census: Census, reference: Reference, resolved: Resolved, pull: Pull) 
     if not resolved.stale and pull is not Pull.NEVER:
         return []
     gone = census.missing(resolved.manifest)
-    reason = resolved.stale or "it must not be asked"
+    reason = resolved.stale
     if gone and (pull is Pull.NEVER or not all(layer.full for layer in gone)):
         raise incomplete(reference, gone, reason)
     if not resolved.stale:
@@ -42,10 +42,11 @@ def describe(gone: list[HeldLayer]) -> str:
 
 
 def incomplete(reference: Reference, gone: list[HeldLayer], reason: str) -> ImageIncomplete:
-    """Return the error for an image that is not whole here."""
+    """Return the error for an image that is not whole here. `reason`: why not to ask; "": nobody must be asked."""
     what = describe(gone) if gone else "its config is not here"
+    silent = f"its registry does not answer ({reason})" if reason else "its registry must not be asked"
     return ImageIncomplete(
         reference.host,
-        f"{reference} is not whole on this node and its registry does not answer ({reason}): {what}",
+        f"{reference} is not whole on this node and {silent}: {what}",
         hint="lazyfs fetch it while the registry can be reached",
     )

@@ -78,6 +78,7 @@ def test_pins_survive_restarts_and_keep_images_from_eviction(node: Node, registr
         time.sleep(1.1)  # the eviction clock has seconds
     found = held(node)
     assert (found["kept"]["complete"], found["kept"]["pinned"]) == (True, True)
+    assert fetch(node, kept.reference)["images"][0]["pinned"]  # type: ignore[index]
     tree = node.mount(kept)
     assert node.status()["mounts"][0]["pinned"] and len(node.status()["pins"]) == 1
     node.umount(tree)
