@@ -2,8 +2,8 @@
 # packages that are missing, and a virtual environment in .venv. Run as root, or as a user who may sudo.
 
 PYTHON ?= python3
-# Three at once on two cores: the tests of faults wait for time-outs more than they compute. PYTEST_ARGS='-n 0' for one.
-PYTEST_ARGS ?= -n 3 --dist loadfile
+# Four at once on two cores: the tests of faults wait for time-outs more than they compute. PYTEST_ARGS='-n 0' for one.
+PYTEST_ARGS ?= -n 4 --dist loadfile
 SUDO := $(shell [ "$$(id -u)" = 0 ] || echo sudo)
 PATH := $(PATH):/usr/sbin:/sbin
 export PATH
