@@ -6,9 +6,13 @@ import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from lazyfs import oci
+from lazyfs import reference as references
 from lazyfs.digest import of
+from lazyfs.registry.open import open_repository
+from lazyfs.registry.repository import Repository
 from tests.helpers.tars import dir_, file, tar_of
 
 
@@ -71,3 +75,34 @@ def docker_archive(one: Image, *tags: str) -> bytes:
         file(config, one.config),
         file("manifest.json", json.dumps(listed).encode()),
     )
+
+
+LAYER = tar_of(file("hello", b"world" * 1000))
+UPPER = tar_of(file("other", b"more"))
+IMAGE = image(LAYER, UPPER)
+
+
+def read(repository: Repository, digest: str, offset: int, size: int) -> bytes:
+    with repository.fetch(digest, offset, size) as stream:
+        return b"".join(iter(lambda: stream.read(1000), b""))
+
+
+def opened(path: Path, content: bytes | None = None, transport: str = "oci-archive") -> Repository:
+    if content is not None:
+        path.write_bytes(content)
+    return open_repository(references.parse(f"{transport}:{path}"))
+
+
+def check_image(repository: Repository, target: str, layers: tuple[bytes, ...] = IMAGE.layers) -> oci.Manifest:
+    """The image is there with all its bytes, whole and in parts."""
+    media_type, raw = repository.manifest(target)
+    manifest = oci.parse_manifest(raw, media_type)
+    oci.parse_config(repository.blob(manifest.config))
+    assert len(manifest.layers) == len(layers)
+    for descriptor, layer in zip(manifest.layers, layers, strict=True):
+        assert (descriptor.digest, descriptor.size) == (of(layer), len(layer))
+        assert repository.has_blob(descriptor.digest)
+        assert read(repository, descriptor.digest, 0, len(layer)) == layer
+        assert read(repository, descriptor.digest, 30, 50) == layer[30:80]
+    assert repository.manifest(manifest.digest)[1] == raw
+    return manifest
