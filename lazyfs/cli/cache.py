@@ -189,7 +189,7 @@ def _tell_cleared(done: dict[str, Any], out: Output) -> None:
     for digest, reason in done["kept"].items():
         out.note(f"layer {digest[:19]}… stays: {reason}")
     for digest in done["dropped"]:
-        out.note(f"layer {digest[:19]}… is in use: its bytes are fetched again when they are read")
+        out.note(f"layer {digest[:19]}… is in use: its bytes are fetched again when read, if its registry may be asked")
     out.line(
         f"{format_size(done['freed'])} freed: {count(len(done['layers']))} removed, "
         f"{count(len(done['images']), 'image')} forgotten; the store takes {format_size(done['size'])}"
