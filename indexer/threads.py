@@ -14,6 +14,7 @@ from lazyfs.errors import Interrupted
 T = TypeVar("T")
 R = TypeVar("R")
 
+_POLL = 0.5  # seconds between two looks at signals
 _PATIENCE = 5.0  # seconds that an interruption waits for work under way, so that it can tidy up
 
 
@@ -48,7 +49,12 @@ def side_by_side(
     try:
         for thread in running:
             thread.start()
-        wait(futures, return_when=FIRST_EXCEPTION)
+        pending: set[Future[R]] = set(futures)
+        while pending:
+            # Not for ever: a signal that came just before the wait would be noticed at its end only.
+            done, pending = wait(futures, timeout=_POLL, return_when=FIRST_EXCEPTION)
+            if any(future.exception() is not None for future in done):
+                break
         _raise_first(futures)
         return [future.result() for future in futures]
     except BaseException as error:

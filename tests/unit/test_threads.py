@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 import sys
@@ -51,7 +52,7 @@ def test_what_hangs_holds_up_no_interruption(monkeypatch: pytest.MonkeyPatch) ->
 
     def press() -> None:
         begun.wait(10)
-        signal.raise_signal(signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)  # as a terminal does: to the process, not to this thread
 
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     presser = threading.Thread(target=press)
