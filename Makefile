@@ -19,16 +19,16 @@ help:
 
 # An installed lazyfs has its bytecode; this tree gets it here, also where PYTHONDONTWRITEBYTECODE is set.
 demo: venv
-	.venv/bin/python -m compileall -q lazyfs indexer
+	.venv/bin/python -m compileall -q lazyfs indexer snapshotter
 	$(SUDO) env "PATH=$$PATH" "IMAGE=$(IMAGE)" .venv/bin/python -m perf.demo
 
 test: lint
 	$(SUDO) env "PATH=$$PATH" CI=true .venv/bin/python -m pytest -q $(PYTEST_ARGS)
 
 lint: venv
-	.venv/bin/ruff check lazyfs indexer tests perf
-	.venv/bin/ruff format --check lazyfs indexer tests perf
-	.venv/bin/mypy -p lazyfs -p indexer -p perf
+	.venv/bin/ruff check lazyfs indexer snapshotter tests perf
+	.venv/bin/ruff format --check lazyfs indexer snapshotter tests perf
+	.venv/bin/mypy -p lazyfs -p indexer -p snapshotter -p perf
 
 venv: debs .venv/stamp
 

@@ -15,7 +15,7 @@ from typing import Any
 from lazyfs.errors import UsageError
 from lazyfs.units import GiB, MiB, parse_size
 
-_SIZES = frozenset({"store_size", "memory_size"})
+_SIZES = frozenset({"store_size", "memory_size", "small_layer"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +37,18 @@ class Settings:
     host_connections: int = 8  # concurrent requests to one registry host
     certs_dir: Path = Path("/etc/containerd/certs.d")  # containerd's hosts.toml files, by registry
     daemon_linger: float = 2.0  # a daemon started by a command stops this long after its last mount
+    small_layer: int = 4 * MiB  # the snapshotter fetches layers without a TOC up to this size in full
+    prepare_timeout: float = 30.0  # the snapshotter lets an image be pulled in the ordinary way after this
+    chain_timeout: float = 60.0  # the snapshotter answers UNAVAILABLE when a chain is not shown within this
+    snapshotter_socket: Path | None = None  # where containerd finds the snapshotter; None: below `run`
+    image_service: str = ""  # containerd's socket, to pass CRI's image service through to; "": not offered
+    metrics_address: str = ""  # HOST:PORT of the daemon's Prometheus metrics; "": none
+    snapshotter_metrics_address: str = ""  # the same of the snapshotter
+
+    @property
+    def snapshotter_address(self) -> Path:
+        """The snapshotter's socket."""
+        return self.snapshotter_socket or self.run / "snapshotter" / "snapshotter.sock"
 
     @property
     def socket(self) -> Path:
@@ -82,7 +94,7 @@ def _coerce(name: str, value: Any, where: str) -> Any:
     try:
         if name in _SIZES:
             good = parse_size(str(value))
-        elif kind == "Path":
+        elif kind in ("Path", "Path | None"):
             good = Path(str(value)).expanduser().absolute()
         elif kind == "bool":
             good = {"1": True, "true": True, "0": False, "false": False}[str(value).lower()]
@@ -90,6 +102,8 @@ def _coerce(name: str, value: Any, where: str) -> Any:
             good = int(value)
         elif kind == "float":
             good = float(value)
+        elif kind == "str":
+            good = str(value)
         else:
             good = tuple(str(v) for v in (value if isinstance(value, list) else str(value).split(",")))
     except (ValueError, KeyError, TypeError):

@@ -221,6 +221,33 @@ class StoreBroken(StoreError):
     """The store's disk or database fails."""
 
 
+# -- snapshots -------------------------------------------------------------------------------------------------------
+
+
+class SnapshotError(LazyfsError):
+    """Base of what a client of the snapshotter may ask in vain. `key` names the snapshot."""
+
+    def __init__(self, key: str, message: str, *, hint: str = "") -> None:
+        super().__init__(message, hint=hint)
+        self.key = key
+
+
+class SnapshotMissing(SnapshotError):
+    """There is no snapshot of that name, or its parent is gone."""
+
+
+class SnapshotExists(SnapshotError):
+    """A snapshot of that name is there already; for an extraction: its layer is, and nothing has to be downloaded."""
+
+
+class SnapshotUnfit(SnapshotError):
+    """The snapshot is of the wrong kind for this, or others stand on it."""
+
+
+class SnapshotInvalid(SnapshotError):
+    """A request that makes no sense whatever snapshots there are: an empty key, a filter that can't be parsed."""
+
+
 # -- reading ---------------------------------------------------------------------------------------------------------
 
 

@@ -76,6 +76,10 @@ TABLE: dict[type[LazyfsError], int] = {
     errors.StoreLocked: LOCAL,
     errors.StoreFull: LOCAL,
     errors.StoreBroken: LOCAL,
+    errors.SnapshotMissing: NOT_FOUND,
+    errors.SnapshotExists: LOCAL,
+    errors.SnapshotUnfit: LOCAL,
+    errors.SnapshotInvalid: USAGE,
     errors.Interrupted: INTERRUPTED,
 }
 

@@ -24,6 +24,7 @@ TABLE: dict[type[errors.LazyfsError], int] = {
     errors.DaemonFault: errno.EIO,
     errors.ToolMissing: errno.ENOENT,
     errors.ContainerFailed: errno.EIO,
+    errors.SnapshotError: errno.EIO,
     errors.Interrupted: errno.EINTR,
 }
 

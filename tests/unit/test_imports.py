@@ -26,10 +26,10 @@ ARROWS: dict[str, set[str]] = {
     "control_client": {"values"},
     "container": {"values"},
     "indexer": {"values", "format", "registry"},
-    "snapshotter": {"values", "control_client"},
+    "snapshotter": {"values", "control_client", "containerd"},  # of containerd its protocol's messages
     "cli": {
         "values", "format", "registry", "chunks", "tree", "child", "mount", "control_client", "container", "indexer",
-        "containerd",
+        "containerd", "snapshotter",
     },
 }  # fmt: skip
 
@@ -43,7 +43,8 @@ OWNERS: dict[str, set[str]] = {
     "google": {"containerd", "snapshotter"},
     "lru": {"chunks"},
     "sqlite3": {"chunks", "snapshotter"},
-    "argparse": {"cli", "mount", "child"},
+    "argparse": {"cli", "mount", "child", "snapshotter"},
+    "prometheus_client": {"mount", "snapshotter"},
 }
 PURE_BANS = {"socket", "subprocess", "threading", "http", "urllib", "tempfile", "shutil", "sqlite3"}
 
