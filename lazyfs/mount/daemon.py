@@ -20,7 +20,7 @@ from typing import Any, NoReturn
 
 import trio
 
-from lazyfs import config
+from lazyfs import config, notify
 from lazyfs import log as logs
 from lazyfs.answer import encode_error
 from lazyfs.chunks.catalog import Catalog
@@ -189,6 +189,7 @@ class Daemon:
             nursery.start_soon(self._watch_stop)
             log.info("ready: root=%s session=%s", self._settings.root, self._solo or self._settings.session)
             self._report({"ok": True})
+            notify.tell("READY=1")
             if self._alone:
                 nursery.start_soon(partial(trio.to_thread.run_sync, partial(sweep.sweep, self._settings)))
 

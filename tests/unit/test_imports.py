@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-VALUES = ("errors", "answer", "digest", "units", "oci", "reference", "config", "log", "answer")
+VALUES = ("errors", "answer", "digest", "units", "oci", "reference", "config", "log", "answer", "notify")
 PACKAGES = ("format", "containerd", "registry", "chunks", "mount", "container", "cli")
 MODULES = ("tree", "child", "control_client")
 
