@@ -54,6 +54,18 @@ class Daemon:
         """Hang up. The daemon releases what this connection leased."""
         self._socket.close()
 
+    def hang_up(self) -> None:
+        """End the connection from another thread: whoever waits in `wait_for_end` or `call` comes back."""
+        with contextlib.suppress(OSError):
+            self._socket.shutdown(socket.SHUT_RDWR)
+
+    def wait_for_end(self) -> None:
+        """Return when the daemon has gone or `hang_up` was called. Blocking, without a deadline; for idle connections."""
+        with contextlib.suppress(OSError):
+            self._socket.settimeout(None)
+            while self._socket.recv(1 << 16):
+                pass
+
     def call(
         self,
         name: str,
