@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +44,8 @@ class Access:
     trusted for all. `auth_files` are looked at one after another; with `auth_file_given` a missing one is an error.
     `certs_dirs` are like containerd's certs.d, `cert_dirs` like Docker's (no hosts.toml). `registries_conf` are files
     of podman's format or directories of *.conf, later ones overriding earlier ones. `environment` is what credential
-    programs get.
+    programs get. `node`: nobody's in particular, but the node's, so what its image service was told holds, too; it does
+    not travel.
     """
 
     login: Login | None = None
@@ -57,6 +58,7 @@ class Access:
     client: tuple[Path, Path | None] | None = None
     skip_verify: bool = False
     environment: tuple[tuple[str, str], ...] = field(default=(), repr=False)
+    node: bool = False
 
     def to_json(self) -> dict[str, Any]:
         """Return the value for the control socket. It holds secrets: never log or store it."""
@@ -115,6 +117,11 @@ def from_environment(variables: Mapping[str, str] | None = None, *, certs_dir: P
         registries_conf=_registries_conf(found, user),
         environment=_for_programs(found),
     )
+
+
+def of_node(certs_dir: Path = CERTS_DIR) -> Access:
+    """Return what holds where nobody says otherwise: this process's environment, and the node's logins."""
+    return replace(from_environment(certs_dir=certs_dir), node=True)
 
 
 def parse_login(text: str, where: str) -> Login:

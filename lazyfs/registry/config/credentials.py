@@ -24,12 +24,16 @@ HUB_SERVERS = ("https://index.docker.io/v1/", "docker.io")  # what programs have
 
 @dataclass(frozen=True, slots=True)
 class Credentials:
-    """A login for one registry host. `identity_token` replaces the password where it is set. Never logged."""
+    """A login for one registry host. Never logged.
+
+    `identity_token` replaces the password where it is set: it is exchanged for a token. `registry_token` is one.
+    """
 
     username: str
     password: str = field(repr=False)
     identity_token: str = field(repr=False)
     source: str  # the file, the program or the option they are from, for messages
+    registry_token: str = field(default="", repr=False)
 
     def basic(self) -> str:
         """Return the value of a Basic Authorization header."""

@@ -1,16 +1,18 @@
-"""Which login an endpoint gets: the flags, then credential programs and files in podman's order."""
+"""Which login an endpoint gets: the flags, the node's, then credential programs and files in podman's order."""
 
 from __future__ import annotations
 
 import logging
 import os
 import time
+from collections.abc import Collection
 from dataclasses import dataclass
 
 from lazyfs.errors import UsageError
 from lazyfs.registry.config.access import Access
 from lazyfs.registry.config.credential_programs import CredentialPrograms
 from lazyfs.registry.config.credentials import HUB_SERVERS, Credentials, names_of, read_auth_file
+from lazyfs.registry.config.node_logins import NodeLogins
 from lazyfs.registry.config.registries_conf import AUTH_FILES, read_registries_conf
 from lazyfs.registry.endpoints import Endpoint
 
@@ -26,24 +28,41 @@ class Found:
 
 
 class Logins:
-    """The logins of one endpoint. Files are read at each call, so what `docker login` changes holds at once."""
+    """The logins of one endpoint. Files are read at each call, so what `docker login` changes holds at once.
 
-    def __init__(self, access: Access, endpoint: Endpoint, programs: CredentialPrograms) -> None:
+    `node`: what the node's image service was told; asked where `access` is the node's, not for mirrors of hosts.toml.
+    """
+
+    def __init__(
+        self, access: Access, endpoint: Endpoint, programs: CredentialPrograms, node: NodeLogins | None = None
+    ) -> None:
         self._access = access
         self._host = endpoint.credentials_host
         self._repository = endpoint.repository
         self._explicit = access.login if endpoint.origin else None
         self._programs = programs
+        # What stands in for another registry is not what a login was made for. Looked up is the host that is asked.
+        self._node = node if access.node and not endpoint.namespace else None
 
-    def find(self, deadline: float, *, fresh: bool = False) -> Found:
+    @property
+    def of_node(self) -> bool:
+        """Whether the node's logins are asked: then there may be another behind one that is refused."""
+        return self._node is not None
+
+    def find(self, deadline: float, *, fresh: bool = False, refused: Collection[Credentials] = ()) -> Found:
         """Return the login. Blocking: reads files and may run a program, until `deadline` at most.
 
         `fresh`: what programs said before is not good enough. A program that fails is passed over, and told about when
-        nothing else has a login. Raise UsageError for a file that is malformed or was named and is missing.
+        nothing else has a login. The node's logins in `refused` are passed over. Raise UsageError for a file that is
+        malformed or was named and is missing.
         """
         if self._explicit is not None:
             given = Credentials(self._explicit.username, self._explicit.password, "", "the command line")
             return Found(given, f"the login for {self._host} from the command line")
+        if self._node is not None:
+            told = self._node.find(self._host, self._repository, refused)
+            if told is not None:
+                return Found(told, f"the login for {self._host} from {told.source}")
         problems: list[str] = []
         not_before = time.monotonic() if fresh else 0.0
         conf = read_registries_conf(self._access.registries_conf)
@@ -61,6 +80,12 @@ class Logins:
             return Found(None, f"no credentials, as {problems[0]}")
         places = " and ".join(str(path) for path in self._access.auth_files if os.path.exists(path))
         places = places or " and ".join(str(path) for path in self._access.auth_files[-1:])
+        if self._node is not None:
+            return Found(
+                None,
+                f"no credentials, as the node's image service was told none and {places or 'no file'} "
+                f"has none for {self._host}",
+            )
         return Found(None, f"no credentials, as {places or 'no file'} has none for {self._host}")
 
     @property

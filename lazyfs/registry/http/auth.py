@@ -11,7 +11,7 @@ import json
 import re
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from urllib.parse import urlencode, urlunsplit
 
@@ -25,6 +25,7 @@ from lazyfs.registry.http.transport import Answer
 MAX_CHALLENGE = 8 << 10  # bytes of a WWW-Authenticate header
 MAX_TOKEN = 64 << 10  # bytes of a token endpoint's answer
 DEFAULT_LIFETIME = 60.0  # seconds, where the endpoint doesn't say
+MAX_TRIES = 4  # logins that are tried one after another for one token
 MARGIN = 0.1  # of its lifetime: a token is renewed this long before it expires
 
 _TOKEN = r"[A-Za-z0-9!#$%&'*+.^_`|~-]+"
@@ -70,6 +71,7 @@ class Authorizer:
         self._ask = ask
         self._lock = threading.Lock()
         self._header = ""
+        self._credentials: Credentials | None = None  # what the header was made with
         self._renew_at = float("inf")
         self._challenge: Challenge | None = None
         self._pushes = False
@@ -112,7 +114,7 @@ class Authorizer:
                 raise Unauthorized(
                     self._host, f"{self._host} refused {answer.what} (401) and asked for no login that lazyfs knows"
                 )
-            if used.startswith("Basic ") and chosen.scheme == "basic":
+            if (used.startswith("Basic ") and chosen.scheme == "basic") or self._is_fixed():
                 if not self._changed(chosen, deadline):
                     raise self.refused(answer.what, 401)
             else:
@@ -126,16 +128,37 @@ class Authorizer:
         Clouds answer 403 to a Basic login that has expired; its file or program may have a new one.
         """
         if not used.startswith("Basic "):
-            return False
+            return self.another(used, deadline)
         self._acquire(deadline)
         try:
             return self._header != used or self._changed(Challenge("basic", {}), deadline)
         finally:
             self._lock.release()
 
-    def _changed(self, challenge: Challenge, deadline: float) -> bool:
-        before = self._header
-        self._obtain(challenge, deadline, fresh=True)
+    def another(self, used: str, deadline: float) -> bool:
+        """Turn to another login of the node, after a refusal of what was just obtained. False: there is none. Blocks.
+
+        Some registries hand out tokens to anybody, and refuse what is asked with them.
+        """
+        if not used or not self._logins.of_node:
+            return False
+        self._acquire(deadline)
+        try:
+            return self._header != used or (
+                self._challenge is not None and self._changed(self._challenge, deadline, only_another=True)
+            )
+        finally:
+            self._lock.release()
+
+    def _is_fixed(self) -> bool:
+        """Whether the header is the login itself: asking for it again gives the same."""
+        return self._credentials is not None and bool(self._credentials.registry_token)
+
+    def _changed(self, challenge: Challenge, deadline: float, *, only_another: bool = False) -> bool:
+        before, refused = self._header, [self._credentials] if self._credentials is not None else []
+        if only_another and self._find(deadline, True, refused).credentials in (None, *refused):
+            return False
+        self._obtain(challenge, deadline, fresh=True, refused=refused)
         return self._header != before
 
     def widen(self, repository: str) -> None:
@@ -155,28 +178,44 @@ class Authorizer:
         if not self._lock.acquire(timeout=max(0.0, min(deadline - time.monotonic(), threading.TIMEOUT_MAX))):
             raise RegistryTimeout(self._host, f"no token for {self._host} in time")
 
-    def _obtain(self, challenge: Challenge, deadline: float, *, fresh: bool = False) -> None:
-        found = self._find(deadline, fresh)
-        if challenge.scheme == "basic":
-            if found.credentials is None or not found.credentials.username:
-                raise self.refused(self._repository, 401)
-            header, lifetime = found.credentials.basic(), float("inf")
-        else:
+    def _obtain(
+        self, challenge: Challenge, deadline: float, *, fresh: bool = False, refused: Sequence[Credentials] = ()
+    ) -> None:
+        found = self._find(deadline, fresh, refused)
+        tried = list(refused)
+        while True:
             try:
-                header, lifetime = self._token(challenge, found.credentials, deadline)
+                header, lifetime = self._header_for(challenge, found.credentials, deadline)
+                break
             except Unauthorized:
-                # What a program said some minutes ago may have expired.
-                again = self._find(deadline, True) if found.credentials is not None and not fresh else found
-                if again.credentials == found.credentials:
+                # What a program said some minutes ago may have expired, and the node may have been told another login.
+                if found.credentials is None or (fresh and not self._logins.of_node) or len(tried) >= MAX_TRIES:
                     raise
-                header, lifetime = self._token(challenge, again.credentials, deadline)
+                tried.append(found.credentials)
+                before, found, fresh = self._tried, self._find(deadline, True, tried), True
+                if found.credentials in tried:
+                    raise
+                if found.credentials is None and self._logins.of_node:
+                    self._tried = before  # a login was refused: that there is no other is no news
+                    raise
         self._challenge = challenge
+        self._credentials = found.credentials
         self._renew_at = time.monotonic() + lifetime * (1 - MARGIN)
         self._header = header
 
-    def _find(self, deadline: float, fresh: bool) -> Found:
+    def _header_for(self, challenge: Challenge, credentials: Credentials | None, deadline: float) -> tuple[str, float]:
+        """Return the header's value, and for how many seconds it holds."""
+        if challenge.scheme == "basic":
+            if credentials is None or not credentials.username:
+                raise self.refused(self._repository, 401)
+            return credentials.basic(), float("inf")
+        if credentials is not None and credentials.registry_token:
+            return f"Bearer {credentials.registry_token}", float("inf")
+        return self._token(challenge, credentials, deadline)
+
+    def _find(self, deadline: float, fresh: bool, refused: Sequence[Credentials] = ()) -> Found:
         try:
-            found = self._logins.find(deadline, fresh=fresh)
+            found = self._logins.find(deadline, fresh=fresh, refused=refused)
         except UsageError as error:  # in the middle of a read a file is as bad as a refusal: this source can't be used
             raise Unauthorized(self._host, error.message, hint=error.hint) from None
         self._tried = found.tried

@@ -25,6 +25,7 @@ from lazyfs.registry.http.tls import speaks_tls
 from lazyfs.registry.http.transport import Answer, Transport, host_of
 
 MAX_REDIRECTS = 5
+MAX_LOGINS = 4  # tried for one request
 MAX_LOCATION = 16 << 10  # bytes of a Location header; signed URLs have one or two thousand
 REDIRECTS = frozenset({301, 302, 303, 307, 308})
 
@@ -79,7 +80,7 @@ class Exchange:
         self._scheme_known = threading.Event()
         if not endpoint.may_be_plain:
             self._scheme_known.set()
-        logins = Logins(access, endpoint, transport.programs)
+        logins = Logins(access, endpoint, transport.programs, transport.node_logins)
         self._auth = Authorizer(endpoint.credentials_host, endpoint.repository, logins, self._ask_token)
         self._auth.secure = not endpoint.plain_http
 
@@ -103,7 +104,7 @@ class Exchange:
         loop or lead where they must not).
         """
         redirects = 0
-        renewed = False
+        logins = 0
         url = self._address(url, deadline)
         while True:
             home = _origin(url) == self._origin
@@ -123,15 +124,17 @@ class Exchange:
             if answer.status == 401 and home:
                 answer.kind = "challenge"
                 answer.discard()
-                if renewed:
+                if not logins:
+                    self._auth.renew(answer, authorization, _soon(deadline, pace))
+                elif logins >= MAX_LOGINS or not self._auth.another(authorization, _soon(deadline, pace)):
                     raise self._auth.refused(what, 401)
-                self._auth.renew(answer, authorization, _soon(deadline, pace))
-                renewed = True
+                logins += 1
             elif answer.status == 403 and home:
                 answer.discard()
-                if renewed or not self._auth.changed(authorization, _soon(deadline, pace)):
+                again = self._auth.another if logins else self._auth.changed
+                if logins >= MAX_LOGINS or not again(authorization, _soon(deadline, pace)):
                     raise self._auth.refused(what, 403)
-                renewed = True
+                logins += 1
             elif answer.status in REDIRECTS:
                 answer.kind = "redirect"
                 answer.discard()

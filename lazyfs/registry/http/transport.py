@@ -15,6 +15,7 @@ from urllib3.exceptions import HTTPError, NameResolutionError, ReadTimeoutError
 from lazyfs import __version__
 from lazyfs.errors import BadAnswer, DocumentInvalid, RegistryError, RegistryTimeout, RegistryUnreachable, UsageError
 from lazyfs.registry.config.credential_programs import CredentialPrograms
+from lazyfs.registry.config.node_logins import NodeLogins
 from lazyfs.registry.endpoints import NO_TLS, Tls
 from lazyfs.registry.health import Health
 from lazyfs.registry.hops import Hop, HopKind, OnHop
@@ -129,7 +130,7 @@ class Transport:
     """Connection pools, proxies, certificates. Thread-safe; may be shared by all repositories of a process.
 
     `health` is what is known of the hosts that were asked with it. `programs` remembers what credential programs said,
-    for as long as the transport lives.
+    and `node_logins` what the node's image service was told, for as long as the transport lives.
     """
 
     def __init__(self, proxies: Proxies | None = None, authorities: Authorities | None = None) -> None:
@@ -137,6 +138,7 @@ class Transport:
         self._current = CurrentLimits()
         self._contexts = TlsContexts(authorities or Authorities())
         self.programs = CredentialPrograms()
+        self.node_logins = NodeLogins()
         self.health = Health()
         # Pools of their own: a connection that the user's word opened must not serve a registry's.
         self._adapters = {guard: TimedAdapter(self._current, self._contexts, POOL_SIZE, guard) for guard in Guard}
