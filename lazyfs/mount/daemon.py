@@ -43,6 +43,7 @@ from lazyfs.mount.fetching import Fetcher
 from lazyfs.mount.filling import Fillings
 from lazyfs.mount.forest import Forest, Owner
 from lazyfs.mount.images import Images, MountedImage
+from lazyfs.mount.metrics import DaemonMetrics, Scraped
 from lazyfs.mount.mounted import Mounted
 from lazyfs.mount.node_uses import NodeUses
 from lazyfs.mount.operations import Operations
@@ -154,14 +155,17 @@ class Daemon:
             )
             fetcher = Fetcher(settings, images, census, store, catalog)
             stock = StockCalls(Stock(census, release=donors.close), fetcher)
-            mounted = Mounted(settings, images, catalog, self._path_of, report.report, self._stop.set, stock)
+            metrics = DaemonMetrics(report, requests, catalog, lambda: 0)
+            mounted = Mounted(
+                settings, images, catalog, self._path_of, report.report, metrics.answer, self._stop.set, stock
+            )
             uses.bind(images, mounted)
             store.irreplaceable = images.layers_offline
             server = ControlServer(socket_of(settings, self._solo, store_only=self._store_only), mounted)
             if session is not None:
                 session.open()
             try:
-                with self._scope:
+                with self._scope, Scraped(settings if self._alone else None, metrics, mounted):
                     await self._parts(session, server, mounted)
             finally:
                 with trio.CancelScope(shield=True):

@@ -52,6 +52,7 @@ class Mounted:
         catalog: Catalog,
         path_of: Callable[[MountedImage], str],
         status: Callable[[list[Mount]], Awaitable[dict[str, Any]]],
+        metrics: Callable[[list[Mount]], Awaitable[dict[str, Any]]],
         stop: Callable[[], None],
         stock: StockCalls,
     ) -> None:
@@ -60,6 +61,7 @@ class Mounted:
         self._catalog = catalog
         self._path_of = path_of
         self._status = status
+        self._metrics = metrics
         self._stop = stop
         self._stock = stock
         self._mounts: dict[str, Mount] = {}
@@ -82,11 +84,17 @@ class Mounted:
             case "find":
                 return self._found(self._find_dir(_text(args, "dir")))
             case "status":
-                return await self._status(list(self._mounts.values()))
+                return await self._status(self.all())
+            case "metrics":
+                return await self._metrics(self.all())
             case "stop":
                 self._stop()
                 return {}
         return await self._stock.handle(name, args, say)
+
+    def all(self) -> list[Mount]:
+        """Return the mounts of this moment."""
+        return list(self._mounts.values())
 
     def places(self) -> dict[str, list[str]]:
         """Return where images show, by the digest of their manifest. From any thread."""

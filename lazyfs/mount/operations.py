@@ -11,6 +11,7 @@ import functools
 import logging
 from collections import Counter
 from collections.abc import Awaitable, Callable
+from time import perf_counter
 from typing import Any, Protocol, TypeVar
 
 import pyfuse3
@@ -19,6 +20,7 @@ from lazyfs.errors import LazyfsError
 from lazyfs.format.entry import Kind
 from lazyfs.mount.errno_map import errno_of
 from lazyfs.mount.forest import Attributes, Forest, NoSuchName
+from lazyfs.stats import READ_BOUNDS, Histogram
 
 log = logging.getLogger(__name__)
 
@@ -62,7 +64,7 @@ def _guarded(handler: Handler) -> Handler:
 
 
 class Operations(pyfuse3.Operations):
-    """Handlers of one session. `calls` counts requests by kind, `failures` errors by class, since the start."""
+    """Handlers of one session. Since the start: `calls` by kind, `failures` by class, `reads` by time."""
 
     supports_dot_lookup = True
     enable_writeback_cache = False
@@ -74,6 +76,7 @@ class Operations(pyfuse3.Operations):
         self._reader = reader
         self.calls: Counter[str] = Counter()
         self.failures: Counter[str] = Counter()
+        self.reads = Histogram(READ_BOUNDS)  # how long they took
 
     # -- names and attributes
 
@@ -181,9 +184,13 @@ class Operations(pyfuse3.Operations):
 
     @_guarded
     async def read(self, fh: int, offset: int, size: int) -> bytes:
+        began = perf_counter()
         layer, row = self._forest.source(fh)
-        # pyfuse3 takes any contiguous buffer; its annotation knows bytes only
-        return await self._reader.read(layer, row, offset, size)  # type: ignore[return-value]
+        try:
+            # pyfuse3 takes any contiguous buffer; its annotation knows bytes only
+            return await self._reader.read(layer, row, offset, size)  # type: ignore[return-value]
+        finally:
+            self.reads.note(perf_counter() - began)
 
     @_guarded
     async def flush(self, fh: int) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 import trio
 
 import lazyfs
+from lazyfs.chunks.layer import ServedLayer
 from lazyfs.chunks.memory import MemoryCache
 from lazyfs.chunks.read import ReadCounters
 from lazyfs.chunks.schedule import Priority, Scheduler
@@ -25,21 +26,29 @@ from lazyfs.mount.operations import Operations
 from lazyfs.mount.session import Session
 from lazyfs.registry.health import Health
 from lazyfs.registry.hops import Hop
+from lazyfs.stats import REQUEST_BOUNDS, Buckets, Histograms, Names
 
 
 class RequestCounters:
-    """Requests by host, and errors by class, since the start. Thread-safe."""
+    """Requests by host, and errors by class, since the start. Thread-safe.
+
+    The first 50 hosts are told apart: a registry may redirect to any number of them.
+    """
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
+        self._names = Names()
+        self.times = Histograms(REQUEST_BOUNDS)  # by host and kind
         self._hosts: dict[str, dict[str, float]] = {}
         self._kinds: Counter[str] = Counter()
         self.errors: Counter[str] = Counter()
 
     def note_hop(self, hop: Hop) -> None:
         """Count a request."""
+        name = self._names.bounded(hop.host)
+        self.times.note(hop.seconds, name, hop.kind)
         with self._lock:
-            host = self._hosts.setdefault(hop.host, {"requests": 0, "errors": 0, "ms": 0.0, "bytes": 0})
+            host = self._hosts.setdefault(name, {"requests": 0, "errors": 0, "ms": 0.0, "bytes": 0})
             host["requests"] += 1
             host["errors"] += not 200 <= hop.status < 400 and not (hop.status == 401 and hop.kind == "challenge")
             host["ms"] += hop.seconds * 1000
@@ -95,28 +104,42 @@ class StatusReport:
 
     async def report(self, mounts: list[Mount]) -> dict[str, Any]:
         """Return the status object. A checkpoint; no part of it reads the mount."""
-        layers = {layer.digest: layer for layer in self._forest.layers()}
+        counters = self.counters()
+        counters["daemon"]["memory"] = anonymous_memory()
+        pins = await trio.to_thread.run_sync(self._store.catalog.pins)
+        pinned = {pin.image for pin in pins}
+        shown = [{**self._mount(mount), "pinned": mount.image.manifest.digest in pinned} for mount in mounts]
+        return {**counters, "mounts": shown, "pins": [asdict(pin) for pin in pins]}
+
+    def layers(self) -> list[ServedLayer]:
+        """Return the layers in use, each once. Doesn't block."""
+        return list({layer.digest: layer for layer in self._forest.layers()}.values())
+
+    def read_times(self) -> Buckets:
+        """Return how long the kernel's reads took."""
+        return self._operations.reads.buckets()
+
+    def counters(self) -> dict[str, Any]:
+        """Return what the status says of the daemon as a whole, without its memory. Doesn't block."""
         gone = self._gone()
-        fetched = [gone[p] + sum(layer.bytes_by_priority[p] for layer in layers.values()) for p in Priority]
+        layers = self.layers()
+        fetched = [gone[p] + sum(layer.bytes_by_priority[p] for layer in layers) for p in Priority]
         store = self._store.status()
         reason = "the only driver of this version"
         if self._session is None:
             reason = "it only fills the store"
         elif self._session.reason:
             reason += f"; {self._session.reason}"
-        pins = await trio.to_thread.run_sync(self._store.catalog.pins)
-        pinned = {pin.image for pin in pins}
         return {
             "daemon": {
                 "version": lazyfs.__version__,
                 "pid": os.getpid(),
                 "uptime": round(time.monotonic() - self._began, 1),
-                "memory": anonymous_memory(),
+                "memory": 0,
                 "driver": "fuse" if self._session is not None else "none",
                 "reason": reason,
                 "root": os.fspath(self._settings.root),
             },
-            "mounts": [{**self._mount(mount), "pinned": mount.image.manifest.digest in pinned} for mount in mounts],
             "bytes": {
                 "demand": fetched[Priority.DEMAND],
                 "prefetch": fetched[Priority.PREFETCH],
@@ -124,8 +147,8 @@ class StatusReport:
                 "from_memory": self._reads.from_memory,
                 "from_store": self._reads.from_store,
                 "from_other_layers": self._reads.from_other_layer,
+                "from_registry": self._reads.from_registry,
             },
-            "pins": [asdict(pin) for pin in pins],
             "cache": {
                 "memory": asdict(self._memory.statistics()),
                 "store": {
