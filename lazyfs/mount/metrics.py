@@ -14,7 +14,7 @@ import trio
 
 from lazyfs.chunks.catalog import Catalog
 from lazyfs.config import Settings
-from lazyfs.errors import DaemonUnreachable, UsageError
+from lazyfs.errors import DaemonUnreachable, StoreError, UsageError
 from lazyfs.exposition import Metric, Reading, one, render
 from lazyfs.mount.mounted import Mount, Mounted
 from lazyfs.mount.status import RequestCounters, StatusReport, anonymous_memory
@@ -87,7 +87,7 @@ class DaemonMetrics:
         self._chains = chains
 
     async def answer(self, mounts: list[Mount]) -> dict[str, Any]:
-        """Answer the control call. A checkpoint. Raise StoreError as `text` does."""
+        """Answer the control call. A checkpoint."""
         moment = self.take(mounts)
         text = await trio.to_thread.run_sync(self.text, moment)
         return {"text": text.decode()}
@@ -108,20 +108,13 @@ class DaemonMetrics:
         )
 
     def text(self, moment: Moment) -> bytes:
-        """Return the exposition. Blocking: the catalog, /proc, and 70 ms of imports the first time.
-
-        Raise StoreError when the catalog can't be read.
-        """
+        """Return the exposition. Blocking: the catalog, /proc, and 70 ms of imports the first time."""
         return render(self._readings(moment))
 
     def _readings(self, moment: Moment) -> list[Reading]:
         status = moment.status
         store, memory, daemon = status["cache"]["store"], status["cache"]["memory"], status["daemon"]
         received = status["bytes"]
-        known = Counter(
-            "quarantined" if layer.quarantine else "passed" if layer.verified else "not_yet"
-            for layer in self._catalog.layers()
-        )
         return [
             (INFO, {(daemon["version"], daemon["driver"]): 1}),
             one(UPTIME, daemon["uptime"]),
@@ -131,7 +124,7 @@ class DaemonMetrics:
             (MOUNTS, moment.mounts),
             one(CHAINS, moment.chains),
             (SERVED, moment.layers),
-            (KNOWN, {(check,): known[check] for check in ("passed", "not_yet", "quarantined")}),
+            (KNOWN, self._known()),
             (FETCHED, {(name,): received[name] for name in ("demand", "prefetch", "background")}),
             (READ_FROM, {
                 ("memory",): received["from_memory"], ("store",): received["from_store"],
@@ -151,6 +144,15 @@ class DaemonMetrics:
             (CACHE_ASKED, {("hit",): memory["hits"], ("miss",): memory["misses"]}),
             *self._of_hosts(status),
         ]  # fmt: skip
+
+    def _known(self) -> dict[tuple[str, ...], float]:
+        try:
+            layers = self._catalog.layers()
+        except StoreError as error:
+            log.warning("metrics lack what the catalog knows: %s", error)
+            return {}
+        checks = Counter("quarantined" if one.quarantine else "passed" if one.verified else "not_yet" for one in layers)
+        return {(check,): checks[check] for check in ("passed", "not_yet", "quarantined")}
 
     def _of_hosts(self, status: dict[str, Any]) -> list[Reading]:
         by_host: dict[str, dict[str, Any]] = status["requests"]["by_host"]
