@@ -16,7 +16,8 @@ MAX_DEPTH = 3  # indexes within indexes
 
 @dataclass(frozen=True, slots=True)
 class ResolvedImage:
-    """The manifest of one platform. `index` is the outermost index it was chosen from, None when there was none.
+    """The manifest of one platform. `index` is the outermost index it was chosen from, None when there was none;
+    `inner` are the indexes within it on the way to the manifest, mostly none.
 
     `platform` is what was asked for, "os/arch[/variant]"; a manifest without an index may be for another one, which
     fetch_config() finds out.
@@ -26,6 +27,7 @@ class ResolvedImage:
     manifest: Manifest
     index: Index | None
     platform: str
+    inner: tuple[Index, ...] = ()
 
     @property
     def media_type(self) -> str:
@@ -60,13 +62,14 @@ def doubt_tag(repository: Repository, reference: Reference) -> bool:
 
 def _resolve(repository: Repository, reference: Reference, wanted: str, deadline: float | None) -> ResolvedImage:
     media_type, raw = repository.manifest(reference.target, deadline=deadline)
-    outermost: Index | None = None
+    way: list[Index] = []
     for _ in range(MAX_DEPTH + 1):
         check_unambiguous(raw)
         if not oci.is_index(media_type, raw):
-            return ResolvedImage(reference, oci.parse_manifest(raw, media_type), outermost, wanted)
+            outermost = way[0] if way else None
+            return ResolvedImage(reference, oci.parse_manifest(raw, media_type), outermost, wanted, tuple(way[1:]))
         index = oci.parse_index(raw, media_type)
-        outermost = outermost or index
+        way.append(index)
         chosen = oci.choose(index, wanted)
         media_type, raw = repository.manifest(chosen.digest, deadline=deadline)
         if len(raw) != chosen.size:

@@ -156,7 +156,7 @@ class Authorizer:
 
     def _changed(self, challenge: Challenge, deadline: float, *, only_another: bool = False) -> bool:
         before, refused = self._header, [self._credentials] if self._credentials is not None else []
-        if only_another and self._find(deadline, True, refused).credentials in (None, *refused):
+        if only_another and self._find(deadline, False, refused).credentials in (None, *refused):
             return False
         self._obtain(challenge, deadline, fresh=True, refused=refused)
         return self._header != before
@@ -171,7 +171,10 @@ class Authorizer:
     def refused(self, what: str, status: int) -> Unauthorized:
         """Return the error for a 401 or 403 that stays, saying which credentials were tried."""
         file = f", or fill {self._logins.file}" if self._logins.file else ""
-        hint = "" if self._tried.startswith("the ") else f"log in with docker, podman or skopeo{file}"
+        way = "log in with docker, podman or skopeo"
+        if self._logins.of_node:
+            way = "have kubelet pull the image again, whose logins are kept in memory alone"
+        hint = "" if self._tried.startswith("the ") else f"{way}{file}"
         return Unauthorized(self._host, f"{self._host} refused {what} ({status}), tried {self._tried}", hint=hint)
 
     def _acquire(self, deadline: float) -> None:

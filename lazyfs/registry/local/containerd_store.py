@@ -14,6 +14,7 @@ from typing import BinaryIO
 
 from lazyfs import digest as digests
 from lazyfs import oci
+from lazyfs.containerd import gc_labels
 from lazyfs.containerd.client import Client
 from lazyfs.containerd.images import Image
 from lazyfs.errors import (
@@ -30,7 +31,6 @@ from lazyfs.registry.repository import ByteStream, Repository
 
 log = logging.getLogger(__name__)
 
-_GC_REF = "containerd.io/gc.ref.content."
 _NAMESPACES = 16  # looked through for an image that isn't in this one
 
 
@@ -68,7 +68,7 @@ class ContainerdRepository:
         """
         media_type, digest = "", target
         if not digests.is_digest(target):
-            found = self._find(target, deadline).target
+            found = self.find(target, deadline=deadline).target
             media_type, digest = found.media_type, found.digest
             digests.parse(digest, f"the digest of image {target} in containerd")
         try:
@@ -98,6 +98,23 @@ class ContainerdRepository:
         """[]: containerd keeps no list of what refers to an image."""
         return []
 
+    def find(self, name: str, *, deadline: float | None = None) -> Image:
+        """Return the image of this name, or of the name that docker shortens so. Raise ManifestMissing."""
+        found = self.client.images.get(name, deadline=deadline)
+        if found is not None:
+            return found
+        try:
+            whole = docker_name(name)
+        except ReferenceInvalid:
+            whole = name
+        if whole != name and (found := self.client.images.get(whole, deadline=deadline)) is not None:
+            return found
+        raise ManifestMissing(
+            self.host,
+            f"containerd at {self.host} has no image {name} in its namespace {self.namespace}",
+            hint=self._elsewhere({name, whole}, deadline),
+        )
+
     # -- write -----------------------------------------------------------------------------------------------------
 
     def push_blob(self, digest: str, size: int, source: BinaryIO) -> bool:
@@ -124,22 +141,6 @@ class ContainerdRepository:
         return self.client.content.take_over(digest, size, self._our_lease())
 
     # -- inside ----------------------------------------------------------------------------------------------------
-
-    def _find(self, name: str, deadline: float | None) -> Image:
-        found = self.client.images.get(name, deadline=deadline)
-        if found is not None:
-            return found
-        try:
-            whole = docker_name(name)
-        except ReferenceInvalid:
-            whole = name
-        if whole != name and (found := self.client.images.get(whole, deadline=deadline)) is not None:
-            return found
-        raise ManifestMissing(
-            self.host,
-            f"containerd at {self.host} has no image {name} in its namespace {self.namespace}",
-            hint=self._elsewhere({name, whole}, deadline),
-        )
 
     def _elsewhere(self, names: set[str], deadline: float | None) -> str:
         """Return a hint: another namespace that has the image, or where to look."""
@@ -182,16 +183,15 @@ class ContainerdRepository:
         manifest is missing.
         """
         if oci.is_index(media_type, raw):
-            children = oci.parse_index(raw, media_type).manifests
-            for child in children:
+            index = oci.parse_index(raw, media_type)
+            for child in index.manifests:
                 self._hold(child, lease)
-            return {f"{_GC_REF}m.{number}": child.digest for number, child in enumerate(children)}
+            return gc_labels.of_index(index)
         manifest = oci.parse_manifest(raw, media_type)
         for child in (manifest.config, *manifest.layers):
             if not self._hold(child, lease) and not child.urls:
                 raise PushRejected(self.host, f"containerd does not have blob {child.digest}, which the manifest names")
-        labels = {f"{_GC_REF}l.{number}": layer.digest for number, layer in enumerate(manifest.layers)}
-        return {f"{_GC_REF}config": manifest.config.digest, **labels}
+        return gc_labels.of_manifest(manifest)
 
     def _hold(self, child: oci.Descriptor, lease: str) -> bool:
         """Put a blob under our lease. The lease first: what is there behind it stays there."""

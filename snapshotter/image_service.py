@@ -1,0 +1,168 @@
+"""CRI's image service, passed through to containerd byte by byte; on the way kubelet's logins are read, nothing else.
+
+kubelet's --image-service-endpoint names the snapshotter's socket then. What a call says, how long it may take, its
+metadata and what becomes of it stay as they are, whatever the method: newer ones need no newer lazyfs.
+"""
+
+from __future__ import annotations
+
+import logging
+import socket
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING, Any
+
+import grpc
+from google.protobuf.message import DecodeError
+
+from snapshotter.node_logins import NodeLogins, Noted
+from snapshotter.proto import cri_images_pb2 as messages
+
+log = logging.getLogger(__name__)
+
+# v1alpha2 has the same messages under another package's name.
+SERVICES = ("runtime.v1.ImageService", "runtime.v1alpha2.ImageService")
+MAX_MESSAGE = 16 << 20  # bytes; kubelet's and containerd's own bound
+# A pull waits for containerd, and containerd for the snapshots of that pull: threads of the snapshots' service must not
+# wait here. Pulls that hang must not hold up short calls either.
+_PULLS = 64  # at once; further ones wait
+_OTHERS = 16
+_LOOK = 1.0  # seconds in which a socket is found to be there
+_OURS = frozenset({"user-agent", "content-type", "te", "host", "grpc-status", "grpc-message"})  # of the connection
+
+if TYPE_CHECKING:
+    _Handler = grpc.GenericRpcHandler[bytes, bytes]
+else:
+    _Handler = grpc.GenericRpcHandler
+
+Metadata = tuple[tuple[str, str | bytes], ...]
+
+
+def handlers(upstream: str, node_logins: NodeLogins) -> list[grpc.GenericRpcHandler[Any, Any]]:
+    """Return what answers CRI's image service, for grpc.Server.add_generic_rpc_handlers. Connects to nothing yet.
+
+    `upstream`: the path of containerd's socket ("unix://" may be before it). The server must let messages of
+    MAX_MESSAGE in.
+    """
+    return [_PassThrough(upstream.removeprefix("unix://"), node_logins)]
+
+
+class _PassThrough(_Handler):
+    """Every method of the service, known or not."""
+
+    def __init__(self, path: str, node_logins: NodeLogins) -> None:
+        self._path = path
+        self._logins = node_logins
+        self._channel = grpc.insecure_channel(
+            f"unix:{path}",
+            options=(
+                ("grpc.max_receive_message_length", MAX_MESSAGE),
+                ("grpc.max_send_message_length", MAX_MESSAGE),
+                ("grpc.enable_http_proxy", 0),
+                ("grpc.enable_retries", 0),  # whoever calls decides whether to call again
+                ("grpc.initial_reconnect_backoff_ms", 100),
+                ("grpc.max_reconnect_backoff_ms", 1000),
+                ("grpc.use_local_subchannel_pool", 1),
+                ("grpc.default_authority", "localhost"),  # a path is none, and Go's servers refuse it
+            ),
+        )
+        self._pulls = ThreadPoolExecutor(_PULLS, "cri-pull")
+        self._others = ThreadPoolExecutor(_OTHERS, "cri-image")
+
+    def service(self, handler_call_details: grpc.HandlerCallDetails) -> grpc.RpcMethodHandler[bytes, bytes] | None:
+        """Return the handler of a method, None for those of other services."""
+        name: str = handler_call_details.method
+        service, _, method = name.removeprefix("/").partition("/")
+        if service not in SERVICES:
+            return None
+        pulls = method == "PullImage"
+
+        # One message there and any number back covers calls that answer once, too: on the wire they are the same.
+        def answer(request: bytes, context: grpc.ServicerContext) -> Iterator[bytes]:
+            return self._pull(name, request, context) if pulls else self._pass(name, request, context)
+
+        answer.experimental_thread_pool = self._pulls if pulls else self._others  # type: ignore[attr-defined]
+        return grpc.unary_stream_rpc_method_handler(answer)
+
+    def _pull(self, name: str, request: bytes, context: grpc.ServicerContext) -> Iterator[bytes]:
+        noted = _note(self._logins, request)
+        # None: nobody knows whether the login was a good one.
+        ended: list[bool | None] = [None]
+        try:
+            yield from self._pass(name, request, context, lambda code: ended.append(_verdict(code)))
+        finally:
+            if noted is not None:
+                self._logins.settle(noted, worked=ended[-1])
+
+    def _pass(
+        self,
+        name: str,
+        request: bytes,
+        context: grpc.ServicerContext,
+        tell: Callable[[grpc.StatusCode], None] = lambda code: None,
+    ) -> Iterator[bytes]:
+        """Call upstream, for as long as the caller waits; `tell` is told how it ended."""
+        call = self._channel.unary_stream(name, bytes, bytes)(
+            request, timeout=context.time_remaining(), metadata=_passed(context.invocation_metadata())
+        )
+        cancel: Callable[[], Any] = call.cancel
+        if not context.add_callback(cancel):  # the caller has gone already
+            cancel()
+        try:
+            first = _passed(call.initial_metadata())
+            if first:
+                context.send_initial_metadata(first)
+            yield from call
+            context.set_trailing_metadata(_passed(call.trailing_metadata()))
+            tell(grpc.StatusCode.OK)
+        except grpc.RpcError:
+            code, details = call.code(), call.details()
+            tell(code)
+            if code is grpc.StatusCode.UNAVAILABLE and (why := _why_absent(self._path)):
+                details = f"containerd does not answer at {self._path}: {why}"
+            context.set_trailing_metadata(_passed(call.trailing_metadata()))
+            context.abort(code, details or "")
+        finally:
+            cancel()
+
+
+def _note(logins: NodeLogins, request: bytes) -> Noted | None:
+    """Take the login out of a PullImageRequest and wait until it is where layers are fetched. Never raises."""
+    try:
+        question = messages.PullImageRequest.FromString(request)
+    except DecodeError:
+        log.warning("a request to pull an image could not be read; it is passed on all the same")
+        return None
+    auth = question.auth
+    return logins.note(
+        question.image.image,
+        username=auth.username,
+        password=auth.password,
+        auth=auth.auth,
+        server_address=auth.server_address,
+        identity_token=auth.identity_token,
+        registry_token=auth.registry_token,
+    )
+
+
+def _verdict(code: grpc.StatusCode) -> bool | None:
+    """Whether a pull that ended so has proved its login good or bad; None: neither."""
+    if code in (grpc.StatusCode.CANCELLED, grpc.StatusCode.DEADLINE_EXCEEDED, grpc.StatusCode.UNAVAILABLE):
+        return None
+    return code is grpc.StatusCode.OK
+
+
+def _passed(metadata: Iterable[Any] | None) -> Metadata:
+    """Metadata without what belongs to the connection that it came over."""
+    return tuple((key, value) for key, value in metadata or () if key not in _OURS and not key.startswith(":"))
+
+
+def _why_absent(path: str) -> str:
+    """Tell why nobody can be reached at a socket; "" when somebody can: then the words are containerd's own."""
+    with socket.socket(socket.AF_UNIX) as probe:
+        probe.settimeout(_LOOK)
+        try:
+            probe.connect(path)
+        except OSError as error:
+            return error.strerror or "no answer in time"
+    return ""
