@@ -1,0 +1,177 @@
+"""What nobody refers to any more, given back: directories, chains that are shown, layers in the daemon's store.
+
+The records say what is used; everything else goes. So what a crash left is found as well, at the start, and a step that
+fails (the daemon is away, the disk errs) is done by the next look.
+"""
+
+from __future__ import annotations
+
+import logging
+import shutil
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from lazyfs.errors import LazyfsError
+from snapshotter.directories import Directories
+from snapshotter.remote import Remote
+from snapshotter.store import Store
+
+log = logging.getLogger(__name__)
+
+_FIRST = 0.05  # seconds from a wake to the look: removals come in rows
+_AGAIN = 6.0  # seconds until what was too fresh, or failed, is looked at again
+_FRESH = 2.0  # seconds for which an image without a snapshot may be about to get one
+_PULLED = 60.0  # seconds in which a pull that has begun prepares its other lazy layers
+_NS = 1_000_000_000
+
+
+@dataclass(slots=True)
+class Collected:
+    """What a look gave back. `freed`: bytes of layers. `left`: something is to be looked at again."""
+
+    directories: int = 0
+    chains: int = 0
+    layers: int = 0
+    freed: int = 0
+    left: bool = False
+    failed: str = ""
+
+
+class Collector:
+    """Looks, in a thread of its own or in the caller's. Thread-safe; one look at a time.
+
+    `note` is told of every look that did something or failed; `forget` is called before layers are removed.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        directories: Directories,
+        remote: Remote,
+        note: Callable[[Collected], None],
+        forget: Callable[[], None],
+    ) -> None:
+        self._store = store
+        self._directories = directories
+        self._remote = remote
+        self._note = note
+        self._forget = forget
+        self._looking = threading.Lock()
+        self._wanted = threading.Event()
+        self._stop = threading.Event()
+        self._thread: threading.Thread | None = None
+
+    def start(self) -> None:
+        """Begin, with a look at what an earlier process left."""
+        self._wanted.set()
+        self._thread = threading.Thread(target=self._loop, name="collect", daemon=True)
+        self._thread.start()
+
+    def close(self) -> None:
+        """End the thread; a look under way is finished."""
+        self._stop.set()
+        self._wanted.set()
+        if self._thread is not None:
+            self._thread.join(5)
+
+    def wake(self) -> None:
+        """Look soon, in the background. Returns at once."""
+        self._wanted.set()
+
+    def run(self, deadline: float) -> None:
+        """Look now, and begin nothing more after `deadline` (monotonic). Blocking; what fails is logged, and left."""
+        if not self._looking.acquire(timeout=max(0.0, deadline - time.monotonic())):
+            self._wanted.set()
+            return
+        try:
+            found = self._look(deadline)
+        finally:
+            self._looking.release()
+        if found.left:
+            self._wanted.set()
+
+    # -- the thread
+
+    def _loop(self) -> None:
+        while True:
+            self._wanted.wait()
+            if self._stop.wait(_FIRST):
+                return
+            self._wanted.clear()
+            left = True
+            try:
+                with self._looking:
+                    left = self._look(time.monotonic() + 3600).left
+            except Exception:
+                log.exception("a look for what is not used any more broke")
+            if left:
+                if self._stop.wait(_AGAIN):
+                    return
+                self._wanted.set()
+
+    # -- a look
+
+    def _look(self, deadline: float) -> Collected:
+        done = Collected()
+        for step in (self._chains, self._strays, self._layers):
+            if time.monotonic() > deadline:
+                done.left = True
+                break
+            try:
+                step(done)
+            except LazyfsError as error:
+                log.warning("something is not given back yet: %s", error)
+                done.failed, done.left = str(error), True
+        if done.chains or done.directories or done.layers or done.failed:
+            log.info(
+                "given back: directories=%d chains=%d layers=%d bytes=%d",
+                done.directories, done.chains, done.layers, done.freed,
+            )  # fmt: skip
+            self._note(done)
+        return done
+
+    def _chains(self, done: Collected) -> None:
+        shown = self._remote.shown()
+        used = {tuple(layer.digest for layer in place.layers) for place in self._store.chains_in_use()}
+        for chain, layers in shown.items():
+            if layers in used:
+                continue
+            if self._remote.hide(chain):
+                done.chains += 1
+            else:
+                done.left = True
+
+    def _strays(self, done: Collected) -> None:
+        names = self._directories.names()  # before the numbers: what is made meanwhile must not look unused
+        for name in self._directories.strays(names, self._store.numbers()):
+            path = self._directories.top / name
+            try:
+                shutil.rmtree(path)
+            except FileNotFoundError:
+                continue
+            except OSError as error:
+                # EBUSY: somebody still has it mounted, whatever containerd said.
+                log.warning("the directory %s stays for now: %s", path, error.strerror)
+                done.left = True
+                continue
+            done.directories += 1
+
+    def _layers(self, done: Collected) -> None:
+        now = time.time_ns()
+        unused = self._store.images_unreferenced(now - int(_FRESH * _NS))
+        done.left = done.left or len(self._store.images_unreferenced()) > len(unused)
+        images = {image.number: image for image in unused}
+        images |= {image.number: image for image in self._store.images_settled(now - int(_PULLED * _NS))}
+        used = self._store.layers_referenced()
+        gone = {layer.digest for image in images.values() for layer in image.layers} - used
+        if gone:
+            self._forget()
+            removed, kept, freed = self._remote.remove_layers(sorted(gone))
+            done.layers += len(removed)
+            done.freed += freed
+            for digest, why in kept.items():
+                log.info("layer %s stays: %s", digest, why)
+        for image in unused:
+            self._store.drop_image(image.number)

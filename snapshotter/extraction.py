@@ -1,0 +1,151 @@
+"""Whether a layer that containerd wants extracted is there already, lazily, or must be downloaded, and why.
+
+The first layer of an image that is asked for has the whole image resolved; the others find the answer. Never an error:
+what can't be lazy is pulled in the ordinary way, and the reason is recorded.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future
+from dataclasses import dataclass
+
+from lazyfs.errors import LazyfsError
+from snapshotter import labels as told
+from snapshotter.labels import Asked, Unsaid
+from snapshotter.model import LazyImage, LazyOffer
+from snapshotter.reasons import Outcome, classify
+from snapshotter.remote import ResolvedChain
+
+log = logging.getLogger(__name__)
+
+_KEPT = 64  # images whose answers are remembered
+_GOOD = 600.0  # seconds for which an answer holds when all layers are ready: about a pull
+_BAD = 30.0  # seconds for which it holds otherwise: the other layers of the same pull need not ask again
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """What became of one layer, for the record, the log and the metrics."""
+
+    image: str
+    layer: str  # blob digest, "" when nobody said it
+    key: str
+    outcome: Outcome
+    reason: str  # a sentence; "" for a lazy layer
+    seconds: float
+
+
+@dataclass(slots=True)
+class _Known:
+    answer: Future[ResolvedChain]
+    since: float = 0.0  # when the answer came (monotonic)
+
+
+class Extraction:
+    """Decides. Thread-safe; `offer` blocks for as long as an image takes to be resolved, `prepare_timeout` at most.
+
+    `resolve` asks the daemon (image, manifest digest); `number` puts an image into the records; `note` is told of every
+    decision.
+    """
+
+    def __init__(
+        self,
+        resolve: Callable[[str, str], ResolvedChain],
+        number: Callable[[LazyImage], LazyImage],
+        note: Callable[[Decision], None],
+    ) -> None:
+        self._resolve = resolve
+        self._number = number
+        self._note = note
+        self._lock = threading.Lock()
+        self._known: OrderedDict[tuple[str, str], _Known] = OrderedDict()
+
+    def offer(self, key: str, parent: str, labels: Mapping[str, str]) -> LazyOffer | None:
+        """Return the lazy snapshot that stands for this layer, None where it must be downloaded. Raise StoreError."""
+        began = time.monotonic()
+        asked = told.read(labels, parent)
+        if isinstance(asked, Unsaid):
+            self._decide(key, asked.image, asked.layer_digest, Outcome.NO_LABELS, asked.reason, began)
+            return None
+        try:
+            chain = self._chain(asked)
+        except LazyfsError as error:
+            self._decide(key, asked.image, asked.layer_digest, classify(error), str(error), began)
+            return None
+        index = _find(chain, asked)
+        if index is None:
+            reason = "the manifest that the registry has names no such layer in this place"
+            self._decide(key, asked.image, asked.layer_digest, Outcome.MALFORMED, reason, began)
+            return None
+        found = chain.layers[index]
+        below = next((number for number in range(index + 1) if not chain.layers[number].ready), None)
+        if below == index:
+            self._decide(key, asked.image, found.layer.digest, classify(found.reason), found.reason, began)
+            return None
+        if below is not None:
+            under = chain.layers[below]
+            reason = f"layer {under.layer.digest[:19]}… below it is not lazy: {under.reason}"
+            self._decide(key, asked.image, found.layer.digest, Outcome.BELOW_NOT_LAZY, reason, began)
+            return None
+        layers = tuple(one.layer for one in chain.layers)
+        image = self._number(LazyImage(0, asked.image, chain.manifest_digest, layers))
+        outcome = Outcome.LAZY if found.lazy else Outcome.SMALL
+        self._decide(key, asked.image, found.layer.digest, outcome, found.reason, began)
+        return LazyOffer(image, index, dict(labels), staged=asked.parallel and asked.staged)
+
+    def forget(self) -> None:
+        """Forget all answers: layers were removed, or the daemon is another one."""
+        with self._lock:
+            self._known.clear()
+
+    # -- parts
+
+    def _chain(self, asked: Asked) -> ResolvedChain:
+        """Return what is known of the image, asking once whoever comes at the same time. Raise LazyfsError."""
+        key = (asked.image, asked.manifest_digest)
+        now = time.monotonic()
+        with self._lock:
+            known = self._known.get(key)
+            ours = known is None or _is_old(known, now)
+            if ours:
+                known = self._known[key] = _Known(Future())
+                self._known.move_to_end(key)
+                while len(self._known) > _KEPT:
+                    self._known.popitem(last=False)
+        assert known is not None
+        if ours:
+            try:
+                found = self._resolve(asked.image, asked.manifest_digest)
+                known.since = time.monotonic()
+                known.answer.set_result(found)
+            except BaseException as error:
+                known.since = time.monotonic()
+                known.answer.set_exception(error)
+                if not isinstance(error, LazyfsError):
+                    with self._lock:
+                        self._known.pop(key, None)
+        return known.answer.result()
+
+    def _decide(self, key: str, image: str, layer: str, outcome: Outcome, reason: str, began: float) -> None:
+        self._note(Decision(image, layer, key, outcome, reason, time.monotonic() - began))
+
+
+def _is_old(known: _Known, now: float) -> bool:
+    if not known.answer.done():
+        return False
+    if known.answer.exception() is not None or not all(one.ready for one in known.answer.result().layers):
+        return now - known.since > _BAD
+    return now - known.since > _GOOD
+
+
+def _find(chain: ResolvedChain, asked: Asked) -> int | None:
+    """Return which layer of the image is asked for: that of its chain ID, and of its digest where one was said."""
+    for index, one in enumerate(chain.layers):
+        if one.layer.chain_id == asked.chain_id and asked.layer_digest in ("", one.layer.digest):
+            return index
+    return None

@@ -1,0 +1,247 @@
+"""The daemon as the snapshotter sees it: calls with deadlines, and a watch that brings chains back after its death.
+
+Each call has a connection of its own, so that a slow one holds up no other. One more connection stays open: its end
+tells that the daemon is gone, and while it stands a daemon without mounts does not stop.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+from lazyfs.config import Settings
+from lazyfs.control_client import Daemon, open_daemon
+from lazyfs.errors import DaemonFault, DaemonUnreachable, LazyfsError
+from snapshotter.model import LazyLayer, LazyPlace, Shown, Usage
+
+log = logging.getLogger(__name__)
+
+_SLACK = 5.0  # seconds that a call may take beyond the deadline that the daemon was given
+_SHORT = 30.0  # seconds for calls that ask no registry
+_RESTORING = 8  # chains brought back at once
+_RETRY = (0.2, 0.5, 1.0, 2.0, 5.0)  # seconds between attempts to reach a daemon that has gone
+_SETTLE = 5.0  # seconds for which a chain that was just shown counts as used, whatever the records say
+
+
+@dataclass(frozen=True, slots=True)
+class ResolvedLayer:
+    """A layer as the daemon found it. `reason`: why it is not lazy, or not ready; "" otherwise."""
+
+    layer: LazyLayer
+    ready: bool
+    lazy: bool
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class ResolvedChain:
+    """An image as the daemon found it, layers from the base up."""
+
+    reference: str
+    manifest_digest: str
+    layers: tuple[ResolvedLayer, ...]
+
+
+class Remote:
+    """Calls to the node's daemon. Thread-safe; every call blocks, within its deadline, and raises LazyfsErrors.
+
+    `start`: start a daemon where none runs; else wait for the one that somebody else keeps. `in_use` gives the chains
+    that must be shown (asked after each new connection); `greet` is called with each new daemon before anything else.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        *,
+        start: bool,
+        in_use: Callable[[], Iterable[LazyPlace]],
+        greet: Callable[[Remote], None] = lambda remote: None,
+    ) -> None:
+        self._settings = settings
+        self._start = start
+        self._in_use = in_use
+        self._greet = greet
+        self._stop = threading.Event()
+        self._lock = threading.Lock()
+        self._shown: dict[str, float] = {}  # chain → when it was last asked for (monotonic)
+        self._guard: Daemon | None = None
+        self._thread: threading.Thread | None = None
+        self.restarts = 0  # daemons met after the first one
+
+    # -- life
+
+    def start(self) -> None:
+        """Begin to watch the daemon. Doesn't wait for it."""
+        self._thread = threading.Thread(target=self._watch, name="daemon-watch", daemon=True)
+        self._thread.start()
+
+    def close(self) -> None:
+        """End the watch. What the daemon shows stays."""
+        self._stop.set()
+        with self._lock:
+            guard, self._guard = self._guard, None
+        if guard is not None:
+            guard.hang_up()
+        if self._thread is not None:
+            self._thread.join(5)
+
+    # -- calls
+
+    def resolve(self, image: str, manifest_digest: str) -> ResolvedChain:
+        """Have all layers of an image made ready side by side, and say which are. Blocking, `prepare_timeout`."""
+        deadline = self._settings.prepare_timeout
+        answer = self._call(
+            "resolve_chain",
+            deadline + _SLACK,
+            image=image,
+            manifest_digest=manifest_digest,
+            small=self._settings.small_layer,
+            deadline=deadline,
+            access=None,
+        )
+        try:
+            layers = tuple(
+                ResolvedLayer(
+                    LazyLayer(
+                        str(one["digest"]),
+                        int(one["size"]),
+                        str(one["media_type"]),
+                        {str(name): str(value) for name, value in one["annotations"].items()},
+                        str(one["diff_id"]),
+                        str(one["chain_id"]),
+                    ),
+                    one["ready"] is True,
+                    one["lazy"] is True,
+                    str(one["reason"]),
+                )
+                for one in answer["layers"]
+            )
+            return ResolvedChain(str(answer["image"]), str(answer["manifest_digest"]), layers)
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise DaemonFault(f"lazyfsd's answer to resolve_chain lacks something: {error!r}") from None
+
+    def show(self, place: LazyPlace) -> Shown:
+        """Have the tree of a chain shown, until `hide`. Blocking, `chain_timeout`; complete chains need no network."""
+        deadline = self._settings.chain_timeout
+        answer = self._call(
+            "mount_chain",
+            deadline + _SLACK,
+            image=place.image.reference,
+            manifest_digest=place.image.manifest_digest,
+            layers=[_layer(one) for one in place.layers],
+            deadline=deadline,
+            access=None,
+        )
+        try:
+            root = answer["root"]
+            shown = Shown(
+                str(answer["chain"]),
+                tuple(str(path) for path in answer["lowerdirs"]),
+                int(root["mode"]),
+                int(root["uid"]),
+                int(root["gid"]),
+            )
+        except (KeyError, TypeError, ValueError) as error:
+            raise DaemonFault(f"lazyfsd's answer to mount_chain lacks something: {error!r}") from None
+        with self._lock:
+            self._shown[shown.chain] = time.monotonic()
+        return shown
+
+    def shown(self) -> dict[str, tuple[str, ...]]:
+        """Return the chains that the daemon shows, with their layers' digests from the base up."""
+        answer = self._call("chains", _SHORT)
+        return {str(one["chain"]): tuple(one["layers"]) for one in answer.get("chains", [])}
+
+    def hide(self, chain: str) -> bool:
+        """Have a chain shown no more. False, and nothing done: somebody asked for it a moment ago."""
+        with self._lock:
+            if time.monotonic() - self._shown.get(chain, -_SETTLE) < _SETTLE:
+                return False
+            self._shown.pop(chain, None)
+        self._call("unmount_chain", _SHORT, chain=chain)
+        return True
+
+    def usage(self, digests: Sequence[str]) -> Usage:
+        """Return what these layers hold on this disk together."""
+        found = self._call("layer_usage", _SHORT, digests=list(digests)).get("usage", {})
+        try:
+            return Usage(
+                sum(int(one["size"]) for one in found.values()), sum(int(one["inodes"]) for one in found.values())
+            )
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise DaemonFault(f"lazyfsd's answer to layer_usage lacks something: {error!r}") from None
+
+    def remove_layers(self, digests: Iterable[str]) -> tuple[list[str], dict[str, str], int]:
+        """Have layers removed. Return those that were, why others were kept, and the bytes given back."""
+        answer = self._call("remove_layers", _SHORT * 2, digests=list(digests))
+        return list(answer.get("removed", [])), dict(answer.get("kept", {})), int(answer.get("freed", 0))
+
+    def set_logins(self, logins: list[dict[str, str]]) -> None:
+        """Tell the daemon the node's logins, all of them. They are in no message and no log."""
+        self._call("set_logins", _SHORT, logins=logins)
+
+    def _call(self, name: str, timeout: float, **args: Any) -> dict[str, Any]:
+        with open_daemon(self._settings, start=self._start) as daemon:
+            return daemon.call(name, timeout=timeout, **args)
+
+    # -- the watch
+
+    def _watch(self) -> None:
+        failures = 0
+        while not self._stop.is_set():
+            try:
+                with open_daemon(self._settings, start=self._start) as guard:
+                    with self._lock:
+                        self._guard = guard
+                    if self._stop.is_set():
+                        return
+                    failures = 0
+                    self._met(guard)
+                    guard.wait_for_end()
+                if not self._stop.is_set():
+                    self.restarts += 1
+                    log.warning("lazyfsd has gone: it is brought back, and the chains in use with it")
+            except DaemonUnreachable as error:
+                if failures in (0, len(_RETRY)):
+                    log.warning("lazyfsd can't be reached: %s", error)
+            except LazyfsError as error:
+                log.error("lazyfsd can't be used: %s", error)
+            except Exception:
+                log.exception("the watch over lazyfsd broke")
+            self._stop.wait(_RETRY[min(failures, len(_RETRY) - 1)])
+            failures += 1
+
+    def _met(self, guard: Daemon) -> None:
+        log.info("connected to lazyfsd: pid=%s version=%s", guard.greeting.get("pid"), guard.greeting.get("lazyfsd"))
+        self._greet(self)
+        places = list(self._in_use())
+        if not places:
+            return
+        # Side by side, each within its own deadline: one registry that is gone holds up nobody.
+        pool = ThreadPoolExecutor(_RESTORING, "restore")
+        for place in places:
+            pool.submit(self._restore, place)
+        pool.shutdown(wait=False)
+
+    def _restore(self, place: LazyPlace) -> None:
+        if self._stop.is_set():
+            return
+        try:
+            self.show(place)
+        except LazyfsError as error:
+            log.error("a chain of %s is not shown again: %s", place.image.reference, error)
+
+
+def _layer(one: LazyLayer) -> dict[str, Any]:
+    return {
+        "digest": one.digest,
+        "size": one.size,
+        "media_type": one.media_type,
+        "annotations": dict(one.annotations),
+        "diff_id": one.diff_id,
+    }
