@@ -23,6 +23,7 @@ log = logging.getLogger(__name__)
 
 _SLACK = 5.0  # seconds that a call may take beyond the deadline that the daemon was given
 _SHORT = 30.0  # seconds for calls that ask no registry
+_DIGESTS = 1000  # of one call; a message has at most 1 MiB
 _RESTORING = 8  # chains brought back at once
 _RETRY = (0.2, 0.5, 1.0, 2.0, 5.0)  # seconds between attempts to reach a daemon that has gone
 _SETTLE = 5.0  # seconds for which a chain that was just shown counts as used, whatever the records say
@@ -154,8 +155,14 @@ class Remote:
 
     def shown(self) -> dict[str, tuple[str, ...]]:
         """Return the chains that the daemon shows, with their layers' digests from the base up."""
-        answer = self._call("chains", _SHORT)
-        return {str(one["chain"]): tuple(one["layers"]) for one in answer.get("chains", [])}
+        found: dict[str, tuple[str, ...]] = {}
+        more, after = True, ""
+        while more:
+            answer = self._call("chains", _SHORT, after=after)
+            page = {str(one["chain"]): tuple(one["layers"]) for one in answer.get("chains", [])}
+            found |= page
+            more, after = answer.get("more") is True and bool(page), max(page, default="")
+        return found
 
     def hide(self, chain: str) -> bool:
         """Have a chain shown no more. False, and nothing done: somebody asked for it a moment ago."""
@@ -178,8 +185,15 @@ class Remote:
 
     def remove_layers(self, digests: Iterable[str]) -> tuple[list[str], dict[str, str], int]:
         """Have layers removed. Return those that were, why others were kept, and the bytes given back."""
-        answer = self._call("remove_layers", _SHORT * 2, digests=list(digests))
-        return list(answer.get("removed", [])), dict(answer.get("kept", {})), int(answer.get("freed", 0))
+        removed: list[str] = []
+        kept: dict[str, str] = {}
+        freed, wanted = 0, list(digests)
+        for first in range(0, len(wanted), _DIGESTS):
+            answer = self._call("remove_layers", _SHORT * 2, digests=wanted[first : first + _DIGESTS])
+            removed += answer.get("removed", [])
+            kept |= answer.get("kept", {})
+            freed += int(answer.get("freed", 0))
+        return removed, kept, freed
 
     def set_logins(self, logins: list[dict[str, str]]) -> None:
         """Tell the daemon the node's logins, all of them. They are in no message and no log."""
