@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import os
+import re
 
 from lazyfs.errors import UsageError
 
 SOCKET = "/run/containerd/containerd.sock"
 NAMESPACE = "default"
+_NAME = re.compile(r"[A-Za-z0-9]+(?:[._-][A-Za-z0-9]+)*")  # containerd: pkg/identifiers
+_MAX_NAME = 76  # characters
 _MAX_SOCKET = 107  # bytes of a Unix socket's path
 
 
@@ -27,5 +30,14 @@ def socket_path(given: str = "") -> str:
 
 
 def namespace_name(given: str = "") -> str:
-    """Return the namespace: `given`, else $CONTAINERD_NAMESPACE, else "default"."""
-    return given or os.environ.get("CONTAINERD_NAMESPACE") or NAMESPACE
+    """Return the namespace: `given`, else $CONTAINERD_NAMESPACE, else "default".
+
+    Raise UsageError for what containerd takes for none.
+    """
+    name = given or os.environ.get("CONTAINERD_NAMESPACE") or NAMESPACE
+    if len(name) > _MAX_NAME or not _NAME.fullmatch(name):
+        raise UsageError(
+            f"{name[:100]!r} is not a containerd namespace",
+            hint=f"letters, digits, and single . _ - between them; at most {_MAX_NAME}",
+        )
+    return name

@@ -14,10 +14,11 @@ from typing import Any, Generic, Protocol, Self, TypeVar
 
 import grpc
 
-from lazyfs.errors import LazyfsError, RegistryFault, RegistryTimeout, RegistryUnreachable, Unauthorized
+from lazyfs.errors import LazyfsError, RegistryFault, RegistryTimeout, RegistryUnreachable, StoreFull, Unauthorized
 
 MAX_MESSAGE = 16 << 20  # bytes; containerd's own bound
 _MAX_DETAIL = 300  # characters of what containerd says that reach a message
+_FULL = ("no space left on device", "disk quota exceeded")  # ENOSPC and EDQUOT, in Go's words
 
 
 class Message(Protocol):
@@ -86,11 +87,18 @@ class Calls:
         return call(questions, timeout=self._seconds(deadline), metadata=self._headers(lease))
 
     def fault(self, what: str, error: Refused) -> LazyfsError:
-        """Return what `error` is for callers: a RegistryError. `what` says what was being done."""
+        """Return what `error` is for callers: a RegistryError, or StoreFull. `what` says what was being done."""
         detail = f": {error.detail[:_MAX_DETAIL]}" if error.detail else ""
         here = f"containerd at {self.address}"
+        if any(words in error.detail for words in _FULL):
+            return StoreFull(f"the disk of {here} is full: {what}{detail}")
         if error.code == "UNAVAILABLE":
             return self._unreachable(detail)
+        if error.code == "UNIMPLEMENTED":
+            old = RegistryFault(self.address, f"{here} can't do this: {what}{detail}", status=0)
+            old.temporary = False
+            old.hint = "it is too old, or runs without that service; containerd 1.6 or later is needed"
+            return old
         if error.code == "DEADLINE_EXCEEDED":
             return RegistryTimeout(self.address, f"{here} did not answer in time: {what}")
         if error.code in ("PERMISSION_DENIED", "UNAUTHENTICATED"):

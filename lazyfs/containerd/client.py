@@ -10,8 +10,10 @@ from lazyfs.errors import ToolMissing
 if TYPE_CHECKING:
     from lazyfs.containerd.calls import Calls
     from lazyfs.containerd.content import ContentStore
+    from lazyfs.containerd.diff import Diff
     from lazyfs.containerd.images import Images
     from lazyfs.containerd.leases import Leases
+    from lazyfs.containerd.snapshots import Snapshots
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,6 +24,13 @@ class Client:
     content: ContentStore
     images: Images
     leases: Leases
+    diff: Diff
+
+    def snapshots(self, snapshotter: str) -> Snapshots:
+        """Return the snapshots of one of containerd's snapshotters."""
+        from lazyfs.containerd.snapshots import Snapshots
+
+        return Snapshots(self.calls, snapshotter)
 
     def in_namespace(self, namespace: str) -> Client:
         """Return a client of the same containerd for another namespace, with a connection of its own."""
@@ -40,6 +49,7 @@ def connect(address: str, namespace: str, *, timeout: float = 300.0) -> Client:
     try:
         from lazyfs.containerd.calls import Calls
         from lazyfs.containerd.content import ContentStore
+        from lazyfs.containerd.diff import Diff
         from lazyfs.containerd.images import Images
         from lazyfs.containerd.leases import Leases
     except ImportError as error:
@@ -51,4 +61,4 @@ def connect(address: str, namespace: str, *, timeout: float = 300.0) -> Client:
             hint="talking to containerd needs it: pip install 'lazyfs[containerd]'",
         ) from None
     calls = Calls(address, namespace, timeout)
-    return Client(calls, ContentStore(calls), Images(calls), Leases(calls))
+    return Client(calls, ContentStore(calls), Images(calls), Leases(calls), Diff(calls))

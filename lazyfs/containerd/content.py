@@ -11,7 +11,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any, BinaryIO, Self
+from typing import Any, Protocol, Self
 
 from lazyfs.containerd.calls import Calls, Method, Refused, following
 from lazyfs.containerd.proto import content_pb2 as messages
@@ -29,6 +29,18 @@ PIECE = 1 << 20  # bytes of a blob in one message
 _LOCK_WAIT = 60.0  # seconds for another writer of the same blob
 _LOCK_POLL = 0.1  # seconds
 _SLOWEST = 64 << 10  # bytes a second for which a call without a deadline has time
+
+
+class Source(Protocol):
+    """Where a blob's bytes come from: as much of a binary file as is needed."""
+
+    def read(self, size: int, /) -> bytes: ...
+
+    def seekable(self) -> bool: ...
+
+    def tell(self) -> int: ...
+
+    def seek(self, offset: int, /) -> int: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,27 +155,33 @@ class ContentStore:
         self,
         digest: str,
         size: int,
-        source: BinaryIO,
+        source: Source,
         *,
         labels: dict[str, str] | None = None,
         lease: str = "",
         deadline: float | None = None,
+        ref: str = "",
     ) -> bool:
         """Write a blob from where `source` stands; False when it was there already, now held by `lease`.
 
         An upload that broke off earlier is gone on with. containerd hashes what it gets: PushRejected for bytes of
-        another digest or size. With a `source` that can't seek a failed upload fails for good.
+        another digest or size. With a `source` that can't seek a failed upload fails for good. `ref` names the upload:
+        two of one name wait for each other, as long as the other one gets on.
         """
         start = source.tell() if source.seekable() else None
         until = time.monotonic() + _LOCK_WAIT
+        seen = -1
         deadline = self._limit(deadline, size)
         fresh = False
         while True:
-            upload = _Upload(self._calls, digest, size, source, labels or {})
+            upload = _Upload(self._calls, digest, size, source, labels or {}, ref)
             try:
                 return upload.run(lease, deadline)
             except Refused as error:
                 if _is_locked(error) and not upload.touched:
+                    there = self.uploaded(upload.ref)
+                    if there != seen:
+                        seen, until = there, time.monotonic() + _LOCK_WAIT
                     if time.monotonic() > min(until, deadline):
                         raise RegistryTimeout(
                             self._calls.address,
@@ -185,6 +203,15 @@ class ContentStore:
     def _limit(self, deadline: float | None, size: int) -> float:
         return deadline if deadline is not None else time.monotonic() + self._calls.timeout + size / _SLOWEST
 
+    def uploaded(self, ref: str) -> int:
+        """Return how many bytes of an upload under way are here; 0 where there is none."""
+        try:
+            return self._calls.one(_STATUS, messages.StatusRequest(ref=ref)).status.offset
+        except Refused as error:
+            if error.code == "NOT_FOUND":
+                return 0
+            raise self._calls.fault(f"looking for the upload {ref}", error) from None
+
     def abort(self, ref: str) -> None:
         """Forget an upload under way, if there is one."""
         try:
@@ -198,7 +225,7 @@ class _Upload:
     """One try at writing a blob: STAT, whose answer says how much is there, then the rest, then COMMIT."""
 
     def __init__(
-        self, calls: Calls, digest: str, size: int, source: BinaryIO, labels: dict[str, str], ref: str = ""
+        self, calls: Calls, digest: str, size: int, source: Source, labels: dict[str, str], ref: str = ""
     ) -> None:
         self.ref = ref or f"lazyfs-{digest}"
         self.touched = False  # the source was read from
@@ -256,6 +283,9 @@ class _Upload:
     def _rest(self, at: int) -> Iterator[messages.WriteContentRequest]:
         self.touched = True
         skip = at if at < self._size else 0
+        if skip and self._source.seekable():
+            self._source.seek(self._source.tell() + skip)
+            skip = 0
         while skip:
             skip -= len(self._read(skip))
         while at < self._size:
@@ -287,7 +317,8 @@ def _missing_or(calls: Calls, digest: str, error: Refused) -> LazyfsError:
         return BlobMissing(
             calls.address,
             f"containerd (namespace {calls.namespace}) does not have blob {digest}",
-            hint="it was pulled lazily or for another platform, or its content was discarded: `ctr content fetch` it",
+            hint="it was pulled lazily or for another platform, or its content was discarded: "
+            "`lazyfs fetch --content IMAGE` gets it",
         )
     if error.code == "OUT_OF_RANGE":
         return BadAnswer(calls.address, f"containerd has fewer bytes of {digest} than asked for")
