@@ -62,6 +62,8 @@ def all_checks(settings: Settings) -> list[Check]:
     found += [_user_namespaces(euid), _overlay(settings, euid), _erofs(), _runtime()]
     found += [_tool(name, why) for name, why in _TOOLS if euid != 0 or name != "newuidmap"]
     found += [_open_files(), _store_directory(settings, euid), _store_space(settings), _daemon(settings)]
+    if euid == 0:
+        found.append(_idmapped(settings))
     found += [_certificates(), *_proxies()]
     return found
 
@@ -314,6 +316,25 @@ def _daemon(settings: Settings) -> Check:
         except LazyfsError as error:
             return Check("daemon", State.WARN, f"{socket}: {error.message}", error.hint)
     return Check("daemon", State.OK, "; ".join(texts) or "none is running; run and mount start one")
+
+
+def _idmapped(settings: Settings) -> Check:
+    """Try whether what the daemon shows can be idmapped, which pods with user namespaces profit from."""
+    from lazyfs.container import idmap
+
+    name = "idmapped mounts"
+    if mounts.top_at(os.fsencode(settings.session)) is None:
+        return Check(name, State.OK, "not known: a daemon has to run for the test")
+    problem = _in_child(lambda: _try_idmap(idmap.problem(os.fsencode(settings.session))))
+    if problem:
+        text = f"{problem}; pods with user namespaces copy the files of lazy images when they are made"
+        return Check(name, State.OK, text)
+    return Check(name, State.OK, "the daemon's mount can be idmapped: lazyfs install offers remap-ids to containerd")
+
+
+def _try_idmap(problem: str) -> None:
+    if problem:
+        raise OSError(problem)
 
 
 def _certificates() -> Check:

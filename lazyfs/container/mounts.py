@@ -10,6 +10,7 @@ import ctypes
 import errno as errnos
 import os
 from dataclasses import dataclass
+from typing import Any
 
 from lazyfs.errors import MountFailed, ToolMissing
 
@@ -51,7 +52,9 @@ class MountPoint:
     options: str  # of the file system, such as "rw,lowerdir=…"
 
 
-class _MountAttr(ctypes.Structure):
+class MountAttr(ctypes.Structure):
+    """struct mount_attr of mount_setattr(2)."""
+
     _fields_ = (
         ("attr_set", ctypes.c_uint64),
         ("attr_clr", ctypes.c_uint64),
@@ -62,6 +65,13 @@ class _MountAttr(ctypes.Structure):
 
 def _libc() -> ctypes.CDLL:
     return ctypes.CDLL(None, use_errno=True)
+
+
+def syscall(number: int, *args: Any) -> int:
+    """Make a system call that the C library may have no function for; -1 leaves its error in ctypes.get_errno()."""
+    call = _libc().syscall
+    call.restype = ctypes.c_long
+    return int(call(ctypes.c_long(number), *args))
 
 
 def _check(result: int, what: str, hint: str = "") -> None:
@@ -99,10 +109,9 @@ def make_read_only(target: bytes) -> None:
 
     Kernels before 5.12 can't do the ones below; there only `target` itself changes, as with `mount -o ro,rbind`.
     """
-    attr = _MountAttr(attr_set=_MOUNT_ATTR_RDONLY)
-    syscall = _libc().syscall
+    attr = MountAttr(attr_set=_MOUNT_ATTR_RDONLY)
     result = syscall(
-        ctypes.c_long(_SYS_MOUNT_SETATTR), ctypes.c_int(_AT_FDCWD), ctypes.c_char_p(target),
+        _SYS_MOUNT_SETATTR, ctypes.c_int(_AT_FDCWD), ctypes.c_char_p(target),
         ctypes.c_uint(_AT_RECURSIVE), ctypes.byref(attr), ctypes.c_size_t(ctypes.sizeof(attr)),
     )  # fmt: skip
     if result != 0 and ctypes.get_errno() == errnos.ENOSYS:
