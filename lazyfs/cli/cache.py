@@ -78,8 +78,8 @@ def _ls(args: argparse.Namespace, out: Output) -> int:
         from lazyfs.cli.stock_access import open_stock
 
         with open_stock(settings) as stock:
-            images, facts = _pages(stock, "images")
-            layers, _ = _pages(stock, "layers")
+            images, facts = pages(stock, "images")
+            layers, _ = pages(stock, "layers")
         found = {"images": images, "layers": layers, "size": facts.get("size", 0), "bound": facts.get("bound", 0)}
     found = {"root": str(settings.root), **found}
     found["images"] = sorted(found["images"], key=lambda image: (-image["last_use"], image["digest"]))
@@ -94,7 +94,7 @@ def _exists(settings: Settings) -> bool:
     return (settings.root / "catalog.db").exists()
 
 
-def _pages(stock: StockCaller, what: str) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+def pages(stock: StockCaller, what: str) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """Return all rows of a list that comes in pages, and the last answer."""
     rows: list[dict[str, Any]] = []
     while True:

@@ -35,6 +35,7 @@ COMMANDS: dict[str, str] = {
     "pull": "pull an image into containerd, lazily with a snapshotter that can",
     "cache": "list, remove, prune, verify and unpin what the store holds",
     "status": "show mounts, caches, requests and errors of the running daemon",
+    "why": "say of each layer of an image whether it is lazy, and if not why",
     "doctor": "check what this machine has and lacks",
 }
 _WITH_VALUE = ("--root", "--config")

@@ -16,6 +16,7 @@ from lazyfs.units import format_size
 if TYPE_CHECKING:
     from lazyfs.cli.output import Output
     from lazyfs.config import Settings
+    from lazyfs.control_client import Daemon
 
 _EPILOG = """\
 examples:
@@ -24,6 +25,7 @@ examples:
 
 Without a running daemon it says so, tells what the store holds, and exits 0."""
 
+_PATIENCE = 2.0  # seconds for the snapshotter to take a connection
 _ADDED = ("bytes", "errors", "fuse")  # flat tables of counters that add up over daemons
 
 
@@ -49,9 +51,12 @@ def run(args: argparse.Namespace, out: Output) -> int:
             f"{format_size(held['size'])} of at most {format_size(settings.store_size)}"
         )
         store = {**held, "bound": settings.store_size}
-        out.json({"daemon": None, "mounts": [], "cache": {"store": store}})
+        facts = snapshotter_facts(settings, out)
+        for line in _snapshotter_lines(facts):
+            out.line(line)
+        out.json({"daemon": None, "mounts": [], "cache": {"store": store}, **facts})
         return exit_codes.OK
-    status = merge(found)
+    status = {**merge(found), **snapshotter_facts(settings, out)}
     for line in lines(status):
         out.line(line)
     out.json(status)
@@ -67,7 +72,7 @@ def gather(settings: Settings, out: Output) -> list[dict[str, Any]]:
     for socket in control_client.sockets(settings):
         try:
             with control_client.connect(socket) as daemon:
-                found.append(daemon.call("status"))
+                found.append({**daemon.call("status"), **_chains(daemon)})
         except DaemonUnreachable as error:
             # A killed daemon leaves its socket behind: that is no news. One that hangs is.
             if error.hint:
@@ -75,6 +80,50 @@ def gather(settings: Settings, out: Output) -> list[dict[str, Any]]:
         except DaemonFault as error:
             out.warn(str(error))
     return found
+
+
+def _chains(daemon: Daemon) -> dict[str, Any]:
+    """Return the chains that a daemon shows for the snapshotter, as `chains`; nothing where there are none."""
+    from lazyfs.errors import UsageError
+
+    try:
+        chains = daemon.call("chains").get("chains", [])
+    except UsageError:
+        return {}  # an older one
+    return {"chains": chains} if chains else {}
+
+
+def snapshotter_facts(settings: Settings, out: Output) -> dict[str, Any]:
+    """Return what the snapshotter's records hold, as `snapshotter`; nothing where there are none. Blocking."""
+    from lazyfs.errors import LazyfsError
+
+    path = settings.root / "snapshots.db"
+    if not path.exists():
+        return {}
+    from snapshotter.records import open_records
+
+    try:
+        records = open_records(path)
+        try:
+            facts = records.summary()
+        finally:
+            records.close()
+    except LazyfsError as error:
+        out.warn(str(error))
+        return {}
+    return {"snapshotter": {**facts, "listens": _listens(settings.snapshotter_address)}}
+
+
+def _listens(path: Path) -> bool:
+    import socket
+
+    with socket.socket(socket.AF_UNIX) as sock:
+        sock.settimeout(_PATIENCE)
+        try:
+            sock.connect(os.fspath(path))
+        except OSError:
+            return False
+    return True
 
 
 def merge(found: list[dict[str, Any]]) -> dict[str, Any]:
@@ -87,6 +136,8 @@ def merge(found: list[dict[str, Any]]) -> dict[str, Any]:
     first = found[0]
     merged: dict[str, Any] = {**first, "daemons": [status["daemon"] for status in found]}
     merged["mounts"] = [mount for status in found for mount in status.get("mounts", [])]
+    if chains := [chain for status in found for chain in status.get("chains", [])]:
+        merged["chains"] = chains
     for name in _ADDED:
         merged[name] = _sum([status.get(name, {}) for status in found])
     requests = [status.get("requests", {}) for status in found]
@@ -143,11 +194,30 @@ def lines(status: dict[str, Any]) -> Iterator[str]:
             f"store {daemon.get('root')}"
         )
     yield from _cache_lines(status)
+    yield from _snapshotter_lines(status)
     mounts = status.get("mounts", [])
     yield ""
     yield count(len(mounts), "mount") + (":" if mounts else "")
     for mount in mounts:
         yield from _mount_lines(mount)
+    chains = status.get("chains", [])
+    if chains:
+        yield ""
+        yield count(len(chains), "chain") + " shown for the snapshotter:"
+    for chain in chains:
+        yield f"  {chain['image']}, {count(len(chain.get('layers', [])))}"
+
+
+def _snapshotter_lines(status: dict[str, Any]) -> Iterator[str]:
+    facts = status.get("snapshotter")
+    if facts is None:
+        return
+    kinds = ", ".join(f"{number} {kind}" for kind, number in facts["snapshots"].items() if number) or "none"
+    state = "" if facts["listens"] else "NOT RUNNING; "
+    yield f"snapshots {state}{kinds}; {count(facts['chains_in_use'], 'lazy chain')} in use"
+    outcomes = ", ".join(f"{number} {outcome.replace('_', ' ')}" for outcome, number in facts["layers"].items())
+    if outcomes:
+        yield f"layers    {outcomes} (lazyfs why IMAGE tells more)"
 
 
 def _cache_lines(status: dict[str, Any]) -> Iterator[str]:
