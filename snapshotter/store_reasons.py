@@ -1,0 +1,34 @@
+"""Why layers were lazy or not: the last ones, for `lazyfs why`, which reads them beside the running snapshotter."""
+
+from __future__ import annotations
+
+from snapshotter.model import Reason
+from snapshotter.store_file import StoreFile
+
+MAX_REASONS = 10_000  # the oldest go
+_MAX_TEXT = 2000  # characters of each part
+
+
+class ReasonStore(StoreFile):
+    """The reasons in the store's file."""
+
+    def note_reason(
+        self, image: str, layer_digest: str, key: str, reason: str, lazy: bool, when: int | None = None
+    ) -> None:
+        """Record what became of a layer; `when` in nanoseconds since the epoch, None: now."""
+        texts = [text[:_MAX_TEXT] for text in (image, layer_digest, key, reason)]
+        with self._transaction() as connection:
+            number = connection.execute(
+                "INSERT INTO reasons (image, layer, key, reason, lazy, time) VALUES (?, ?, ?, ?, ?, ?)",
+                (*texts, lazy, self._now() if when is None else when),
+            ).lastrowid
+            connection.execute("DELETE FROM reasons WHERE number <= ?", ((number or 0) - MAX_REASONS,))
+
+    def reasons(self, prefix: str = "", limit: int = MAX_REASONS) -> list[Reason]:
+        """Return what became of the layers of images whose reference begins so, the latest first."""
+        found = self._rows(
+            "SELECT image, layer, key, reason, lazy, time FROM reasons WHERE substr(image, 1, length(?)) = ? "
+            "ORDER BY number DESC LIMIT ?",
+            (prefix, prefix, limit),
+        )
+        return [Reason(image, layer, key, reason, bool(lazy), when) for image, layer, key, reason, lazy, when in found]
