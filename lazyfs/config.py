@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import os
 import tomllib
+from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -122,11 +123,7 @@ def load(overrides: dict[str, Any] | None = None) -> Settings:
     home = Path("/etc/lazyfs") if euid == 0 else Path(os.path.expanduser("~/.config/lazyfs"))
     config_path = Path(os.environ.get("LAZYFS_CONFIG") or home / "config.toml")
     names = {f.name for f in fields(Settings)}
-    values: dict[str, Any] = {}
-    for name, value in _read_file(config_path).items():
-        if name not in names:
-            raise UsageError(f"config file {config_path}: unknown setting {name!r}")
-        values[name] = _coerce(name, value, str(config_path))
+    values = _coerce_all(_read_file(config_path), str(config_path))
     for name in names:
         from_env = os.environ.get(f"LAZYFS_{name.upper()}")
         if from_env:
@@ -134,6 +131,26 @@ def load(overrides: dict[str, Any] | None = None) -> Settings:
     for name, value in (overrides or {}).items():
         if value is not None:
             values[name] = _coerce(name, value, f"--{name.replace('_', '-')}")
+    return _complete(values, euid)
+
+
+def of_service(document: Mapping[str, Any], where: str) -> Settings:
+    """Return the settings of a service of root's whose config file says `document`, with nothing in its environment.
+
+    `where` is for messages. Raise UsageError for an unknown name or a value that makes no sense.
+    """
+    return _complete(_coerce_all(document, where), 0)
+
+
+def _coerce_all(document: Mapping[str, Any], where: str) -> dict[str, Any]:
+    names = {f.name for f in fields(Settings)}
+    for name in document:
+        if name not in names:
+            raise UsageError(f"config file {where}: unknown setting {name!r}")
+    return {name: _coerce(name, value, where) for name, value in document.items()}
+
+
+def _complete(values: dict[str, Any], euid: int) -> Settings:
     root = values.pop("root", None) or _default_root(euid)
     run = values.pop("run", None) or _default_run(euid, root)
     return replace(Settings(root, run), **values)
