@@ -1,0 +1,83 @@
+"""The lazy half put together: the daemon, who decides about layers, who collects, logins, metrics."""
+
+from __future__ import annotations
+
+import logging
+import time
+from functools import partial
+
+from lazyfs.config import Settings
+from lazyfs.errors import LazyfsError
+from snapshotter import image_service
+from snapshotter.collect import Collected, Collector
+from snapshotter.directories import Directories
+from snapshotter.extraction import Decision, Extraction
+from snapshotter.metrics import Metrics
+from snapshotter.model import LazyPlace, Shown
+from snapshotter.node_logins import NodeLogins
+from snapshotter.records import count_held
+from snapshotter.remote import Remote
+from snapshotter.server import Collaborators
+from snapshotter.store import Store
+
+log = logging.getLogger(__name__)
+
+
+class CountedRemote(Remote):
+    """The daemon, with the time that chains take to be shown told to the metrics."""
+
+    metrics: Metrics | None = None
+
+    def show(self, place: LazyPlace) -> Shown:
+        """Have the tree of a chain shown; see Remote."""
+        began, shown = time.monotonic(), False
+        try:
+            found = super().show(place)
+            shown = True
+            return found
+        finally:
+            if self.metrics is not None:
+                self.metrics.note_chain(time.monotonic() - began, shown=shown)
+
+
+def connect(settings: Settings, store: Store, directories: Directories, *, start_daemon: bool) -> Collaborators:
+    """Return the real collaborators of a snapshotter, at work. Doesn't wait for the daemon.
+
+    `start_daemon`: start one where none runs; else wait for the one that somebody else keeps.
+    """
+    logins = NodeLogins()
+    remote = CountedRemote(settings, start=start_daemon, in_use=store.chains_in_use, greet=logins.greet)
+    metrics = Metrics(lambda: count_held(store, store.walk()), lambda: remote.restarts)
+    remote.metrics = metrics
+    extraction = Extraction(remote.resolve, store.put_image, partial(_note, store, metrics))
+    collector = Collector(store, directories, remote, partial(_note_look, metrics), extraction.forget)
+    handlers = image_service.handlers(settings.image_service, logins) if settings.image_service else []
+    scrapes = metrics.serve(settings.snapshotter_metrics_address)
+    remote.start()
+    collector.start()
+    ends = (collector.close, remote.close) if scrapes is None else (collector.close, remote.close, scrapes.close)
+    return Collaborators(extraction, remote, collector, ends, tuple(handlers), metrics.note_call)
+
+
+def _note(store: Store, metrics: Metrics, decision: Decision) -> None:
+    """Tell everybody what became of a layer. Never in the way of a pull: a full disk only keeps it from the record."""
+    metrics.note_layer(decision.outcome, decision.seconds)
+    ready = decision.outcome.is_ready
+    log.log(
+        logging.INFO if ready else logging.WARNING,
+        "%s: image=%s layer=%s key=%s seconds=%.3f%s",
+        decision.outcome.value if ready else f"not lazy ({decision.outcome.value})",
+        decision.image,
+        decision.layer,
+        decision.key,
+        decision.seconds,
+        f" reason={decision.reason}" if decision.reason else "",
+    )
+    try:
+        store.note_reason(decision.image, decision.layer, decision.key, decision.reason, ready)
+    except LazyfsError as error:
+        log.warning("why a layer of %s is as it is, is not recorded: %s", decision.image, error)
+
+
+def _note_look(metrics: Metrics, done: Collected) -> None:
+    metrics.note_collection(done.directories, done.chains, done.layers, done.freed, failed=bool(done.failed))
