@@ -2,25 +2,22 @@
 
 from __future__ import annotations
 
-import logging
 import time
 from functools import partial
 
 from lazyfs.config import Settings
-from lazyfs.errors import LazyfsError
 from snapshotter import image_service
 from snapshotter.collect import Collected, Collector
 from snapshotter.directories import Directories
-from snapshotter.extraction import Decision, Extraction
+from snapshotter.extraction import Extraction
 from snapshotter.metrics import Metrics
 from snapshotter.model import LazyPlace, Shown
 from snapshotter.node_logins import NodeLogins
+from snapshotter.noting import Noting
 from snapshotter.records import count_held
 from snapshotter.remote import Remote
 from snapshotter.server import Collaborators
 from snapshotter.store import Store
-
-log = logging.getLogger(__name__)
 
 
 class CountedRemote(Remote):
@@ -49,7 +46,7 @@ def connect(settings: Settings, store: Store, directories: Directories, *, start
     remote = CountedRemote(settings, start=start_daemon, in_use=store.chains_in_use, greet=logins.greet)
     metrics = Metrics(lambda: count_held(store, store.walk()), lambda: remote.restarts)
     remote.metrics = metrics
-    extraction = Extraction(remote.resolve, store.put_image, partial(_note, store, metrics))
+    extraction = Extraction(remote.resolve, store.put_image, Noting(store, metrics))
     collector = Collector(store, directories, remote, partial(_note_look, metrics), extraction.forget)
     handlers = image_service.handlers(settings.image_service, logins) if settings.image_service else []
     scrapes = metrics.serve(settings.snapshotter_metrics_address)
@@ -57,26 +54,6 @@ def connect(settings: Settings, store: Store, directories: Directories, *, start
     collector.start()
     ends = (collector.close, remote.close) if scrapes is None else (collector.close, remote.close, scrapes.close)
     return Collaborators(extraction, remote, collector, ends, tuple(handlers), metrics.note_call)
-
-
-def _note(store: Store, metrics: Metrics, decision: Decision) -> None:
-    """Tell everybody what became of a layer. Never in the way of a pull: a full disk only keeps it from the record."""
-    metrics.note_layer(decision.outcome, decision.seconds)
-    ready = decision.outcome.is_ready
-    log.log(
-        logging.INFO if ready else logging.WARNING,
-        "%s: image=%s layer=%s key=%s seconds=%.3f%s",
-        decision.outcome.value if ready else f"not lazy ({decision.outcome.value})",
-        decision.image,
-        decision.layer,
-        decision.key,
-        decision.seconds,
-        f" reason={decision.reason}" if decision.reason else "",
-    )
-    try:
-        store.note_reason(decision.image, decision.layer, decision.key, decision.reason, ready)
-    except LazyfsError as error:
-        log.warning("why a layer of %s is as it is, is not recorded: %s", decision.image, error)
 
 
 def _note_look(metrics: Metrics, done: Collected) -> None:

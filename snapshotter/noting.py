@@ -1,4 +1,4 @@
-"""Where the decision on a layer goes: the records (for `lazyfs why`), the metrics and the log. A fallback is never silent."""
+"""Where the decision on a layer goes: records (for `lazyfs why`), metrics and log. A fallback is never silent."""
 
 from __future__ import annotations
 
