@@ -59,7 +59,7 @@ _ERRORS: tuple[tuple[type[LazyfsError], Outcome], ...] = (
 _PHRASES: tuple[tuple[str, Outcome], ...] = (
     (r"below it is not lazy", Outcome.BELOW_NOT_LAZY),
     (r"quarantined", Outcome.QUARANTINED),
-    (r"lazy_from|not trusted|no digest vouches", Outcome.UNTRUSTED),
+    (r"lazy_from|not trusted|no digest vouches|not checked in full", Outcome.UNTRUSTED),
     (r"more than the \d+ allowed|too large", Outcome.TOO_LARGE),
     (r"has no TOC|too small to have a TOC|without a TOC|no table of contents", Outcome.NO_TOC),
     (r"no label|labels|annotations? of the extraction", Outcome.NO_LABELS),
@@ -69,7 +69,7 @@ _PHRASES: tuple[tuple[str, Outcome], ...] = (
     (r"lazyfsd", Outcome.DAEMON),
     (r"no space|disk|store", Outcome.DISK),
     (r"annotation|zstd:chunked|TOC|footer|digest|sparse|frame|malformed|manifest", Outcome.MALFORMED),
-    (r"registry|host|connection|answer", Outcome.REGISTRY),
+    (r"registry|host|connection|answer|refused|reset|HTTP|blob", Outcome.REGISTRY),
 )
 _SEARCHES = tuple((re.compile(phrase, re.IGNORECASE), outcome) for phrase, outcome in _PHRASES)
 

@@ -72,8 +72,7 @@ class Sources:
     records: Records | None
     images: list[dict[str, Any]]
     layers: dict[str, dict[str, Any]]
-    mounts: list[dict[str, Any]]  # of `lazyfs status`
-    chains: list[dict[str, Any]]
+    mounts: list[dict[str, Any]]  # of `lazyfs status`, the snapshotter's chains among them
 
 
 def gather(name: str, sources: Sources) -> list[ImageFacts]:
@@ -94,8 +93,6 @@ def _matching(name: str, sources: Sources) -> list[str]:
             known.setdefault(_whole(reference), set()).add(image["digest"])
     for mount in sources.mounts:
         known.setdefault(_whole(mount["image"]), set()).add(mount["manifest_digest"])
-    for chain in sources.chains:
-        known.setdefault(_whole(chain["image"]), set())
     if sources.records is not None:
         for reference in sources.records.references():
             known.setdefault(_whole(reference), set())
@@ -144,9 +141,11 @@ def _one(reference: str, sources: Sources) -> ImageFacts:
                     facts.layer(digest)
     for mount in mounts:
         facts.manifest_digest = facts.manifest_digest or mount["manifest_digest"]
-        facts.mounts.append(mount["dir"] or "(being mounted)")
+        if mount["kind"] == "chain":
+            facts.chains.append(mount["mount"])
+        else:
+            facts.mounts.append(mount["dir"] or "(being mounted)")
         _add_mounted(facts, mount["layers"])
-    facts.chains = [chain["chain"] for chain in sources.chains if _whole(chain["image"]) == reference]
     if record is not None:
         _add_record(facts, record)
     for layer_facts in facts.layers:
@@ -196,7 +195,9 @@ def _add_held(layer: LayerFacts, held: dict[str, Any] | None) -> None:
 
 def look(settings: Settings, out: Output) -> Sources:
     """Ask whoever is there. Blocking, 10 s at most. What can't be asked is told as a warning. Close `records`."""
-    sources = Sources(None, [], {}, [], [])
+    from lazyfs.cli.status import gather as ask_daemons
+
+    sources = Sources(None, [], {}, [])
     path = settings.root / "snapshots.db"
     if path.exists():
         from snapshotter.records import open_records
@@ -205,7 +206,8 @@ def look(settings: Settings, out: Output) -> Sources:
             sources.records = open_records(path)
         except LazyfsError as error:
             out.warn(str(error))
-    _ask_daemons(settings, sources, out)
+    for status in ask_daemons(settings, out):
+        sources.mounts += status.get("mounts", [])
     if (settings.root / "catalog.db").exists():
         from lazyfs.cli.cache import pages
         from lazyfs.cli.stock_access import open_stock
@@ -217,16 +219,3 @@ def look(settings: Settings, out: Output) -> Sources:
         except LazyfsError as error:
             out.warn(str(error))
     return sources
-
-
-def _ask_daemons(settings: Settings, sources: Sources, out: Output) -> None:
-    from lazyfs import control_client
-    from lazyfs.cli.status import gather as ask_status
-
-    for status in ask_status(settings, out):
-        sources.mounts += status.get("mounts", [])
-    try:
-        with control_client.open_daemon(settings, start=False) as daemon:
-            sources.chains = daemon.call("chains").get("chains", [])
-    except LazyfsError:
-        pass  # none runs, or one that shows no chains: those of ordinary users

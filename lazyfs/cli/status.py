@@ -16,7 +16,6 @@ from lazyfs.units import format_size
 if TYPE_CHECKING:
     from lazyfs.cli.output import Output
     from lazyfs.config import Settings
-    from lazyfs.control_client import Daemon
 
 _EPILOG = """\
 examples:
@@ -72,7 +71,7 @@ def gather(settings: Settings, out: Output) -> list[dict[str, Any]]:
     for socket in control_client.sockets(settings):
         try:
             with control_client.connect(socket) as daemon:
-                found.append({**daemon.call("status"), **_chains(daemon)})
+                found.append(daemon.call("status"))
         except DaemonUnreachable as error:
             # A killed daemon leaves its socket behind: that is no news. One that hangs is.
             if error.hint:
@@ -80,17 +79,6 @@ def gather(settings: Settings, out: Output) -> list[dict[str, Any]]:
         except DaemonFault as error:
             out.warn(str(error))
     return found
-
-
-def _chains(daemon: Daemon) -> dict[str, Any]:
-    """Return the chains that a daemon shows for the snapshotter, as `chains`; nothing where there are none."""
-    from lazyfs.errors import UsageError
-
-    try:
-        chains = daemon.call("chains").get("chains", [])
-    except UsageError:
-        return {}  # an older one
-    return {"chains": chains} if chains else {}
 
 
 def snapshotter_facts(settings: Settings, out: Output) -> dict[str, Any]:
@@ -136,8 +124,6 @@ def merge(found: list[dict[str, Any]]) -> dict[str, Any]:
     first = found[0]
     merged: dict[str, Any] = {**first, "daemons": [status["daemon"] for status in found]}
     merged["mounts"] = [mount for status in found for mount in status.get("mounts", [])]
-    if chains := [chain for status in found for chain in status.get("chains", [])]:
-        merged["chains"] = chains
     for name in _ADDED:
         merged[name] = _sum([status.get(name, {}) for status in found])
     requests = [status.get("requests", {}) for status in found]
@@ -200,12 +186,6 @@ def lines(status: dict[str, Any]) -> Iterator[str]:
     yield count(len(mounts), "mount") + (":" if mounts else "")
     for mount in mounts:
         yield from _mount_lines(mount)
-    chains = status.get("chains", [])
-    if chains:
-        yield ""
-        yield count(len(chains), "chain") + " shown for the snapshotter:"
-    for chain in chains:
-        yield f"  {chain['image']}, {count(len(chain.get('layers', [])))}"
 
 
 def _snapshotter_lines(status: dict[str, Any]) -> Iterator[str]:
@@ -271,6 +251,8 @@ def _mount_lines(mount: dict[str, Any]) -> Iterator[str]:
     place = mount.get("dir") or ""
     if mount.get("kind") == "container":
         shown = f"in container {os.path.basename(place)}"
+    elif mount.get("kind") == "chain":
+        shown = "for the snapshotter"
     else:
         shown = f"on {place or '(not shown anywhere yet)'}, {mount.get('kind') or 'ro'}"
     layers = mount.get("layers", [])

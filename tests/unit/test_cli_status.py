@@ -113,7 +113,7 @@ def test_json_is_the_daemons_object(run_dir: Path, capsys: pytest.CaptureFixture
     with daemon(run_dir / "lazyfsd.sock", answer):
         assert main(["status", "--json"]) == 0
     assert json.loads(capsys.readouterr().out) == status()
-    assert calls == ["status", "chains"]
+    assert calls == ["status"]
 
 
 def test_the_text_tells_what_matters(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
