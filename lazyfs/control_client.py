@@ -42,6 +42,7 @@ class Daemon:
         self._socket = sock
         self._buffer = b""
         self._number = 0
+        self._spent = ""  # the call that was not answered in time
         self.greeting = greeting
 
     def __enter__(self) -> Daemon:
@@ -71,23 +72,48 @@ class Daemon:
         name: str,
         on_event: Callable[[str], None] | None = None,
         on_progress: Callable[[int, int], None] | None = None,
+        *,
+        timeout: float | None = None,
         **args: Any,
     ) -> dict[str, Any]:
         """Make one call and wait for its answer; `on_event` gets the daemon's remarks before it. Blocking.
 
-        `on_progress` gets (done, total) in bytes where the daemon tells how far the call is.
+        `on_progress` gets (done, total) in bytes where the daemon tells how far the call is. `timeout`: seconds for the
+        whole call; after them the connection is of no use any more, because the answer may still come.
         Raise the error that the daemon answers with, DaemonUnreachable when it goes away or hangs, DaemonFault when it
         breaks the protocol.
         """
+        if self._spent:
+            raise DaemonUnreachable(f"this connection to lazyfsd is of no use since {self._spent} was not answered")
+        deadline = None if timeout is None else time.monotonic() + timeout
         self._number += 1
         line = json.dumps({"id": self._number, "call": name, "args": args}).encode() + b"\n"
         try:
-            self._socket.settimeout(CALL_TIMEOUT)
+            return self._exchange(name, line, deadline, on_event, on_progress)
+        except TimeoutError:
+            self._spent = name
+            if timeout is None:
+                raise DaemonUnreachable("lazyfsd does not answer", hint="see its log, or kill it") from None
+            raise DaemonUnreachable(f"lazyfsd did not answer {name} within {timeout:g} s", hint="see its log") from None
+
+    def _exchange(
+        self,
+        name: str,
+        line: bytes,
+        deadline: float | None,
+        on_event: Callable[[str], None] | None,
+        on_progress: Callable[[int, int], None] | None,
+    ) -> dict[str, Any]:
+        """Send a call and return its answer. Raise TimeoutError when it takes too long, else as `call`."""
+        try:
+            self._limit(deadline)
             self._socket.sendall(line)
+        except TimeoutError:
+            raise
         except OSError as error:
             raise DaemonUnreachable(f"lazyfsd went away: {error.strerror or error}") from None
         while True:
-            message = self._receive()
+            message = self._receive(deadline)
             if message.get("id") != self._number:
                 continue
             if "event" in message:
@@ -100,14 +126,24 @@ class Daemon:
                     raise DaemonFault(f"lazyfsd's answer to {name} is no object")
                 return answer
 
-    def _receive(self) -> dict[str, Any]:
+    def _limit(self, deadline: float | None) -> None:
+        """Bound the next wait for the socket. Raise TimeoutError when no time is left."""
+        left = CALL_TIMEOUT if deadline is None else deadline - time.monotonic()
+        if left <= 0:
+            raise TimeoutError
+        self._socket.settimeout(left)
+
+    def _receive(self, deadline: float | None = None) -> dict[str, Any]:
+        """Return the next message. Raise TimeoutError when it takes too long, else as `call`."""
         while b"\n" not in self._buffer:
             if len(self._buffer) > MAX_LINE:
                 raise DaemonFault("lazyfsd sent a line that is too long")
             try:
+                if deadline is not None:
+                    self._limit(deadline)
                 data = self._socket.recv(1 << 16)
             except TimeoutError:
-                raise DaemonUnreachable("lazyfsd does not answer", hint="see its log, or kill it") from None
+                raise
             except OSError as error:
                 raise DaemonUnreachable(f"lazyfsd went away: {error.strerror or error}") from None
             if not data:
@@ -149,6 +185,9 @@ def connect(path: Path) -> Daemon:
         _check_peer(sock, path)
         daemon = Daemon(sock, {})
         daemon.greeting = daemon._receive()
+    except TimeoutError:
+        sock.close()
+        raise DaemonUnreachable("lazyfsd does not answer", hint="see its log, or kill it") from None
     except OSError as error:
         sock.close()
         raise DaemonUnreachable(f"no lazyfsd listens on {path}: {error.strerror or error}") from None

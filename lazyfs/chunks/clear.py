@@ -132,6 +132,27 @@ class Clearing:
         self._forget(chosen, done)
         return self._finish(done)
 
+    def remove_layers(self, digests: list[str]) -> Cleared:
+        """Remove layers that nobody uses or pins, and the documents and trees that only they needed. Raise StoreError.
+
+        Images of which nothing is left are forgotten; a digest that isn't here is no error.
+        """
+        self._release()
+        done = Cleared()
+        here = set(self._store.digests())
+        used, pinned = self._census.used() | self._store.held(), self._catalog.pinned()
+        for digest in digests:
+            if digest in pinned:
+                done.kept[digest] = "it is pinned"
+            elif digest in used:
+                done.kept[digest] = "it is in use"
+            elif digest in here:
+                self._remove(digest, done)
+        self._forget_gone(set(digests), done)
+        if done.layers:
+            self._clear_trees(done)
+        return done
+
     def unpin(self, names: list[str]) -> list[str]:
         """Release the pins of images; return their digests. Raise ManifestMissing for a name that is not pinned."""
         layers = self._census.layers()
@@ -170,6 +191,29 @@ class Clearing:
                 self._catalog.forget_image(image.digest)
                 done.images.append(image.digest)
 
+    def _forget_gone(self, digests: set[str], done: Cleared) -> None:
+        """Forget images that had one of these layers and have none any more, with their documents."""
+        here = set(self._store.digests())
+        pinned, mounted = {pin.image for pin in self._catalog.pins()}, set(self._census.uses.mounts())
+        named = {one.digest for one in self._catalog.named_images()}
+        manifests = {digest: self._census.manifest(digest) for digest in named}
+        gone: list[str] = []
+        for digest, manifest in manifests.items():
+            layers = {layer.digest for layer in manifest.layers} if manifest is not None else set()
+            if manifest is None or digest in pinned | mounted or not layers & digests or layers & here:
+                continue
+            gone += [digest, manifest.config.digest]
+            self._forget([digest], done)
+        needed = self._catalog.pinned() | {
+            manifest.config.digest
+            for digest, manifest in manifests.items()
+            if manifest is not None and digest not in done.images
+        }
+        indexes = [digest for digest in self._catalog.documents() if self._leads_to(digest, set(done.images), named)]
+        gone = [digest for digest in (*gone, *indexes) if digest not in needed]
+        self._catalog.remove_documents(gone)
+        done.documents = len(gone)
+
     def _finish(self, done: Cleared) -> Cleared:
         self._clear_documents(done)
         if done.layers or done.images:
@@ -196,15 +240,16 @@ class Clearing:
         self._catalog.remove_documents(gone)
         done.documents = len(gone)
 
-    def _leads_to(self, digest: str, manifests: set[str]) -> bool:
-        """Tell whether a document is an index of one of these manifests."""
+    def _leads_to(self, digest: str, manifests: set[str], but: set[str] | frozenset[str] = frozenset()) -> bool:
+        """Tell whether a document is an index of one of these manifests, and of no other one in `but`."""
         raw = self._catalog.document(digest, note=False)
         try:
             if raw is None or not oci.is_index("", raw):
                 return False
-            return any(entry.digest in manifests for entry in oci.parse_index(raw).manifests)
+            found = {entry.digest for entry in oci.parse_index(raw).manifests}
         except LazyfsError:
             return False
+        return bool(found & manifests) and not found & (but - manifests)
 
     def _clear_trees(self, done: Cleared) -> None:
         """Remove merged trees that nobody is served: they are made again from the tables of their layers."""

@@ -41,6 +41,7 @@ class PlainLayer:
     diff_id: str
     data: Path  # chunks go here, in data space
     table: Path
+    deadline: float | None = None  # of the requests for it; None: what they usually have
 
 
 def unpack_plain(
@@ -74,7 +75,7 @@ def unpack_plain(
         assert child.stdin is not None
         _widen(child.stdin)
         try:
-            blob = WholeBlob(repository, layer.blob_digest, layer.blob_size, lines or Lines(0))
+            blob = WholeBlob(repository, layer.blob_digest, layer.blob_size, lines or Lines(0), deadline=layer.deadline)
             with closing(iter(blob)) as blocks:
                 for block in blocks:
                     _write(child.stdin, block)

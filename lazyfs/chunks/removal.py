@@ -85,6 +85,15 @@ def usage(layers: OwnedFd, digest: str) -> int:
     return used
 
 
+def inodes(layers: OwnedFd, digest: str) -> int:
+    """Return how many inodes a layer's directory takes, itself included. Never raises."""
+    try:
+        directory = open_layer(layers, digest)
+        return 1 + len(os.listdir(directory.number))
+    except (OSError, StoreBroken):
+        return 0
+
+
 def open_layer(layers: OwnedFd, digest: str) -> OwnedFd:
     """Open a layer's directory. Raise StoreBroken when it isn't there."""
     directory = open_directory(layers, digests.hex_of(digest), create=False)

@@ -339,6 +339,10 @@ class Store:
         """Return the bytes that a layer's directory takes on disk, all files together."""
         return removal.usage(self._layers, digest)
 
+    def directory_inodes(self, digest: str) -> int:
+        """Return how many inodes a layer's directory takes, 0 when it isn't there."""
+        return removal.inodes(self._layers, digest)
+
     def remove_layer(self, digest: str) -> bool:
         """Remove a layer's directory and its place in the catalog. False: it is in use, here or by another process.
 

@@ -86,6 +86,7 @@ class WholeBlob:
         *,
         segment: int = SEGMENT,
         window: float = _WINDOW,
+        deadline: float | None = None,
     ) -> None:
         self._repository = repository
         self._digest = digest
@@ -93,6 +94,7 @@ class WholeBlob:
         self._lines = lines
         self._segment = segment
         self._window = window
+        self._deadline = deadline
         self._gauge = _Gauge(window)
         self._rate = 0.0  # bytes a second before the last connection was added
         self._settled = False  # that one brought nothing: no more are added
@@ -264,7 +266,9 @@ class WholeBlob:
         done = failures = 0
         while done < size:
             try:
-                with self._repository.fetch(self._digest, blob_offset + done, size - done) as stream:
+                with self._repository.fetch(
+                    self._digest, blob_offset + done, size - done, deadline=self._deadline
+                ) as stream:
                     while data := stream.read(_BLOCK):
                         done += len(data)
                         failures = 0

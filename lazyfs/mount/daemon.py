@@ -37,11 +37,12 @@ from lazyfs.container import sweep
 from lazyfs.control_client import prepare_run, socket_of
 from lazyfs.errors import DaemonFault, LazyfsError, UsageError
 from lazyfs.mount.ahead import Ahead
+from lazyfs.mount.chain_service import serve_chains
 from lazyfs.mount.control import ControlServer
 from lazyfs.mount.donors import Donors
 from lazyfs.mount.fetching import Fetcher
 from lazyfs.mount.filling import Fillings
-from lazyfs.mount.forest import Forest, Owner
+from lazyfs.mount.forest import Forest, Owner, Planted
 from lazyfs.mount.images import Images, MountedImage
 from lazyfs.mount.metrics import DaemonMetrics, Scraped
 from lazyfs.mount.mounted import Mounted
@@ -151,16 +152,21 @@ class Daemon:
                 scheduler,
                 requests,
                 images.health,
-                lambda: images.fetched,
+                lambda: images.layers.fetched,
             )
             fetcher = Fetcher(settings, images, census, store, catalog)
             stock = StockCalls(Stock(census, release=donors.close), fetcher)
-            metrics = DaemonMetrics(report, requests, catalog, lambda: 0)
-            mounted = Mounted(
-                settings, images, catalog, self._path_of, report.report, metrics.answer, self._stop.set, stock
+            service = serve_chains(
+                settings, images, preparer, forest, census, donors, nursery, self._path_of_chain, stock
             )
+            report.chains = service.chains.all
+            metrics = DaemonMetrics(report, requests, catalog, lambda: len(service.chains))
+            mounted = Mounted(
+                settings, images, catalog, self._path_of, report.report, metrics.answer, self._stop.set, service
+            )
+            nursery.start_soon(service.keeping.watch)
             uses.bind(images, mounted)
-            store.irreplaceable = images.layers_offline
+            store.irreplaceable = images.layers.offline
             server = ControlServer(socket_of(settings, self._solo, store_only=self._store_only), mounted)
             if session is not None:
                 session.open()
@@ -209,6 +215,11 @@ class Daemon:
         if self._solo is not None:
             return os.fspath(self._solo)
         return os.fspath(self._settings.session / image.planted.name.decode())
+
+    def _path_of_chain(self, planted: Planted) -> str:
+        if self._store_only or self._solo is not None:
+            raise UsageError("this daemon shows no chains: ask the node's own")
+        return os.fspath(self._settings.session / planted.name.decode())
 
     async def _watch_signals(self) -> None:
         with trio.open_signal_receiver(*_STOPS) as signals:

@@ -78,7 +78,7 @@ class Fetcher:
 
         def begin(manifest: Manifest) -> None:
             nonlocal before
-            before = self._images.fetched_of(layer.digest for layer in manifest.layers)
+            before = self._images.layers.fetched_of(layer.digest for layer in manifest.layers)
             self._begin(wanted, stack, manifest)
 
         with contextlib.ExitStack() as stack:
@@ -103,7 +103,7 @@ class Fetcher:
                     image.manifest.digest,
                     len(image.layers),
                     image.size,
-                    max(0, self._images.fetched_of(layer.digest for layer in image.manifest.layers) - before),
+                    max(0, self._images.layers.fetched_of(layer.digest for layer in image.manifest.layers) - before),
                     sum(layer.store.present_bytes for layer in image.distinct_layers()),
                     any(pin.image == image.manifest.digest for pin in pins),
                     image.remarks,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -16,13 +16,11 @@ from lazyfs import reference as references
 from lazyfs.chunks.census import Census
 from lazyfs.chunks.layer import ServedLayer
 from lazyfs.chunks.memory import MemoryCache
-from lazyfs.chunks.schedule import Priority, Scheduler
-from lazyfs.chunks.single_flight import SingleFlight
+from lazyfs.chunks.schedule import Scheduler
 from lazyfs.config import Settings
 from lazyfs.errors import (
     BlobMissing,
     ImageIncomplete,
-    LayerQuarantined,
     LazyfsError,
     ManifestMissing,
     RegistryError,
@@ -32,13 +30,15 @@ from lazyfs.mount.ahead import Ahead, command_of
 from lazyfs.mount.donors import Donors
 from lazyfs.mount.filling import Fillings, guard
 from lazyfs.mount.forest import Forest, Planted
+from lazyfs.mount.layers import Layers
 from lazyfs.mount.planting import Planting
 from lazyfs.mount.preparing import Prepared, Preparer, Wanted
 from lazyfs.mount.resolving import Pull, Resolver
 from lazyfs.mount.whole_layers import WholeLayers
 from lazyfs.oci import ImageConfig, Manifest
 from lazyfs.reference import Reference
-from lazyfs.registry.config.access import Access, from_environment
+from lazyfs.registry.config.access import Access, of_node
+from lazyfs.registry.config.node_logins import NodeLogins
 from lazyfs.registry.health import Health
 from lazyfs.registry.hops import OnHop
 from lazyfs.registry.http.rate_limits import LimitTeller
@@ -126,16 +126,14 @@ class Images:
         self._preparer = preparer
         self._census = census
         self._nursery = nursery
-        self._on_hop = on_hop
+        self.on_hop = on_hop
         self._transport = Transport()
         self._pool = ThreadPoolExecutor(_THREADS, "documents")
-        self._resolver = resolver(self._pool)
+        self.resolver = resolver(self._pool)
         self._limiter = trio.CapacityLimiter(_THREADS)
-        self._whole = WholeLayers(scheduler, preparer.unpacking.lines)
-        self._layers: dict[str, Prepared] = {}
-        self.fetched = [0 for _ in Priority]  # compressed bytes of layers that have gone
-        self._preparing: SingleFlight[str, Prepared] = SingleFlight()
-        self._planting = Planting(settings.root / "trees", forest, scheduler, self.fillings, preparer, self._drop)
+        whole = WholeLayers(scheduler, preparer.unpacking.lines)
+        self.layers = Layers(preparer, self.fillings, memory, whole, self._limiter)
+        self.planting = Planting(settings.root / "trees", forest, scheduler, self.fillings, preparer, self.layers.drop)
 
     async def mount(
         self,
@@ -150,7 +148,7 @@ class Images:
     ) -> MountedImage:
         """Resolve an image and put its tree into the forest. A checkpoint, as long as the network takes.
 
-        `access` is the user's; None: what the daemon's own environment says.
+        `access` is the user's; None: the node's, from the daemon's environment and its image service.
         `check` is called with the manifest, in a thread, before any layer is fetched; what it raises is raised. Each
         call is paired with one `release`. Raise ReferenceInvalid, PlatformMissing, RegistryError, TrustError,
         FormatError or StoreError; then nothing is held.
@@ -161,9 +159,9 @@ class Images:
             pull = Pull.NEVER
         if reference.transport != "docker":
             pull = Pull.NEWER  # it lies on this machine
-        limits = LimitTeller(self._on_hop, say)
-        repository = await self._in_thread(partial(self._open, reference, plain_http, pull, access, limits))
-        resolved = await self._in_thread(partial(self._resolver.resolve, repository, reference, wanted_platform, pull))
+        limits = LimitTeller(self.on_hop, say)
+        repository = await self._in_thread(partial(self.open, reference, plain_http, pull, access, limits))
+        resolved = await self._in_thread(partial(self.resolver.resolve, repository, reference, wanted_platform, pull))
         # The config comes beside the tails; only its diff IDs are needed before a layer is in use.
         manifest = resolved.manifest
         if check is not None:
@@ -181,20 +179,20 @@ class Images:
             gone = await self._in_thread(partial(self._census.missing, manifest))
             raise missing.incomplete(reference, gone, "" if pull is Pull.NEVER else error.message) from None
         try:
-            planted = await self._planting.plant(prepared)
+            planted = await self.planting.plant(prepared)
         except BaseException:
-            await self._drop([one.layer for one in prepared])
+            await self.layers.drop([one.layer for one in prepared])
             raise
         try:
             await self._await_trust(reference, prepared, say)
         except BaseException:
             with trio.CancelScope(shield=True):
-                await self._planting.release(planted)
+                await self.planting.release(planted)
             raise
         facts = tuple(LayerFacts(one.layer, not one.reason, one.reason) for one in prepared)
         return MountedImage(reference, wanted_platform, manifest, config, planted, facts, (*remarks, *limits.remarks))
 
-    def _open(
+    def open(
         self,
         reference: Reference,
         plain_http: bool | None,
@@ -210,7 +208,7 @@ class Images:
             connect_timeout=self._settings.connect_timeout,
             answer_timeout=self._settings.answer_timeout,
             transport=self._transport,
-            access=access or from_environment(certs_dir=self._settings.certs_dir),
+            access=access or of_node(self._settings.certs_dir),
         )
         return open_repository(reference, options)
 
@@ -219,6 +217,11 @@ class Images:
         """What is known of the hosts that images come from."""
         return self._transport.health
 
+    @property
+    def node_logins(self) -> NodeLogins:
+        """What the node's image service was told."""
+        return self._transport.node_logins
+
     def expect_exec(self, image: MountedImage, entrypoint: str | None, command: list[str]) -> None:
         """Begin to fetch what a container of the image will execute. Doesn't wait."""
         words = command_of(image.config.process, entrypoint, command)
@@ -226,13 +229,13 @@ class Images:
 
     async def release(self, image: MountedImage) -> None:
         """Give one mount of an image back; with the last one its tree and layers go. A checkpoint."""
-        await self._planting.release(image.planted)
+        await self.planting.release(image.planted)
 
     async def close(self) -> None:
         """End all background work and close all layers and connections."""
         self.fillings.stop_all()
         for planted in self._forest.trees():
-            await self._drop(self._forest.uproot(planted))
+            await self.layers.drop(self._forest.uproot(planted))
         await self._in_thread(self._donors.close)
         await self._in_thread(self._preparer.builder.close)
         self._pool.shutdown(wait=False, cancel_futures=True)
@@ -249,20 +252,6 @@ class Images:
             guard, "quarantine", partial(self._in_thread, partial(self._preparer.set_quarantine, layer, reason))
         )
         self.fillings.finish_check(layer)
-
-    def layers_held(self) -> frozenset[str]:
-        """Return the digests of the layers in use. From any thread."""
-        return frozenset(list(self._layers))
-
-    def fetched_of(self, digests: Iterable[str]) -> int:
-        """Return the compressed bytes that were fetched of those of these layers that are in use. From any thread."""
-        held = [self._layers.get(digest) for digest in set(digests)]
-        return sum(sum(one.layer.bytes_by_priority) for one in held if one is not None)
-
-    def layers_offline(self) -> frozenset[str]:
-        """Return the digests of the layers in use that can't be fetched again. From any thread."""
-        held = list(self._layers.items())
-        return frozenset(digest for digest, one in held if isinstance(one.layer.repository, OfflineRepository))
 
     def trees_held(self) -> frozenset[str]:
         """Return the keys of the trees in use. From any thread."""
@@ -284,7 +273,7 @@ class Images:
         async def one(number: int) -> None:
             layer = manifest.layers[number]
             wanted = Wanted(layer, config.diff_ids[number], origin, tails.get(layer.digest))
-            found[number] = await self._hold(repository, wanted, say)
+            found[number] = await self.layers.hold(repository, wanted, say)
 
         try:
             async with trio.open_nursery() as nursery:
@@ -295,64 +284,13 @@ class Images:
             while isinstance(error, BaseExceptionGroup):
                 error = error.exceptions[0]
             with trio.CancelScope(shield=True):
-                await self._drop([prepared.layer for prepared in found.values()])
+                await self.layers.drop([prepared.layer for prepared in found.values()])
             raise error from None
         except* trio.Cancelled:
             with trio.CancelScope(shield=True):
-                await self._drop([prepared.layer for prepared in found.values()])
+                await self.layers.drop([prepared.layer for prepared in found.values()])
             raise
         return [found[number] for number in range(len(manifest.layers))]
-
-    async def _hold(self, repository: Repository, wanted: Wanted, say: Callable[[str], None]) -> Prepared:
-        """Return a layer with one more user, prepared by whoever comes first."""
-        digest = wanted.descriptor.digest
-        while True:
-            prepared = self._layers.get(digest)
-            if prepared is None:
-                with self._whole.wanting(digest):
-                    prepared = await self._preparing.run(digest, partial(self._prepare, repository, wanted, say))
-                if self._layers.get(digest) is not prepared:
-                    continue  # its last user went while we waited
-            layer = prepared.layer
-            layer.users += 1
-            if layer.diff_id == wanted.diff_id and not layer.quarantine:
-                if not isinstance(repository, OfflineRepository):
-                    layer.repository, layer.origin = repository, wanted.origin
-                return prepared
-            # Somebody mounts the same blob under another diff ID: one of the two is false. The check tells which.
-            try:
-                await self.fillings.until_checked(layer)
-                if layer.quarantine:
-                    raise LayerQuarantined(digest, layer.quarantine)
-                raise LayerQuarantined(digest, f"its diff ID is {layer.diff_id}, not {wanted.diff_id}")
-            finally:
-                with trio.CancelScope(shield=True):
-                    await self._drop([layer])
-
-    async def _prepare(self, repository: Repository, wanted: Wanted, say: Callable[[str], None]) -> Prepared:
-        digest = wanted.descriptor.digest
-        alive = partial(self._whole.keep_alive, digest)
-        job = partial(self._preparer.prepare, repository, wanted, say, alive)
-        if self._preparer.is_lazy(wanted.descriptor):
-            prepared = await self._in_thread(job)
-        else:
-            prepared = await self._whole.run(repository.host, job)
-        self._layers[digest] = prepared
-        return prepared
-
-    async def _drop(self, layers: list[ServedLayer]) -> None:
-        """Give layers back, each as often as it stands in the list."""
-        for layer in layers:
-            layer.users -= 1
-            if layer.users == 0:
-                self._layers.pop(layer.digest, None)
-                self.fetched = [sum(pair) for pair in zip(self.fetched, layer.bytes_by_priority, strict=True)]
-                self.fillings.stop(layer)
-                self._memory.forget_layer(layer.number)
-                if layer.check is not None:
-                    layer.check.spool.close()
-                with trio.CancelScope(shield=True):  # or the layers behind this one would be held for good
-                    await self._in_thread(layer.store.close)
 
     # -- trust
 

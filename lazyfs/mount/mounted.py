@@ -17,9 +17,10 @@ from lazyfs.chunks.catalog import Catalog, MountRecord
 from lazyfs.config import Settings
 from lazyfs.container import mounts, sweep
 from lazyfs.errors import LazyfsError, MountPointInvalid, StoreError, UsageError
+from lazyfs.mount.chain_service import ChainService
 from lazyfs.mount.control import Say
 from lazyfs.mount.images import Images, MountedImage
-from lazyfs.mount.stock_calls import StockCalls, pull_of
+from lazyfs.mount.stock_calls import pull_of
 from lazyfs.registry.config import access as accesses
 
 log = logging.getLogger(__name__)
@@ -54,7 +55,7 @@ class Mounted:
         status: Callable[[list[Mount]], Awaitable[dict[str, Any]]],
         metrics: Callable[[list[Mount]], Awaitable[dict[str, Any]]],
         stop: Callable[[], None],
-        stock: StockCalls,
+        chains: ChainService,
     ) -> None:
         self._settings = settings
         self._images = images
@@ -63,13 +64,13 @@ class Mounted:
         self._status = status
         self._metrics = metrics
         self._stop = stop
-        self._stock = stock
+        self._chains = chains
         self._mounts: dict[str, Mount] = {}
         self._limiter = trio.CapacityLimiter(4)
         self.changed = trio.Event()  # set and renewed when the number of mounts changes
 
     def __len__(self) -> int:
-        return len(self._mounts)
+        return len(self._mounts) + len(self._chains.chains)
 
     async def handle(self, name: str, args: dict[str, Any], connection: object, say: Say) -> dict[str, Any]:
         """Answer one call. Raise LazyfsError."""
@@ -87,10 +88,13 @@ class Mounted:
                 return await self._status(self.all())
             case "metrics":
                 return await self._metrics(self.all())
+            case "set_logins":
+                self._images.node_logins.replace(args.get("logins"))
+                return {}
             case "stop":
                 self._stop()
                 return {}
-        return await self._stock.handle(name, args, say)
+        return await self._chains.calls.handle(name, args, say)
 
     def all(self) -> list[Mount]:
         """Return the mounts of this moment."""
@@ -98,7 +102,7 @@ class Mounted:
 
     def places(self) -> dict[str, list[str]]:
         """Return where images show, by the digest of their manifest. From any thread."""
-        found: dict[str, list[str]] = {}
+        found = self._chains.chains.places()
         for mount in list(self._mounts.values()):
             found.setdefault(mount.image.manifest.digest, []).append(mount.dir or "(being mounted)")
         return found

@@ -22,7 +22,7 @@ class NodeUses:
 
     def layers(self) -> frozenset[str]:
         """Return the digests of layers that a mount or a fetch has open. From any thread."""
-        return self._images.layers_held() if self._images is not None else frozenset()
+        return self._images.layers.held() if self._images is not None else frozenset()
 
     def trees(self) -> frozenset[str]:
         """Return the keys of trees that are being served. From any thread."""

@@ -88,7 +88,11 @@ class Planting:
             _make_room(self._directory)
         tables = [os.fspath(one.layer.table.path) for one in prepared]
         self._preparer.builder.run({"tree": {"tables": tables, "out": os.fspath(path)}})
-        return Tree(path), number
+        try:
+            return Tree(path), number
+        except TableInvalid:  # cleared away as nobody's, just now
+            self._preparer.builder.run({"tree": {"tables": tables, "out": os.fspath(path)}})
+            return Tree(path), number
 
 
 def _make_room(directory: Path) -> None:

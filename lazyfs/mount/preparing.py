@@ -8,9 +8,10 @@ import os
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 
 from lazyfs.child import Builder
 from lazyfs.chunks.catalog import Catalog
@@ -56,6 +57,9 @@ _SOURCE_FORMS = {
 }
 
 
+Parts = dict[int, bytes]  # blob_offset → bytes
+
+
 @dataclass(frozen=True, slots=True)
 class Prepared:
     """A layer that can be served. `reason`: why it is not lazy, empty when it is. `key` names its table's content."""
@@ -65,14 +69,25 @@ class Prepared:
     key: str
 
 
+class TooLarge(Exception):
+    """A layer that is not lazy and larger than its caller lets it be fetched whole. `reason`: why it is not lazy."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(reason)
+        self.reason = reason
+
+
 @dataclass(frozen=True, slots=True)
 class Wanted:
-    """A layer as an image names it."""
+    """A layer as an image names it, and what getting it may take."""
 
     descriptor: Descriptor
     diff_id: str
     origin: str  # the repository as the reference names it, for messages, the record and `lazy_from`
     tail: Future[bytes] | None = None  # the blob's last bytes, on their way since the manifest was there
+    parts: Parts | None = None  # ranges of the blob that hold its TOC, fetched by `Preparer.fetch_parts`
+    largest: int | None = None  # bytes of a blob that may be fetched whole; None: any
+    deadline: float | None = None  # of the requests for it
 
 
 class Preparer:
@@ -95,17 +110,59 @@ class Preparer:
         """
         tails: dict[str, Future[bytes]] = {}
         for layer in manifest.layers:
-            found = toc_source(layer, allow_unverified=self._settings.allow_unverified)
-            table = self._settings.root / "layers" / "sha256" / layer.digest[7:] / "table"
+            found = self._toc_source(layer)
             if not isinstance(found, TocSource) or found.size > _LARGE_TAIL:
                 continue
-            if layer.digest not in tails and not table.exists():
+            if layer.digest not in tails and not self.has_table(layer.digest):
                 tails[layer.digest] = pool.submit(_fetch, repository, layer.digest, found.blob_offset, found.size)
         return tails
 
     def is_lazy(self, descriptor: Descriptor) -> bool:
         """Tell whether a layer promises a TOC: one that doesn't is fetched whole. Doesn't block."""
-        return isinstance(toc_source(descriptor, allow_unverified=self._settings.allow_unverified), TocSource)
+        return isinstance(self._toc_source(descriptor), TocSource)
+
+    def _toc_source(self, descriptor: Descriptor) -> TocSource | NotLazy:
+        return toc_source(descriptor, allow_unverified=self._settings.allow_unverified)
+
+    def why_not_lazy(self, descriptor: Descriptor) -> str:
+        """Return why a layer promises no TOC; "" when it does. Doesn't block."""
+        found = self._toc_source(descriptor)
+        return found.reason if isinstance(found, NotLazy) else ""
+
+    # -- step by step, for callers who want to know early whether a layer can be lazy
+
+    def has_table(self, digest: str) -> bool:
+        """Tell whether there is a table of a layer, whatever it was made from. Blocking (local disk)."""
+        return self._store.table_path(digest).exists()
+
+    def knows(self, wanted: Wanted) -> bool:
+        """Tell whether `prepare` needs no request. Blocking (local disk).
+
+        Raise what `prepare` raises of false claims.
+        """
+        digest = wanted.descriptor.digest
+        known = self._store.source(digest)
+        if known is None or not self.has_table(digest):
+            return False
+        return self._usable(known, wanted, self._toc_source(wanted.descriptor))
+
+    def fetch_parts(self, repository: Repository, descriptor: Descriptor, deadline: float) -> Parts | str:
+        """Fetch what holds a layer's TOC and hold the TOC against its digest; a text says why it can't be lazy.
+
+        Blocking: one request, or two where the TOC is large. {}: it is too large to be fetched ahead of its turn.
+        Raise RegistryError, DigestMismatch or StoreError.
+        """
+        found = self._toc_source(descriptor)
+        if isinstance(found, NotLazy):
+            return found.reason
+        if found.size > _LARGE_TAIL:
+            return {}
+        parts: Parts = {}
+        try:
+            toc = _read_parts(repository, found, parts, deadline)
+        except FormatError as error:
+            return error.message
+        return toc.reason if isinstance(toc, NotLazy) else parts
 
     def prepare(
         self,
@@ -117,10 +174,11 @@ class Preparer:
         """Return the layer, from what the store has or from the registry. Blocking: one request where it is lazy.
 
         `alive` is called often while a layer is fetched whole; what it raises ends that. Raise LayerQuarantined,
-        DiffIdMismatch, RegistryError, TrustError, FormatError or StoreError.
+        DiffIdMismatch, RegistryError, TrustError, FormatError or StoreError, and TooLarge because of
+        `wanted.largest`.
         """
         digest = wanted.descriptor.digest
-        found = toc_source(wanted.descriptor, allow_unverified=self._settings.allow_unverified)
+        found = self._toc_source(wanted.descriptor)
         known = self._store.source(digest)
         table = self._table(digest) if known is not None and self._usable(known, wanted, found) else None
         tail, whole = b"", 0
@@ -167,7 +225,7 @@ class Preparer:
         say: Callable[[str], None],
         alive: Callable[[], None],
     ) -> tuple[LayerSource, LayerTable, bytes]:
-        reason = ""
+        reason = found.reason if isinstance(found, NotLazy) else ""
         if isinstance(found, TocSource):
             try:
                 made = self._make_lazy(repository, wanted, found)
@@ -178,29 +236,19 @@ class Preparer:
                 return made
             reason = made.reason
             log.warning("layer %s is not lazy: %s", wanted.descriptor.digest, reason)
-        return self._make_plain(repository, wanted, say, alive, reason)
+        if wanted.largest is not None and wanted.descriptor.size > wanted.largest:
+            raise TooLarge(reason)
+        return self._make_plain(repository, wanted, say, alive, reason if isinstance(found, TocSource) else "")
 
     def _make_lazy(
         self, repository: Repository, wanted: Wanted, found: TocSource
     ) -> tuple[LayerSource, LayerTable, bytes] | NotLazy:
         digest = wanted.descriptor.digest
-        parts: dict[int, bytes] = {}
-
-        early = wanted.tail
-
-        def fetch(blob_offset: int, size: int) -> bytes:
-            nonlocal early
-            if early is not None and (blob_offset, size) == (found.blob_offset, found.size):
-                parts[blob_offset], early = early.result(), None  # once: it may be what was wrong
-            else:
-                parts[blob_offset] = _fetch(repository, digest, blob_offset, size)
-            return parts[blob_offset]
-
-        def read() -> Toc | NotLazy:
-            parts.clear()
-            return read_toc(found, fetch)
-
-        toc = read_again(repository, digest, read, (DigestMismatch, FormatError))
+        parts: Parts = {}
+        early = dict(wanted.parts or {})
+        if wanted.tail is not None and not early:
+            early[found.blob_offset] = wanted.tail.result()
+        toc = _read_parts(repository, found, parts, wanted.deadline, early)
         if isinstance(toc, NotLazy):
             return toc
         directory = self._store.path(digest)
@@ -212,8 +260,12 @@ class Preparer:
             "blob_size": wanted.descriptor.size,
             "payload_end": toc.payload_end,
         }
-        with self._large if len(toc.raw) > _LARGE_TOC else nullcontext():
-            self.builder.run({"tables": [job]})
+        try:
+            with self._large if len(toc.raw) > _LARGE_TOC else nullcontext():
+                self.builder.run({"tables": [job]})
+        except FormatError:
+            _discard(directory)
+            raise
         source = LayerSource(wanted.descriptor, _SOURCE_FORMS[toc.form], wanted.origin, wanted.diff_id)
         self._store.set_source(digest, source)
         tail = b"".join(parts[at] for at in sorted(parts))
@@ -230,8 +282,12 @@ class Preparer:
         reason: str,
     ) -> tuple[LayerSource, LayerTable, bytes]:
         digest = wanted.descriptor.digest
-        layer = self._plain_job(wanted.descriptor, wanted.diff_id)
-        self.unpacking.unpack(repository, layer, say, alive)
+        layer = dataclasses.replace(self._plain_job(wanted.descriptor, wanted.diff_id), deadline=wanted.deadline)
+        try:
+            self.unpacking.unpack(repository, layer, say, alive)
+        except BaseException:
+            _discard(layer.table.parent)
+            raise
         table = LayerTable(layer.table)
         source = LayerSource(wanted.descriptor, "plain", wanted.origin, wanted.diff_id, verified=True, reason=reason)
         self._store.set_source(digest, source)
@@ -320,8 +376,36 @@ class Preparer:
             self._store.set_source(served.digest, dataclasses.replace(known, verified=verified, quarantine=quarantine))
 
 
-def _fetch(repository: Repository, digest: str, blob_offset: int, size: int) -> bytes:
-    with repository.fetch(digest, blob_offset, size) as stream:
+def _read_parts(
+    repository: Repository, found: TocSource, parts: Parts, deadline: float | None, early: Parts | None = None
+) -> Toc | NotLazy:
+    """Read a TOC, and leave in `parts` the ranges that it took. `early` has ranges that came before."""
+    ahead = dict(early or {})
+
+    def fetch(blob_offset: int, size: int) -> bytes:
+        data = ahead.pop(blob_offset, b"")  # once: it may be what was wrong
+        if len(data) != size:
+            data = _fetch(repository, found.blob_digest, blob_offset, size, deadline)
+        parts[blob_offset] = data
+        return data
+
+    def read() -> Toc | NotLazy:
+        parts.clear()
+        return read_toc(found, fetch)
+
+    return read_again(repository, found.blob_digest, read, (DigestMismatch, FormatError))
+
+
+def _discard(directory: Path) -> None:
+    """Leave nothing of a layer that could not be made: what has no chunks would pass for one being fetched."""
+    if not (directory / "table").exists():
+        with suppress(OSError):
+            (directory / "toc").unlink(missing_ok=True)
+            directory.rmdir()  # it stays where another process is at work in it
+
+
+def _fetch(repository: Repository, digest: str, blob_offset: int, size: int, deadline: float | None = None) -> bytes:
+    with repository.fetch(digest, blob_offset, size, deadline=deadline) as stream:
         return read_exactly(stream, size)
 
 

@@ -73,9 +73,9 @@ class Resolver:
         10 s. Raise what the registry raised when there is none, ManifestMissing when it must not be asked.
         """
         name = str(reference)
-        known = self._known(reference, platform)
+        known = self.known(reference, platform)
         if known is not None and (reference.digest or pull in (Pull.MISSING, Pull.NEVER)):
-            self._note_use(name, platform, known)
+            self.note_use(name, platform, known)
             return self._with_config(repository, known, platform, known=True)
         if pull is Pull.NEVER:
             raise ManifestMissing(
@@ -83,7 +83,7 @@ class Resolver:
             )
         if known is None or pull is Pull.ALWAYS:
             image = resolve_image(repository, reference, platform, deadline=time.monotonic() + _PATIENCE)
-            self._remember(name, platform, image)
+            self.remember(name, platform, image)
             return self._with_config(repository, image.manifest, platform)
         return self._newer(repository, reference, platform, known)
 
@@ -99,9 +99,9 @@ class Resolver:
                 raise
             log.warning("using the last digest of %s: %s", name, error)
             asked.add_done_callback(lambda late: self._remember_late(name, platform, late))
-            self._note_use(name, platform, known)
+            self.note_use(name, platform, known)
             return self._with_config(repository, known, platform, error.message, known=True)
-        self._remember(name, platform, image)
+        self.remember(name, platform, image)
         return self._with_config(repository, image.manifest, platform, known=image.digest == known.digest)
 
     def _answer(self, asked: Future[ResolvedImage], known: Manifest, deadline: float) -> ResolvedImage:
@@ -121,11 +121,12 @@ class Resolver:
     def _remember_late(self, name: str, platform: str, asked: Future[ResolvedImage]) -> None:
         """Keep an answer that came too late for this mount: the next one is to have it."""
         if not asked.cancelled() and asked.exception() is None:
-            self._remember(name, platform, asked.result())
+            self.remember(name, platform, asked.result())
 
     # -- what the node knows
 
-    def _known(self, reference: Reference, platform: str) -> Manifest | None:
+    def known(self, reference: Reference, platform: str) -> Manifest | None:
+        """Return the manifest that a reference leads to, as far as this node remembers. Blocking (local disk)."""
         try:
             digest = reference.digest
             if not digest:
@@ -139,7 +140,8 @@ class Resolver:
             log.warning("what is known of %s can't be read: %s", reference, error)
             return None
 
-    def _note_use(self, name: str, platform: str, manifest: Manifest) -> None:
+    def note_use(self, name: str, platform: str, manifest: Manifest) -> None:
+        """Note that an image is used under a name. Blocking (local disk); never raises."""
         try:
             if self._catalog.last_digest(name, platform) is None:
                 self._catalog.remember_reference(name, platform, manifest.digest)
@@ -148,7 +150,8 @@ class Resolver:
         except StoreError as error:
             log.warning("the use of %s is not noted: %s", name, error)
 
-    def _remember(self, name: str, platform: str, image: ResolvedImage) -> None:
+    def remember(self, name: str, platform: str, image: ResolvedImage) -> None:
+        """Keep an image's documents, and what led to them. Blocking (local disk); never raises."""
         try:
             if image.index is not None:
                 self._catalog.put_document(image.index.raw)

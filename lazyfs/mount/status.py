@@ -20,7 +20,9 @@ from lazyfs.chunks.schedule import Priority, Scheduler
 from lazyfs.chunks.store import Store
 from lazyfs.config import Settings
 from lazyfs.errors import LazyfsError
+from lazyfs.mount.chains import Chain
 from lazyfs.mount.forest import Forest
+from lazyfs.mount.images import LayerFacts
 from lazyfs.mount.mounted import Mount
 from lazyfs.mount.operations import Operations
 from lazyfs.mount.session import Session
@@ -100,6 +102,7 @@ class StatusReport:
         self._requests = requests
         self._health = health
         self._gone = gone
+        self.chains: Callable[[], list[Chain]] = list  # those that are shown; set by the daemon
         self._began = time.monotonic()
 
     async def report(self, mounts: list[Mount]) -> dict[str, Any]:
@@ -108,7 +111,9 @@ class StatusReport:
         counters["daemon"]["memory"] = anonymous_memory()
         pins = await trio.to_thread.run_sync(self._store.catalog.pins)
         pinned = {pin.image for pin in pins}
-        shown = [{**self._mount(mount), "pinned": mount.image.manifest.digest in pinned} for mount in mounts]
+        shown = [*map(self._mount, mounts), *map(self._chain, self.chains())]
+        for each in shown:
+            each["pinned"] = each["manifest_digest"] in pinned
         return {**counters, "mounts": shown, "pins": [asdict(pin) for pin in pins]}
 
     def layers(self) -> list[ServedLayer]:
@@ -169,36 +174,49 @@ class StatusReport:
         }
 
     def _mount(self, mount: Mount) -> dict[str, Any]:
-        layers = []
-        fetched = 0
-        for fact in {fact.layer.digest: fact for fact in mount.image.layers}.values():
-            layer = fact.layer
-            got = layer.descriptor.size if layer.is_plain else sum(layer.bytes_by_priority)
-            fetched += min(got, layer.descriptor.size)
-            layers.append(
-                {
-                    "digest": layer.digest,
-                    "size": layer.descriptor.size,
-                    "lazy": fact.lazy,
-                    "reason": fact.reason,
-                    "present": layer.store.present_bytes,
-                    "complete": layer.store.complete,
-                    "verified": layer.verified,
-                    "quarantine": layer.quarantine,
-                    "bytes": dict(zip(("demand", "prefetch", "background"), layer.bytes_by_priority, strict=True)),
-                    "dropped_xattrs": layer.table.dropped_xattrs,
-                }
-            )
         return {
             "mount": mount.id,
             "image": mount.name,
             "manifest_digest": mount.image.manifest.digest,
             "dir": mount.dir,
             "kind": mount.kind,
-            "size": mount.image.size,
-            "share": round(fetched / mount.image.size, 4) if mount.image.size else 0.0,
-            "layers": layers,
+            **_filled(mount.image.layers, mount.image.size),
         }
+
+    def _chain(self, chain: Chain) -> dict[str, Any]:
+        return {
+            "mount": chain.id,
+            "image": chain.image,
+            "manifest_digest": chain.manifest_digest,
+            "dir": chain.path,
+            "kind": "chain",
+            **_filled(chain.layers, chain.size),
+        }
+
+
+def _filled(facts: tuple[LayerFacts, ...], size: int) -> dict[str, Any]:
+    """Return what is here of layers whose blobs have `size` bytes together."""
+    layers = []
+    fetched = 0
+    for fact in {fact.layer.digest: fact for fact in facts}.values():
+        layer = fact.layer
+        got = layer.descriptor.size if layer.is_plain else sum(layer.bytes_by_priority)
+        fetched += min(got, layer.descriptor.size)
+        layers.append(
+            {
+                "digest": layer.digest,
+                "size": layer.descriptor.size,
+                "lazy": fact.lazy,
+                "reason": fact.reason,
+                "present": layer.store.present_bytes,
+                "complete": layer.store.complete,
+                "verified": layer.verified,
+                "quarantine": layer.quarantine,
+                "bytes": dict(zip(("demand", "prefetch", "background"), layer.bytes_by_priority, strict=True)),
+                "dropped_xattrs": layer.table.dropped_xattrs,
+            }
+        )
+    return {"size": size, "share": round(fetched / size, 4) if size else 0.0, "layers": layers}
 
 
 def anonymous_memory() -> int:

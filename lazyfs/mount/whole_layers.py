@@ -48,13 +48,17 @@ class WholeLayers:
         found: list[T] = []
         failed: list[Exception] = []
         with self._scheduler.mount_waits(host):
-            async with trio.open_nursery() as nursery:
-                nursery.start_soon(self._watch, host)
-                try:
-                    found.append(await trio.to_thread.run_sync(job, limiter=self._limiter))
-                except Exception as error:  # raised below, or it would come out as a group
-                    failed.append(error)
-                nursery.cancel_scope.cancel()
+            try:
+                async with trio.open_nursery() as nursery:
+                    nursery.start_soon(self._watch, host)
+                    try:
+                        found.append(await trio.to_thread.run_sync(job, limiter=self._limiter))
+                    except Exception as error:  # raised below, or it would come out as a group
+                        failed.append(error)
+                    nursery.cancel_scope.cancel()
+            except* trio.Cancelled:
+                if not found:  # else it is there, and open: whoever asked has to give it back
+                    raise
         if failed:
             raise failed[0]
         return found[0]

@@ -21,7 +21,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from lazyfs.container import mounts
 from tests.helpers import real
@@ -111,13 +111,13 @@ class Node:
     def words(self, *words: str | Path) -> list[str]:
         return [*self.prefix, sys.executable, "-m", "lazyfs", *map(str, words)]
 
-    def spawn(self, words: list[str]) -> subprocess.Popen[bytes]:
-        """Start a program in this node's environment, away from the mounts."""
+    def spawn(self, words: list[str], out: IO[bytes] | int = subprocess.PIPE) -> subprocess.Popen[bytes]:
+        """Start a program in this node's environment, away from the mounts; `out` gets what it says."""
         return subprocess.Popen(
             words,
             stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
+            stdout=out,
+            stderr=out,
             env=self.environment,
             cwd="/",
         )

@@ -1,0 +1,64 @@
+"""Puts the parts together that show chains to a snapshotter."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import trio
+
+from lazyfs.chunks.census import Census
+from lazyfs.chunks.clear import Clearing
+from lazyfs.config import Settings
+from lazyfs.mount.apart import Apart, Links
+from lazyfs.mount.chain_calls import ChainCalls, Next
+from lazyfs.mount.chain_documents import ChainDocuments
+from lazyfs.mount.chain_layers import ChainLayers
+from lazyfs.mount.chain_resolving import ChainResolver
+from lazyfs.mount.chains import Chains
+from lazyfs.mount.donors import Donors
+from lazyfs.mount.forest import Forest, Planted
+from lazyfs.mount.images import Images
+from lazyfs.mount.keeping import Keeping
+from lazyfs.mount.preparing import Preparer
+from lazyfs.mount.resolving import Pull
+from lazyfs.reference import Reference
+from lazyfs.registry.config.access import Access
+from lazyfs.registry.repository import Repository
+
+
+@dataclass(frozen=True, slots=True)
+class ChainService:
+    """What the daemon needs of it: the calls, the chains that are shown, and the layers kept for those to come."""
+
+    calls: ChainCalls
+    chains: Chains
+    keeping: Keeping
+
+
+def serve_chains(
+    settings: Settings,
+    images: Images,
+    preparer: Preparer,
+    forest: Forest,
+    census: Census,
+    donors: Donors,
+    nursery: trio.Nursery,
+    path_of: Callable[[Planted], str],
+    rest: Next,
+) -> ChainService:
+    """Return the service; `rest` answers the calls that are none of its own. `path_of` may refuse with UsageError."""
+    apart, links = Apart(nursery), Links()
+    keeping = Keeping(images.layers)
+    layers = ChainLayers(images.layers, images.fillings, preparer, apart, links)
+    documents = ChainDocuments(census.catalog, images.resolver, links)
+    chains = Chains(layers, keeping, images.planting, forest, apart, path_of)
+    clearing = Clearing(census, release=donors.close)
+
+    def open_repository(reference: Reference, access: Access | None) -> Repository:
+        pull = Pull.NEVER if settings.offline else Pull.NEWER
+        return images.open(reference, None, pull, access, images.on_hop)
+
+    resolver = ChainResolver(documents, layers, keeping)
+    calls = ChainCalls(open_repository, resolver, chains, keeping, census.store, clearing, rest)
+    return ChainService(calls, chains, keeping)

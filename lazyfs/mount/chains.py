@@ -1,0 +1,175 @@
+"""Chains that are shown: the trees of exactly these layers, held until they are let go, whoever asked for them."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import trio
+
+from lazyfs.errors import LazyfsError, RegistryTimeout
+from lazyfs.mount.apart import Apart
+from lazyfs.mount.chain_layers import ChainLayers, ChainSource
+from lazyfs.mount.forest import SHIFT, Attributes, Forest, Planted
+from lazyfs.mount.images import LayerFacts
+from lazyfs.mount.keeping import Keeping
+from lazyfs.mount.planting import Planting
+from lazyfs.mount.preparing import Prepared
+from lazyfs.oci import Descriptor
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class ChainLayer:
+    """A layer that a chain is to have."""
+
+    descriptor: Descriptor
+    diff_id: str
+
+
+@dataclass(eq=False, slots=True)
+class Chain:
+    """A chain that is shown. `image` and `manifest_digest` are those of the last one who asked for it."""
+
+    id: str
+    image: str
+    manifest_digest: str
+    path: str
+    planted: Planted
+    layers: tuple[LayerFacts, ...]  # base first
+
+    @property
+    def digests(self) -> list[str]:
+        """Blob digests, base first."""
+        return [fact.layer.digest for fact in self.layers]
+
+    @property
+    def size(self) -> int:
+        """Bytes of all layer blobs, each counted once."""
+        return sum({fact.layer.digest: fact.layer.descriptor.size for fact in self.layers}.values())
+
+
+class Chains:
+    """The chains of a node. Belongs to one trio loop."""
+
+    def __init__(
+        self,
+        layers: ChainLayers,
+        keeping: Keeping,
+        planting: Planting,
+        forest: Forest,
+        apart: Apart,
+        path_of: Callable[[Planted], str],
+    ) -> None:
+        self._layers = layers
+        self._keeping = keeping
+        self._planting = planting
+        self._forest = forest
+        self._apart = apart
+        self._path_of = path_of
+        self._chains: dict[str, Chain] = {}
+
+    def __len__(self) -> int:
+        return len(self._chains)
+
+    def all(self) -> list[Chain]:
+        """Return the chains that are shown. From any thread."""
+        return list(self._chains.values())
+
+    def places(self) -> dict[str, list[str]]:
+        """Return where images show as chains, by the digest of their manifest. From any thread."""
+        found: dict[str, list[str]] = {}
+        for chain in self.all():
+            found.setdefault(chain.manifest_digest, []).append(chain.path)
+        return found
+
+    async def mount(self, source: ChainSource, manifest_digest: str, layers: list[ChainLayer]) -> Chain:
+        """Show the tree of these layers, base first, and hold it until `unmount`. A checkpoint, until the deadline.
+
+        Raise RegistryTimeout when that passes, else as `Layers.hold` and `ChainLayers.await_trust`.
+        """
+        with trio.move_on_after(max(0.0, source.deadline - time.monotonic())) as scope:
+            prepared = await self._hold_all(source, layers)
+            planted = await self._plant(source, prepared)
+            facts = tuple(LayerFacts(one.layer, not one.reason, one.reason) for one in prepared)
+            chain = Chain(
+                planted.name.decode(), str(source.reference), manifest_digest, self._path_of(planted), planted, facts
+            )
+            return await self._record(chain)
+        assert scope.cancelled_caught
+        host = source.reference.host
+        raise RegistryTimeout(host, f"the layers of {source.reference} could not be shown in time", hint="try again")
+
+    async def unmount(self, chain_id: str) -> None:
+        """Let a chain go; readers of it get errors. One that isn't there is no error. A checkpoint."""
+        chain = self._chains.pop(chain_id, None)
+        if chain is not None:
+            log.info("chain let go: chain=%s image=%s", chain.id[:12], chain.image)
+            with trio.CancelScope(shield=True):
+                await self._planting.release(chain.planted)
+
+    def root(self, chain: Chain) -> Attributes:
+        """Return the attributes of a chain's root directory."""
+        return self._forest.attributes(chain.planted.number << SHIFT)
+
+    async def _record(self, chain: Chain) -> Chain:
+        known = self._chains.get(chain.id)
+        if known is None:
+            self._chains[chain.id] = known = chain
+            log.info("chain shown: chain=%s image=%s layers=%d", chain.id[:12], chain.image, len(chain.layers))
+        else:
+            known.image, known.manifest_digest = chain.image, chain.manifest_digest
+        with trio.CancelScope(shield=True):
+            if known is not chain:
+                await self._planting.release(chain.planted)
+            await self._keeping.release(chain.digests)
+        return known
+
+    async def _hold_all(self, source: ChainSource, layers: list[ChainLayer]) -> list[Prepared]:
+        """Hold all layers, side by side, each once it may be used; or none."""
+        found: dict[int, Prepared] = {}
+
+        async def one(number: int, layer: ChainLayer) -> None:
+            async def diff_id() -> str:
+                return layer.diff_id
+
+            found[number] = await self._layers.hold(source, layer.descriptor, diff_id)
+            await self._layers.await_trust(source, found[number])
+
+        try:
+            async with trio.open_nursery() as nursery:
+                for number, layer in enumerate(layers):
+                    nursery.start_soon(one, number, layer)
+        except BaseException as error:
+            with trio.CancelScope(shield=True):
+                for prepared in found.values():
+                    await self._layers.drop(prepared)
+            if isinstance(error, BaseExceptionGroup):
+                failed, rest = error.split(LazyfsError)
+                if failed is not None and (rest is None or rest.split(trio.Cancelled)[1] is None):
+                    raise _leaf(failed) from None
+            raise
+        return [found[number] for number in range(len(layers))]
+
+    async def _plant(self, source: ChainSource, prepared: list[Prepared]) -> Planted:
+        async def plant() -> Planted:
+            try:
+                return await self._planting.plant(prepared)
+            except BaseException:
+                with trio.CancelScope(shield=True):
+                    for one in prepared:
+                        await self._layers.drop(one)
+                raise
+
+        return await self._apart.run(plant, self._planting.release)
+
+
+def _leaf(group: BaseExceptionGroup[LazyfsError]) -> LazyfsError:
+    error: BaseException = group
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    assert isinstance(error, LazyfsError)
+    return error

@@ -1,0 +1,156 @@
+"""Layers in use: prepared by whoever comes first, shared, and given back by the last one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from functools import partial
+from typing import TypeVar
+
+import trio
+
+from lazyfs.chunks.layer import ServedLayer
+from lazyfs.chunks.memory import MemoryCache
+from lazyfs.chunks.schedule import Priority
+from lazyfs.chunks.single_flight import SingleFlight
+from lazyfs.errors import LayerQuarantined, RegistryError
+from lazyfs.mount.filling import Fillings
+from lazyfs.mount.preparing import Prepared, Preparer, TooLarge, Wanted
+from lazyfs.mount.whole_layers import WholeLayers
+from lazyfs.registry.offline import OfflineRepository
+from lazyfs.registry.repository import Repository
+
+T = TypeVar("T")
+
+
+class Layers:
+    """The layers that trees, calls and fetches hold. Belongs to one trio loop; network and disk are left to threads."""
+
+    def __init__(
+        self,
+        preparer: Preparer,
+        fillings: Fillings,
+        memory: MemoryCache,
+        whole: WholeLayers,
+        limiter: trio.CapacityLimiter,
+    ) -> None:
+        self._preparer = preparer
+        self._fillings = fillings
+        self._memory = memory
+        self._whole = whole
+        self._limiter = limiter
+        self._held: dict[str, Prepared] = {}
+        self._preparing: SingleFlight[str, Prepared] = SingleFlight()
+        self._bounds: dict[
+            str, tuple[object, ...]
+        ] = {}  # of the layers being prepared: from where, how long, how large
+        self.fetched = [0 for _ in Priority]  # compressed bytes of layers that have gone
+
+    # -- what is held; from any thread
+
+    def held(self) -> frozenset[str]:
+        """Return the digests of the layers in use."""
+        return frozenset(list(self._held))
+
+    def fetched_of(self, digests: Iterable[str]) -> int:
+        """Return the compressed bytes that were fetched of those of these layers that are in use."""
+        held = [self._held.get(digest) for digest in set(digests)]
+        return sum(sum(one.layer.bytes_by_priority) for one in held if one is not None)
+
+    def offline(self) -> frozenset[str]:
+        """Return the digests of the layers in use that can't be fetched again."""
+        held = list(self._held.items())
+        return frozenset(digest for digest, one in held if isinstance(one.layer.repository, OfflineRepository))
+
+    def is_held(self, digest: str) -> bool:
+        """Tell whether a layer is in use."""
+        return digest in self._held
+
+    # -- holding
+
+    async def hold(
+        self,
+        repository: Repository,
+        wanted: Wanted,
+        say: Callable[[str], None] = lambda text: None,
+        limiter: trio.CapacityLimiter | None = None,
+    ) -> Prepared:
+        """Return a layer with one more user, prepared by whoever comes first. A checkpoint.
+
+        `limiter`: whose threads prepare a layer that has a TOC. Raise as `Preparer.prepare`. Each call is paired with
+        one layer given to `drop`.
+        """
+        digest = wanted.descriptor.digest
+        while True:
+            prepared = self._held.get(digest)
+            if prepared is None:
+                prepared = await self._prepared(repository, wanted, say, limiter or self._limiter)
+                if prepared is None or self._held.get(digest) is not prepared:
+                    continue  # its last user went while we waited
+            layer = prepared.layer
+            layer.users += 1
+            if layer.diff_id == wanted.diff_id and not layer.quarantine:
+                if not isinstance(repository, OfflineRepository):
+                    layer.repository, layer.origin = repository, wanted.origin
+                return prepared
+            # Somebody mounts the same blob under another diff ID: one of the two is false. The check tells which.
+            try:
+                if layer.check is not None:
+                    self._fillings.start(layer)  # nothing checks a layer that no tree shows yet
+                await self._fillings.until_checked(layer)
+                if layer.quarantine:
+                    raise LayerQuarantined(digest, layer.quarantine)
+                raise LayerQuarantined(digest, f"its diff ID is {layer.diff_id}, not {wanted.diff_id}")
+            finally:
+                with trio.CancelScope(shield=True):
+                    await self.drop([layer])
+
+    async def _prepared(
+        self, repository: Repository, wanted: Wanted, say: Callable[[str], None], limiter: trio.CapacityLimiter
+    ) -> Prepared | None:
+        """Prepare a layer, or wait for whoever does. None: that one failed of its own bounds, which are not ours."""
+        digest = wanted.descriptor.digest
+        ours = (repository.host, wanted.largest, wanted.deadline)
+        theirs = self._bounds.get(digest, ours)
+        try:
+            with self._whole.wanting(digest):
+                return await self._preparing.run(digest, partial(self._prepare, repository, wanted, say, limiter, ours))
+        except (TooLarge, RegistryError):
+            if theirs == ours:
+                raise
+            return None
+
+    async def _prepare(
+        self,
+        repository: Repository,
+        wanted: Wanted,
+        say: Callable[[str], None],
+        limiter: trio.CapacityLimiter,
+        bounds: tuple[object, ...],
+    ) -> Prepared:
+        digest = wanted.descriptor.digest
+        alive = partial(self._whole.keep_alive, digest)
+        job = partial(self._preparer.prepare, repository, wanted, say, alive)
+        self._bounds[digest] = bounds
+        try:
+            if self._preparer.is_lazy(wanted.descriptor):
+                prepared = await trio.to_thread.run_sync(job, limiter=limiter)
+            else:
+                prepared = await self._whole.run(repository.host, job)
+        finally:
+            del self._bounds[digest]
+        self._held[digest] = prepared
+        return prepared
+
+    async def drop(self, layers: Iterable[ServedLayer]) -> None:
+        """Give layers back, each as often as it stands in the list. A checkpoint where one goes."""
+        for layer in layers:
+            layer.users -= 1
+            if layer.users == 0:
+                self._held.pop(layer.digest, None)
+                self.fetched = [sum(pair) for pair in zip(self.fetched, layer.bytes_by_priority, strict=True)]
+                self._fillings.stop(layer)
+                self._memory.forget_layer(layer.number)
+                if layer.check is not None:
+                    layer.check.spool.close()
+                with trio.CancelScope(shield=True):  # or the layers behind this one would be held for good
+                    await trio.to_thread.run_sync(layer.store.close, limiter=self._limiter)
