@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import random
 import re
 import subprocess
 import sys
@@ -28,7 +29,7 @@ from tests.helpers.trees import TOC_FILES, Node, compare, snapshot
 
 FORMS = ("zstd-chunked", "estargz", "podman")
 NOT_TOLD = {"uid", "gid", "mtime_ns"}  # by podman 4.3, of what it pulls in parts
-BIG = bytes(range(251)) * 12_000
+BIG = random.Random(4).randbytes(3_000_000)  # does not compress: what is moved of it shows
 
 
 def odd_layer() -> bytes:
@@ -62,13 +63,21 @@ def convert(source: str, destination: str, form: str, *more: str) -> None:
 
 @dataclass(frozen=True)
 class Store:
-    """containers/storage in a directory of its own, for podman, buildah and skopeo alike."""
+    """containers/storage in a directory of its own, for podman, buildah and skopeo alike.
+
+    `partial`: layers are pulled in parts. Go's collector is off for such pulls: podman 4.3 drops a file that it has
+    written before it sets the owner, times and mode through the descriptor. When the collector comes in between, the
+    descriptor is closed ("bad file descriptor"), and podman silently pulls the whole layer.
+    """
 
     directory: Path
+    partial: bool
 
     def call(self, program: str, *words: str) -> str:
         """Run a program on this store."""
         environment = {**os.environ, "CONTAINERS_STORAGE_CONF": str(self.directory / "storage.conf")}
+        if self.partial:
+            environment["GOGC"] = "off"
         done = subprocess.run(
             [real.tool(program), *words], env=environment, capture_output=True, text=True, timeout=300, check=False
         )
@@ -98,9 +107,14 @@ def storage(directory: Path, *, partial: bool) -> Iterator[Store]:
         f"[storage.options]\npull_options = {told}\n"
     )
     try:
-        yield Store(directory)
+        yield Store(directory, partial)
     finally:
         real.unmount_below(directory)
+
+
+def fetched(said: str) -> list[str]:
+    """What podman said of how it got each layer: in parts, whole and why, or not at all."""
+    return re.findall(r'msg="((?:Retrieved partial|Failed to retrieve partial|Skipping) blob.*)"$', said, re.M)
 
 
 @dataclass(frozen=True)
@@ -177,8 +191,8 @@ def test_programs_of_containers_storage_unpack_the_same_tree(made: Made, program
 def test_forms_that_are_not_podmans_are_pulled_whole_by_it(made: Made, form: str, tmp_path: Path) -> None:
     image = f"{made.registry.host}/odd:{form}"
     with storage(tmp_path / "store", partial=True) as store, storage(tmp_path / "other", partial=False) as other:
-        said = store.pull("podman", image)
-        assert "Failed to retrieve partial blob" in said and "Retrieved partial blob" not in said
+        said = fetched(store.pull("podman", image))
+        assert said and all(line.startswith("Failed to retrieve partial blob") for line in said), said
         other.pull("podman", f"{made.registry.host}/odd:source")
         assert differences(other.tree(f"{made.registry.host}/odd:source"), store.tree(image)) == []
 
@@ -186,8 +200,9 @@ def test_forms_that_are_not_podmans_are_pulled_whole_by_it(made: Made, form: str
 def test_podman_moves_only_what_changed(made: Made, tmp_path: Path) -> None:
     one, two = (f"{made.registry.host}/{name}:podman" for name in ("one", "two"))
     with storage(tmp_path / "store", partial=True) as store, storage(tmp_path / "other", partial=False) as other:
-        assert "Retrieved partial blob" in store.pull("podman", one)
-        assert "Retrieved partial blob" in store.pull("podman", two)
+        for image in (one, two):
+            said = fetched(store.pull("podman", image))
+            assert [line.partition(" sha256:")[0] for line in said] == ["Retrieved partial blob"], said
         for image in (one, two):
             other.pull("podman", image)
             found = differences(other.tree(image), store.tree(image), without=NOT_TOLD)
@@ -195,9 +210,10 @@ def test_podman_moves_only_what_changed(made: Made, tmp_path: Path) -> None:
     raw = real.call("skopeo", "inspect", "--raw", "--tls-verify=false", f"docker://{two}")
     layer = oci.parse_manifest(raw.encode(), oci.OCI_MANIFEST).layers[0]
     toc_size = int(layer.annotations[oci.GITHUB_ZSTD_POSITION].split(":")[1])
-    moved = made.moved("two")[:-2]  # the last two are the other store's: config and layer
-    # The config, the TOC, and then one chunk of 256 KiB and a word, compressed: of 3 MB that hardly compress.
-    assert toc_size in moved and sum(moved) - toc_size < 60_000 < layer.size
+    moved = made.moved("two")
+    moved.remove(layer.size)  # by the other store
+    # The configs, the TOC, and then one chunk of 256 KiB and a word: of 3 MB.
+    assert toc_size in moved and sum(moved) - toc_size < 300_000 < layer.size / 10, moved
 
 
 @pytest.mark.parametrize("form", ["estargz", "prefetch"])
