@@ -1,0 +1,157 @@
+"""What does containerd wait for when a lazy image is pulled: Prepare of its layers, and of a container on them?
+
+    python -m perf.prepare [--latency-ms 50] [--layers 1 10] [--runs 5]
+
+A registry in this process answers each request after a fixed time. A client speaks to lazyfs-snapshotter's socket as
+containerd does while it pulls: Prepare for each layer from the base up, until ALREADY_EXISTS, then Prepare of a
+container's snapshot. Fresh store for each run; the daemon runs already, as on a node. Exits with 1 when Prepare takes
+50 ms or more beyond its round trips, or ten layers cost more round trips in sequence than one. Method: perf/README.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import grpc
+
+from lazyfs import oci
+from perf import lazy_image, machine
+from perf.roundtrips import longest_chain, serve, small_tar
+from perf.start import lazyfs_env, scratch
+from tests.helpers import real
+from tests.helpers.daemon import until
+from tests.helpers.fake_registry import FakeRegistry
+from tests.helpers.snapshotter import Client, Refused
+
+PROMISED = 0.050  # seconds beyond the round trips
+_PREFIX = "containerd.io/snapshot/cri."
+
+
+@dataclass(frozen=True, slots=True)
+class Pulled:
+    """One pull. Seconds: the first Prepare, all of them, the container's; and requests one after another."""
+
+    first: float
+    layers: float
+    container: float
+    in_sequence: int
+
+
+@contextmanager
+def node(directory: Path, name: str) -> Iterator[Client]:
+    """Start a snapshotter with a store of its own, wait for its daemon, and yield a client of its socket."""
+    root, run = directory / name, directory / f"{name}.run"
+    words = [sys.executable, "-m", "snapshotter.server", "--root", str(root), "--run", str(run)]
+    with (directory / f"{name}.log").open("wb") as log:
+        process = subprocess.Popen(
+            words, stdout=log, stderr=log, env=lazyfs_env(directory) | {"LAZYFS_BACKGROUND": "0"}
+        )
+    text = directory / f"{name}.log"
+    client = None
+    try:
+        until(lambda: b"connected to lazyfsd" in text.read_bytes(), "the snapshotter has its daemon")
+        client = Client(run / "snapshotter" / "snapshotter.sock")
+        client.list()
+        yield client
+    finally:
+        if client is not None:
+            client.close()
+        process.terminate()
+        process.wait(30)
+        real.end_below(root)
+        real.unmount_below(directory)
+
+
+def pull(
+    client: Client, registry: FakeRegistry, image: str, manifest: oci.Manifest, diff_ids: tuple[str, ...]
+) -> Pulled:
+    """Pull as containerd does, and make a container's snapshot."""
+    latency, parent = registry.latency, ""
+    registry.clear_log()
+    times = []
+    for number, (layer, chain_id) in enumerate(zip(manifest.layers, oci.chain_ids(diff_ids), strict=True)):
+        rest = ",".join(each.digest for each in manifest.layers[number:])
+        labels = {
+            "containerd.io/snapshot.ref": chain_id,
+            f"{_PREFIX}image-ref": image.removeprefix("docker://"),
+            f"{_PREFIX}manifest-digest": manifest.digest,
+            f"{_PREFIX}layer-digest": layer.digest,
+            f"{_PREFIX}image-layers": rest[:4000],
+        }
+        began = time.monotonic()
+        try:
+            client.prepare(f"extract-{number} {chain_id}", parent, labels)
+        except Refused as refused:
+            if refused.code is not grpc.StatusCode.ALREADY_EXISTS:
+                raise
+        else:
+            raise SystemExit(f"layer {number} is not lazy: see `lazyfs why`")
+        times.append(time.monotonic() - began)
+        parent = chain_id
+    chain = longest_chain(list(registry.requests), latency)
+    began = time.monotonic()
+    client.prepare("container", parent, {})
+    return Pulled(times[0], sum(times), time.monotonic() - began, chain)
+
+
+def measure(directory: Path, layers: int, latency: float, runs: int) -> dict[str, object]:
+    """Return the medians for an image of so many layers."""
+    here = directory / f"image-{layers}"
+    here.mkdir()
+    tars = [here / f"{number}.tar" for number in range(layers)]
+    for number, tar in enumerate(tars):
+        small_tar(tar, number)
+    source = real.build_layout(here / "plain", "plain", tars)
+    lazy_image.command(here, here / "c", {}, "convert", source, f"oci:{here / 'lazy'}:lazy")
+    found = []
+    with FakeRegistry(auth="bearer", anonymous=True, latency=latency) as registry:
+        image = serve(registry, here / "lazy")
+        index = json.loads((here / "lazy" / "index.json").read_text())
+        blobs = here / "lazy" / "blobs" / "sha256"
+        manifest = oci.parse_manifest((blobs / index["manifests"][0]["digest"][7:]).read_bytes())
+        config = oci.parse_config((blobs / manifest.config.digest[7:]).read_bytes())
+        for run in range(runs):
+            with node(here, f"n{run}") as client:
+                found.append(pull(client, registry, image, manifest, config.diff_ids))
+    chain = max(one.in_sequence for one in found)
+    first = statistics.median(one.first for one in found)
+    return {
+        "layers": layers,
+        "in_sequence": chain,
+        "first_prepare_ms": round(first * 1000, 1),
+        "beyond_round_trips_ms": round((first - chain * latency) * 1000, 1),
+        "other_prepares_ms": round(
+            statistics.median((one.layers - one.first) / max(1, layers - 1) for one in found) * 1000, 1
+        ),
+        "container_ms": round(statistics.median(one.container for one in found) * 1000, 1),
+        "runs": runs,
+    }
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description="What containerd waits for when a lazy image is pulled.")
+    parser.add_argument("--latency-ms", type=float, default=50.0)
+    parser.add_argument("--layers", type=int, nargs="*", default=[1, 10])
+    parser.add_argument("--runs", type=int, default=5)
+    args = parser.parse_args()
+    latency = args.latency_ms / 1000
+    with scratch() as directory:
+        found = [measure(directory, layers, latency, args.runs) for layers in args.layers]
+    for one in found:
+        print(json.dumps({"what": "prepare", "latency_s": latency, **one, **machine.facts()}))
+    slow = [one for one in found if float(str(one["beyond_round_trips_ms"])) >= PROMISED * 1000]
+    longer = [one for one in found if int(str(one["in_sequence"])) > int(str(found[0]["in_sequence"]))]
+    return 1 if slow or longer else 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
