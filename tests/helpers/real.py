@@ -101,8 +101,11 @@ class DockerRegistry:
 
 
 @contextlib.contextmanager
-def docker_registry(directory: Path) -> Iterator[DockerRegistry]:
-    """Run Debian's docker-registry on a free loopback port, its blobs below `directory`."""
+def docker_registry(directory: Path, blobs: Path | None = None) -> Iterator[DockerRegistry]:
+    """Run Debian's docker-registry on a free loopback port, its blobs below `directory` or in `blobs`.
+
+    Several may serve the same blobs, as long as one of them at most is written to.
+    """
     directory.mkdir(parents=True, exist_ok=True)
     log = directory / "registry.log"
     for _ in range(5):  # another process may take the port between our look and the registry's
@@ -111,7 +114,7 @@ def docker_registry(directory: Path) -> Iterator[DockerRegistry]:
         config.write_text(
             "version: 0.1\n"
             "log: {level: info, accesslog: {disabled: false}}\n"
-            f"storage: {{filesystem: {{rootdirectory: {directory / 'blobs'}}}, delete: {{enabled: true}}}}\n"
+            f"storage: {{filesystem: {{rootdirectory: {blobs or directory / 'blobs'}}}, delete: {{enabled: true}}}}\n"
             f"http: {{addr: '127.0.0.1:{port}'}}\n"
         )
         with log.open("ab") as sink:
