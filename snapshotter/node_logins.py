@@ -156,7 +156,7 @@ class NodeLogins:
         self._tell()
 
     def _wake(self) -> None:
-        if self._teller is None:
+        if self._teller is None and self._send is not None:
             self._teller = threading.Thread(target=self._tell_changes, name="node-logins", daemon=True)
             self._teller.start()
         self._changed.notify_all()
