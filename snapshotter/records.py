@@ -40,10 +40,10 @@ class Records(ImageStore):
             found = connection.execute(f"SELECT {rows.COLUMNS} FROM snapshots ORDER BY number").fetchall()
             return [rows.snapshot_of(row, image) for row in found]
 
-    def references(self) -> set[str]:
-        """Return the names of all images that something is known of."""
-        found = self._rows("SELECT image FROM reasons UNION SELECT reference FROM images")
-        return {str(name) for (name,) in found if name}
+    def references(self) -> set[tuple[str, str]]:
+        """Return the names of all images that something is known of, each with its manifest's digest or ""."""
+        found = self._rows("SELECT image, '' FROM reasons UNION SELECT reference, manifest_digest FROM images")
+        return {(str(name), str(digest)) for name, digest in found if name}
 
     def summary(self) -> dict[str, Any]:
         """Return what `lazyfs status --json` tells as `snapshotter`: `layers` counts what became of the last ones."""

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from lazyfs import reference as references
@@ -87,31 +87,52 @@ def gather(name: str, sources: Sources) -> list[ImageFacts]:
 
 
 def _matching(name: str, sources: Sources) -> list[str]:
-    known: dict[str, set[str]] = {}  # reference → manifest digests
-    for image in sources.images:
-        for reference in image["references"]:
-            known.setdefault(_whole(reference), set()).add(image["digest"])
-    for mount in sources.mounts:
-        known.setdefault(_whole(mount["image"]), set()).add(mount["manifest_digest"])
-    if sources.records is not None:
-        for reference in sources.records.references():
-            known.setdefault(_whole(reference), set())
+    """Return the names, as `_plain` writes them, of what is meant and known."""
+    known: dict[str, set[str]] = {}  # name → manifest digests
+    for text, digest in [
+        *((reference, image["digest"]) for image in sources.images for reference in image["references"]),
+        *((mount["image"], mount["manifest_digest"]) for mount in sources.mounts),
+        *((reference, digest) for reference, digest in _recorded(sources)),
+    ]:
+        known.setdefault(_plain(text), set()).update({digest, _digest_of(text)} - {""})
     if _HEX.fullmatch(name):
         start = "sha256:" + name.removeprefix("sha256:")
-        by_digest = [ref for ref, digests in known.items() if any(one.startswith(start) for one in digests)]
-        by_digest += [ref for ref in known if f"@{start}" in ref and ref not in by_digest]
-        if by_digest or name.startswith("sha256:"):
-            return sorted(by_digest)
+        meant = sorted(one for one, digests in known.items() if any(each.startswith(start) for each in digests))
+        if meant or name.startswith("sha256:"):
+            return meant
     wanted = references.parse(name)
-    return [str(wanted)] if str(wanted) in known else []
+    if not wanted.digest:
+        return [one for one in known if one == str(wanted)]
+    # A digest says more than the tag beside it, and one pulled by tag is the same image.
+    return sorted(one for one, digests in known.items() if wanted.digest in digests and _origin(one) == wanted.origin)
 
 
-def _whole(name: str) -> str:
-    """Return a reference as lazyfs writes it; what is none stays as it is."""
+def _recorded(sources: Sources) -> list[tuple[str, str]]:
+    """Return the references in the snapshotter's records, each with a manifest digest or ""."""
+    return sorted(sources.records.references()) if sources.records is not None else []
+
+
+def _plain(name: str) -> str:
+    """Return a reference as lazyfs writes it, without a digest beside its tag; what is none stays as it is."""
     try:
-        return str(references.parse(name))
+        found = references.parse(name)
     except LazyfsError:
         return name
+    return str(replace(found, digest="") if found.tag and found.digest else found)
+
+
+def _digest_of(name: str) -> str:
+    try:
+        return references.parse(name).digest
+    except LazyfsError:
+        return ""
+
+
+def _origin(name: str) -> str:
+    try:
+        return references.parse(name).origin
+    except LazyfsError:
+        return ""
 
 
 def _nobody_knows(name: str, sources: Sources) -> ManifestMissing:
@@ -125,35 +146,37 @@ def _nobody_knows(name: str, sources: Sources) -> ManifestMissing:
     return ManifestMissing("", f"{name} was neither pulled nor mounted here, as far as this node knows", hint=hint)
 
 
-def _one(reference: str, sources: Sources) -> ImageFacts:
-    facts = ImageFacts(reference)
-    record = sources.records.image(reference) if sources.records is not None else None
-    mounts = [mount for mount in sources.mounts if _whole(mount["image"]) == reference]
-    if record is not None and record.image is not None:
-        facts.manifest_digest = record.image.manifest_digest
-        for layer in record.image.layers:
-            facts.layer(layer.digest).size = layer.size
+def _one(name: str, sources: Sources) -> ImageFacts:
+    facts = ImageFacts(name)
+    recorded = {reference for reference, _ in _recorded(sources) if _plain(reference) == name}
+    records = [sources.records.image(each) for each in sorted(recorded)] if sources.records is not None else []
+    for record in records:
+        if record.image is not None:
+            facts.manifest_digest = facts.manifest_digest or record.image.manifest_digest
+            for layer in record.image.layers:
+                facts.layer(layer.digest).size = layer.size
     for image in sources.images:
-        if reference in map(_whole, image["references"]):
+        if name in map(_plain, image["references"]):
             facts.manifest_digest = facts.manifest_digest or image["digest"]
             if image["digest"] == facts.manifest_digest:
                 for digest in image["layers"]:
                     facts.layer(digest)
-    for mount in mounts:
-        facts.manifest_digest = facts.manifest_digest or mount["manifest_digest"]
-        if mount["kind"] == "chain":
-            facts.chains.append(mount["mount"])
-        else:
-            facts.mounts.append(mount["dir"] or "(being mounted)")
-        _add_mounted(facts, mount["layers"])
-    if record is not None:
+    for mount in sources.mounts:
+        if _plain(mount["image"]) == name:
+            facts.manifest_digest = facts.manifest_digest or mount["manifest_digest"]
+            if mount["kind"] == "chain":
+                facts.chains.append(mount["mount"])
+            else:
+                facts.mounts.append(mount["dir"] or "(being mounted)")
+            _add_mounted(facts, mount["layers"])
+    for record in records:
         _add_record(facts, record)
-    for layer_facts in facts.layers:
-        _add_held(layer_facts, sources.layers.get(layer_facts.digest))
-        if layer_facts.quarantine:
-            layer_facts.reason_class = Outcome.QUARANTINED.value
-        if layer_facts.reason_class:
-            layer_facts.advice = ADVICE[Outcome(layer_facts.reason_class)]
+    for each in facts.layers:
+        _add_held(each, sources.layers.get(each.digest))
+        if each.quarantine:
+            each.reason_class = Outcome.QUARANTINED.value
+        if each.reason_class:
+            each.advice = ADVICE[Outcome(each.reason_class)]
     return facts
 
 
@@ -169,9 +192,11 @@ def _add_mounted(facts: ImageFacts, layers: Iterable[dict[str, Any]]) -> None:
 
 
 def _add_record(facts: ImageFacts, record: ImageRecord) -> None:
-    facts.snapshots, facts.users = list(record.snapshots), list(record.users)
+    facts.snapshots += record.snapshots
+    facts.users += record.users
+    known = {layer.digest for layer in facts.layers}  # a tag that has moved has reasons for layers of other images
     for reason in reversed(record.reasons):  # the first one that was decided is the nearest to the base
-        if not reason.layer:
+        if not reason.layer or (known and reason.layer not in known):
             continue
         layer = facts.layer(reason.layer)
         layer.decided = reason.when / 1e9
