@@ -173,6 +173,6 @@ def test_a_command_that_waits_for_a_dead_registry_can_be_stopped(cli: Cli, numbe
         ) as child:
             registry.wait_for(2)
             child.send_signal(number)
-            out, err = child.communicate(timeout=10)
+            out, err = child.communicate(timeout=60)
     assert child.returncode == code
     assert b"Traceback" not in err and out == b""

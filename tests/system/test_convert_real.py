@@ -7,7 +7,6 @@ import json
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -16,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.helpers import tars
+from tests.helpers import real, tars
 from tests.helpers.odd import odd_tar
 from tests.helpers.tars import dir_, file, symlink, tar_of
 
@@ -42,45 +41,32 @@ def need(*programs: str) -> None:
         pytest.fail(f"these tests need {', '.join(missing)}")
 
 
-@pytest.fixture
-def layout(tmp_path: Path) -> Path:
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A layout with one image of two layers, made by umoci."""
     need("umoci")
-    found = tmp_path / "source"
+    directory = tmp_path_factory.mktemp("made")
+    found = directory / "source"
     run("umoci", "init", "--layout", str(found))
     run("umoci", "new", "--image", f"{found}:base")
     for number, tar in enumerate((PLAIN, tar_of(tars.whiteout("etc/hosts"), file("etc/motd", b"hello")))):
-        path = tmp_path / f"{number}.tar"
+        path = directory / f"{number}.tar"
         path.write_bytes(tar)
         run("umoci", "raw", "add-layer", "--image", f"{found}:base", str(path))
     return found
 
 
 @pytest.fixture
+def layout(made: Path, tmp_path: Path) -> Path:
+    """A copy of that layout: tests add images to it."""
+    return shutil.copytree(made, tmp_path / "source")
+
+
+@pytest.fixture
 def registry(tmp_path: Path) -> Iterator[str]:
     """Debian's docker-registry on a free port."""
-    need("docker-registry", "skopeo")
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        port = probe.getsockname()[1]
-    settings = tmp_path / "registry.yml"
-    settings.write_text(
-        f"version: 0.1\nlog: {{level: error}}\nstorage: {{filesystem: {{rootdirectory: {tmp_path}/registry}}}}\n"
-        f"http: {{addr: '127.0.0.1:{port}'}}\n"
-    )
-    process = subprocess.Popen(
-        ["docker-registry", "serve", str(settings)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
-    try:
-        for _ in range(200):
-            try:
-                socket.create_connection(("127.0.0.1", port), 1).close()
-                break
-            except OSError:
-                time.sleep(0.05)
-        yield f"127.0.0.1:{port}"
-    finally:
-        process.terminate()
-        process.wait(10)
+    with real.docker_registry(tmp_path / "registry") as running:
+        yield running.host
 
 
 def manifest_of(layout: Path, tag: str) -> dict[str, object]:
@@ -164,22 +150,31 @@ def listing(root: Path) -> dict[bytes, tuple[object, ...]]:
     return out
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_a_signal_leaves_nothing_behind(tmp_path: Path, number: signal.Signals, code: int) -> None:
+@pytest.fixture(scope="module")
+def big(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A layout with an image that takes long to convert."""
     need("umoci")
-    source, target = tmp_path / "source", tmp_path / "target"
+    directory = tmp_path_factory.mktemp("big")
+    found, tar = directory / "source", directory / "big.tar"
+    run("umoci", "init", "--layout", str(found))
+    run("umoci", "new", "--image", f"{found}:base")
+    tar.write_bytes(tar_of(*(file(f"f{i}", os.urandom(1 << 20)) for i in range(60))))
+    run("umoci", "raw", "add-layer", "--image", f"{found}:base", str(tar))
+    tar.unlink()
+    return found
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_leaves_nothing_behind(big: Path, tmp_path: Path, number: signal.Signals, code: int) -> None:
+    target = tmp_path / "target"
     target.mkdir()
-    run("umoci", "init", "--layout", str(source))
-    run("umoci", "new", "--image", f"{source}:base")
-    (tmp_path / "big.tar").write_bytes(tar_of(*(file(f"f{i}", os.urandom(1 << 20)) for i in range(60))))
-    run("umoci", "raw", "add-layer", "--image", f"{source}:base", str(tmp_path / "big.tar"))
     work = tmp_path / "work"
     report = tmp_path / "report.json"
     command = ["-q", "convert", "--level", "19", "--work-dir", str(work), "--report", str(report)]
-    command += [f"oci:{source}:base", f"oci:{target}:lazy"]
+    command += [f"oci:{big}:base", f"oci:{target}:lazy"]
     process = subprocess.Popen([sys.executable, "-m", "lazyfs", *command], stderr=subprocess.PIPE)
     try:
-        for _ in range(600):
+        for _ in range(3000):
             if any(path.stat().st_size for path in work.glob("runs/*/[0-9a-f]*")):
                 break
             time.sleep(0.02)
@@ -187,7 +182,7 @@ def test_a_signal_leaves_nothing_behind(tmp_path: Path, number: signal.Signals, 
             pytest.fail("the conversion never began")
         process.send_signal(number)
     finally:
-        _, said = process.communicate(timeout=30)
+        _, said = process.communicate(timeout=60)
     assert process.returncode == code, said
     assert list(target.iterdir()) == [] and list((work / "runs").iterdir()) == []
     assert json.loads(report.read_text())["error"]["exit_code"] == code

@@ -69,7 +69,7 @@ def expired(url: str, authority: TestAuthority) -> bool:
     request = urllib.request.Request(url, method="HEAD")
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}), urllib.request.HTTPSHandler(context=context))
     try:
-        opener.open(request, timeout=5).close()
+        opener.open(request, timeout=30).close()
     except urllib.error.HTTPError as error:
         error.close()
         assert error.code == 410
