@@ -36,6 +36,8 @@ COMMANDS: dict[str, str] = {
     "cache": "list, remove, prune, verify and unpin what the store holds",
     "status": "show mounts, caches, requests and errors of the running daemon",
     "why": "say of each layer of an image whether it is lazy, and if not why",
+    "install": "have systemd keep lazyfs on this node, and containerd use it",
+    "uninstall": "take back what install did",
     "doctor": "check what this machine has and lacks",
 }
 _WITH_VALUE = ("--root", "--config")

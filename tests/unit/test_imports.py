@@ -13,7 +13,7 @@ VALUES = (
     "errors", "answer", "digest", "units", "oci", "reference", "config", "log", "notify", "stats", "scrape",
     "exposition",
 )  # fmt: skip
-PACKAGES = ("format", "containerd", "registry", "chunks", "mount", "container", "cli")
+PACKAGES = ("format", "containerd", "registry", "chunks", "mount", "container", "deploy", "cli")
 MODULES = ("tree", "child", "control_client")
 
 # Each part and the parts that it may import; itself always. `import lazyfs` (the version) counts as "values".
@@ -28,11 +28,12 @@ ARROWS: dict[str, set[str]] = {
     "mount": {"values", "format", "registry", "chunks", "tree", "child", "container", "control_client"},
     "control_client": {"values"},
     "container": {"values"},
+    "deploy": {"values", "container"},
     "indexer": {"values", "format", "registry"},
     "snapshotter": {"values", "control_client", "containerd"},  # of containerd its protocol's messages
     "cli": {
         "values", "format", "registry", "chunks", "tree", "child", "mount", "control_client", "container", "indexer",
-        "containerd", "snapshotter",
+        "containerd", "snapshotter", "deploy",
     },
 }  # fmt: skip
 

@@ -1,0 +1,139 @@
+"""Changes of the node's files: shown first, carried out so that an interruption leaves nothing unknown, taken back."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from lazyfs.deploy import manifest as manifests
+from lazyfs.deploy.manifest import Entry, Manifest, backup_of, digest_of
+from lazyfs.deploy.node import Node
+
+
+@dataclass(frozen=True, slots=True)
+class FileChange:
+    """A file's content before and after; None: no file."""
+
+    path: Path
+    before: bytes | None
+    after: bytes | None
+
+    def diff(self) -> str:
+        """Return the change as a unified diff."""
+        old, new = (_lines(raw) for raw in (self.before, self.after))
+        source, target = ("/dev/null" if raw is None else str(self.path) for raw in (self.before, self.after))
+        return "".join(difflib.unified_diff(old, new, source, target))
+
+
+@dataclass(frozen=True, slots=True)
+class TakingBack:
+    """What an uninstallation does: `changes`, and the files that it leaves, each with the reason."""
+
+    changes: tuple[FileChange, ...]
+    left: dict[Path, str]
+
+
+def change(node: Node, path: Path, after: str) -> FileChange | None:
+    """Return what makes a file say `after`; None where it does. Raise UsageError."""
+    before = node.read(path)
+    return None if before == after.encode() else FileChange(path, before, after.encode())
+
+
+def carry_out(node: Node, changes: Iterable[FileChange]) -> None:
+    """Write files; what they were is kept, and the manifest tells of them. Blocking. Raise StoreBroken, UsageError.
+
+    Backups and manifest come first: whatever is interrupted can be taken back.
+    """
+    changes = list(changes)
+    known = manifests.load(node) or Manifest()
+    for one in changes:
+        assert one.after is not None
+        known = _with_change(node, known, one, digest_of(one.after))
+    known = manifests.save(node, known)
+    for one in changes:
+        assert one.after is not None
+        known = known.with_directories(node.write(one.path, one.after))
+    manifests.save(node, known)
+
+
+def put_back(node: Node, changes: Iterable[FileChange], before: Manifest | None) -> None:
+    """Undo a `carry_out` that turned out wrong; `before` is the manifest of then. Raise StoreBroken, UsageError."""
+    for one in changes:
+        if one.before is None:
+            node.remove(one.path)
+        else:
+            node.write(one.path, one.before)
+        old = before.entry(one.path) if before is not None else None
+        if old is None:
+            node.remove(backup_of(one.path))
+    if before is None:
+        forget(node, manifests.load(node) or Manifest())
+    else:
+        manifests.save(node, before)
+
+
+def plan_taking_back(node: Node, known: Manifest) -> TakingBack:
+    """Return how to take an installation back: only files that are still as they were written. Raise UsageError."""
+    found: list[FileChange] = []
+    left: dict[Path, str] = {}
+    for entry in known.files:
+        path = Path(entry.path)
+        now = node.read(path)
+        old = node.read(Path(entry.backup)) if entry.backup else None
+        if now == old:
+            continue  # taken back already, or never written
+        if now is None:
+            left[path] = "it was removed"
+        elif entry.shared or digest_of(now) != entry.digest:
+            kept = f"; {entry.backup} is what it was before" if entry.backup else ""
+            left[path] = f"it was changed since by somebody else{kept}"
+        elif entry.backup and old is None:
+            left[path] = f"what it was before is gone from {entry.backup}"
+        else:
+            found.append(FileChange(path, now, old))
+    return TakingBack(tuple(found), left)
+
+
+def write_all(node: Node, changes: Iterable[FileChange]) -> None:
+    """Carry out changes that take something back. Blocking. Raise StoreBroken, UsageError."""
+    for one in changes:
+        if one.after is None:
+            node.remove(one.path)
+        else:
+            node.write(one.path, one.after)
+
+
+def finish_taking_back(node: Node, plan: TakingBack, known: Manifest) -> None:
+    """Forget the installation, once the changes are made. Backups of files that were left stay. Raise StoreBroken."""
+    kept = {str(path) for path in plan.left}
+    for entry in known.files:
+        if entry.backup and entry.path not in kept:
+            node.remove(Path(entry.backup))
+    forget(node, known)
+
+
+def forget(node: Node, known: Manifest) -> None:
+    """Remove the manifest, and the directories that were made and are empty now."""
+    node.remove(manifests.PATH)
+    for directory in sorted(known.directories, key=len, reverse=True):
+        node.remove_empty(Path(directory))
+
+
+def _with_change(node: Node, known: Manifest, one: FileChange, digest: str) -> Manifest:
+    old = known.entry(one.path)
+    now = None if one.before is None else digest_of(one.before)
+    if old is None or (one.before is None and not old.backup):
+        backup = ""
+        if one.before is not None:
+            backup = str(backup_of(one.path))
+            mode = node.real(one.path).stat().st_mode & 0o7777
+            known = known.with_directories(node.write(Path(backup), one.before, mode))
+        return known.with_entry(Entry(str(one.path), digest, backup))
+    return known.with_entry(Entry(old.path, digest, old.backup, old.shared or now != old.digest))
+
+
+def _lines(raw: bytes | None) -> list[str]:
+    text = (raw or b"").decode("utf-8", "replace")
+    return [line if line.endswith("\n") else f"{line}\n\\ no newline at the end\n" for line in text.splitlines(True)]

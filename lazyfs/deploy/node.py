@@ -1,0 +1,89 @@
+"""The node's files: as they are under its root, which is `/`, or a directory where an image or another system lies."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import secrets
+from dataclasses import dataclass
+from pathlib import Path
+
+from lazyfs.errors import StoreBroken, UsageError
+
+_MAX_FILE = 8 << 20  # bytes of a configuration file
+
+
+@dataclass(frozen=True, slots=True)
+class Node:
+    """Paths given to it are the node's own, absolute. Blocking throughout."""
+
+    root: Path = Path("/")
+
+    @property
+    def is_this(self) -> bool:
+        """Whether this is the system that we run on, so that its services can be spoken to."""
+        return self.root == Path("/")
+
+    def real(self, path: Path) -> Path:
+        """Return where `path` lies for us, symlinks followed. Raise UsageError where they lead out of the node."""
+        root = self.root.resolve()
+        found = (root / path.relative_to("/")).resolve()
+        if not found.is_relative_to(root):
+            raise UsageError(f"{path} is a symlink that leads out of {self.root}", hint="run this on the node itself")
+        return found
+
+    def read(self, path: Path) -> bytes | None:
+        """Return a file's bytes, None where there is none. Raise UsageError."""
+        try:
+            with self.real(path).open("rb") as file:
+                raw = file.read(_MAX_FILE + 1)
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+        except OSError as error:
+            raise UsageError(f"{path} can't be read: {error.strerror}") from None
+        if len(raw) > _MAX_FILE:
+            raise UsageError(f"{path} is no configuration: it has more than {_MAX_FILE >> 20} MiB")
+        return raw
+
+    def write(self, path: Path, raw: bytes, mode: int = 0o644) -> list[Path]:
+        """Replace a file at once, or make it. An existing one keeps its owner and mode.
+
+        Return the directories that had to be made, outermost first. Raise StoreBroken, UsageError.
+        """
+        target = self.real(path)
+        made: list[Path] = []
+        # no name that an import of *.toml would find
+        scratch = target.with_name(f".lazyfs-{secrets.token_hex(6)}.new")
+        try:
+            for above in reversed(target.parents):
+                if not above.exists():
+                    above.mkdir(mode=0o755)
+                    made.append(Path("/") / above.relative_to(self.root.resolve()))
+            fd = os.open(scratch, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+            with os.fdopen(fd, "wb") as file:
+                file.write(raw)
+                with contextlib.suppress(FileNotFoundError):
+                    before = target.stat()
+                    mode = before.st_mode & 0o7777
+                    os.fchown(fd, before.st_uid, before.st_gid)
+                os.fchmod(fd, mode)
+                file.flush()
+                os.fsync(fd)
+            os.replace(scratch, target)
+        except OSError as error:
+            with contextlib.suppress(OSError):
+                scratch.unlink()
+            raise StoreBroken(f"{path} can't be written: {error.strerror}") from None
+        return made
+
+    def remove(self, path: Path) -> None:
+        """Remove a file; one that is gone is no error. Raise StoreBroken, UsageError."""
+        try:
+            self.real(path).unlink(missing_ok=True)
+        except OSError as error:
+            raise StoreBroken(f"{path} can't be removed: {error.strerror}") from None
+
+    def remove_empty(self, path: Path) -> None:
+        """Remove a directory where nothing is left in it."""
+        with contextlib.suppress(OSError):
+            self.real(path).rmdir()
