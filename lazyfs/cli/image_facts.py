@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from lazyfs import reference as references
+from lazyfs.cli.output import count
 from lazyfs.errors import LazyfsError, ManifestMissing
 from snapshotter.reasons import ADVICE, Outcome, classify
 
@@ -140,7 +141,7 @@ def _nobody_knows(name: str, sources: Sources) -> ManifestMissing:
     unsaid = [one for one in sources.records.reasons() if not one.image] if sources.records is not None else []
     if unsaid:
         hint = (
-            f"{len(unsaid)} layers were pulled by a client that does not tell their image: lazyfs pull does, and CRI "
+            f"{count(len(unsaid))} of late came from a client that does not tell its image: lazyfs pull does, and CRI "
             "with disable_snapshot_annotations = false"
         )
     return ManifestMissing("", f"{name} was neither pulled nor mounted here, as far as this node knows", hint=hint)

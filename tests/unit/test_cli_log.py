@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Iterator
 from pathlib import Path
@@ -62,3 +63,21 @@ def test_setting_up_again_replaces(tmp_path: Path, capsys: pytest.CaptureFixture
 def test_a_log_file_that_cannot_be_opened(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="can't be opened"):
         log.set_up(file=tmp_path / "missing" / "log")
+
+
+def test_what_a_line_is_about_is_in_pairs_of_its_own(tmp_path: Path) -> None:
+    path = tmp_path / "log"
+    log.set_up(1, file=path)
+    about = log.fields(image="r.test/app:1", layer="", snapshot='k 1"', seconds=0.12345, message="not this")
+    logging.getLogger("snapshotter").info("not lazy: %s", "it has no TOC", extra=about)
+    (line,) = path.read_text("utf-8").splitlines()
+    assert line.endswith(r' message="not lazy: it has no TOC" image=r.test/app:1 snapshot="k 1\"" seconds=0.123')
+
+
+def test_json_lines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LAZYFS_LOG", "json")
+    path = tmp_path / "log"
+    log.set_up(1, file=path)
+    logging.getLogger("lazyfs").warning("odd \n\x1b\udc80", extra=log.fields(chain="c"))
+    told = json.loads(path.read_text("ascii"))
+    assert (told["level"], told["message"], told["chain"]) == ("warning", "odd \n\x1b\udc80", "c")
