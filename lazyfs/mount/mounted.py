@@ -89,7 +89,7 @@ class Mounted:
             case "metrics":
                 return await self._metrics(self.all())
             case "set_logins":
-                self._images.node_logins.replace(args.get("logins"))
+                self._images.node_logins.update(args.get("logins"))
                 return {}
             case "stop":
                 self._stop()

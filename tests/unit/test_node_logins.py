@@ -20,6 +20,7 @@ from lazyfs.registry.config.access import Access, from_json, of_node
 from lazyfs.registry.config.credential_programs import CredentialPrograms
 from lazyfs.registry.config.credentials import Credentials
 from lazyfs.registry.config.logins import Logins
+from lazyfs.registry.config.node_logins import MAX_PLACES
 from lazyfs.registry.config.node_logins import NodeLogins as Held
 from lazyfs.registry.endpoints import Endpoint
 from lazyfs.registry.http.retry import RetryPolicy
@@ -82,7 +83,7 @@ def test_nothing_that_kubelet_sends_raises_or_is_logged(image: str, fields: dict
         noted = logins.note(image, **fields)
     finally:
         logger.removeHandler(handler)
-    Held().replace(json.loads(json.dumps(logins.document())))
+    Held().update(json.loads(json.dumps(logins.document())))
     assert SECRET not in repr(noted) + "".join(heard)
 
 
@@ -176,10 +177,21 @@ def test_a_daemon_that_hangs_holds_no_pull_up_for_long() -> None:
 )
 def test_a_bad_document_changes_nothing_and_is_not_repeated(document: object) -> None:
     held = Held()
-    held.replace([login("a.example", username="u")])
+    held.update([login("a.example", username="u")])
     with pytest.raises(UsageError) as caught:
-        held.replace(document)
+        held.update(document)
     assert SECRET not in str(caught.value) and len(held) == 1
+
+
+def test_what_is_not_told_again_stays_within_bounds() -> None:
+    """A snapshotter that was restarted tells of its first pull, and pods go on reading with the logins of before."""
+    held = Held()
+    held.update([login("a.example", f"r{number}", username="u") for number in range(MAX_PLACES)])
+    held.update([])
+    held.update([login("a.example", "r0", username="v"), login("b.example", username="w")])
+    assert len(held) == MAX_PLACES
+    names = [one and one.username for one in (held.find("a.example", f"r{number}") for number in range(3))]
+    assert names == ["v", None, "u"] and held.find("b.example", "any") is not None
 
 
 def found(held: Held, endpoint: Endpoint, access: Access) -> Credentials | None:
@@ -190,7 +202,7 @@ def test_whose_login_goes_where(tmp_path: Path) -> None:
     path = tmp_path / "config.json"
     path.write_text(json.dumps({"auths": {"a.example": {"auth": encoded("file:p")}}}))
     held = Held()
-    held.replace(
+    held.update(
         [
             login("a.example", "team/app", username="app"),
             login("a.example", "", username="host"),
@@ -242,18 +254,18 @@ def test_logins_that_change_are_taken_up_and_those_that_are_refused_passed_over(
             read(repository, digest)
         assert "the node's image service was told none" in caught.value.message and "kubelet" in caught.value.hint
         mine = {"host": registry.host, "repository": "a/app", "username": "alice"}
-        transport.node_logins.replace([{**mine, "password": "1"}])
+        transport.node_logins.update([{**mine, "password": "1"}])
         assert read(repository, digest) == BLOB
         # A new login that is not good yet stands beside the one that is: nobody reading notices.
         registry.revoke_tokens()
-        transport.node_logins.replace([{**mine, "password": "wrong"}, {**mine, "password": "1"}])
+        transport.node_logins.update([{**mine, "password": "wrong"}, {**mine, "password": "1"}])
         assert read(repository, digest) == BLOB
         # Rotated: the old one is worthless, and so is what was obtained with it.
         registry.users = {"alice": "2"}
         registry.revoke_tokens()
         with pytest.raises(Unauthorized, match=r"the login for .* from the node's image service"):
             read(repository, digest)
-        transport.node_logins.replace([{**mine, "password": "2"}])
+        transport.node_logins.update([{**mine, "password": "2"}])
         assert read(repository, digest) == BLOB
         # The node's is refused for good: a file has another.
         registry.users = {"alice": "3"}
@@ -268,18 +280,18 @@ def test_identity_and_registry_tokens(tmp_path: Path) -> None:
         digest = registry.add_blob(BLOB)
         transport = Transport()
         place = {"host": registry.host, "repository": "a/app"}
-        transport.node_logins.replace([{**place, "identity_token": "identity"}])
+        transport.node_logins.update([{**place, "identity_token": "identity"}])
         assert read(opened(registry, transport, tmp_path / "none"), digest) == BLOB
         token = next(iter(registry.tokens))
         asked = registry.count(path="token")
-        transport.node_logins.replace([{**place, "registry_token": token}])
+        transport.node_logins.update([{**place, "registry_token": token}])
         repository = opened(registry, transport, tmp_path / "none")
         assert read(repository, digest) == BLOB and registry.count(path="token") == asked
         registry.revoke_tokens()
         with pytest.raises(Unauthorized) as caught:
             read(repository, digest)
         assert token not in str(caught.value) + caught.value.hint
-        transport.node_logins.replace([{**place, "identity_token": "identity"}])
+        transport.node_logins.update([{**place, "identity_token": "identity"}])
         assert read(repository, digest) == BLOB
         transport.close()
 
@@ -289,7 +301,7 @@ def test_a_registry_that_hands_tokens_to_anybody_and_refuses_them_is_tried_with_
         digest = registry.add_blob(BLOB)
         transport = Transport()
         place = {"host": registry.host, "repository": "a/app"}
-        transport.node_logins.replace(
+        transport.node_logins.update(
             [{**place, "username": name, "password": registry.users[name]} for name in registry.users]
         )
         registry.fault(Fault.STATUS, path="/blobs/", status=403, after=1, times=1)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 import threading
+from collections import OrderedDict
 from collections.abc import Collection
 from typing import Any
 
@@ -15,26 +16,28 @@ from lazyfs.errors import UsageError
 from lazyfs.registry.config.credentials import Credentials, names_of
 
 MAX_LOGINS = 4000  # of one call; its size is bounded by the control socket
+MAX_PLACES = 1000  # repositories; those not told of for longest go
 SOURCE = "the node's image service"
 _SECRETS = ("username", "password", "identity_token", "registry_token")
 _TOKEN = re.compile(r"[\x21-\x7e]*")
 
 
 class NodeLogins:
-    """What `set_logins` told last. Thread-safe; nothing blocks."""
+    """What `set_logins` told. Thread-safe; nothing blocks."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._by_place: dict[tuple[str, str], list[Credentials]] = {}
+        self._by_place: OrderedDict[tuple[str, str], list[Credentials]] = OrderedDict()
 
     def __len__(self) -> int:
         with self._lock:
             return sum(map(len, self._by_place.values()))
 
-    def replace(self, document: object) -> None:
-        """Forget all logins and take those of a `set_logins` call. Raise UsageError, without a secret, for a bad one.
+    def update(self, document: object) -> None:
+        """Take the logins of a `set_logins` call. Raise UsageError, without a secret, for a bad one.
 
-        Several of one place are tried in their order.
+        They take the place of what was told of the same repositories. Others stay: a snapshotter that was restarted
+        knows less than was told before, and images are still read. Several of one repository are tried in their order.
         """
         if not isinstance(document, list) or len(document) > MAX_LOGINS:
             raise UsageError("set_logins: `logins` is no list, or too long a one")
@@ -43,7 +46,11 @@ class NodeLogins:
             host, repository, credentials = _parse(entry)
             taken.setdefault((names_of(host)[0], repository), []).append(credentials)
         with self._lock:
-            self._by_place = taken
+            for place, logins in taken.items():
+                self._by_place[place] = logins
+                self._by_place.move_to_end(place)
+            while len(self._by_place) > MAX_PLACES:
+                self._by_place.popitem(last=False)
 
     def find(self, host: str, repository: str, refused: Collection[Credentials] = ()) -> Credentials | None:
         """Return the login for a repository, else the one for its whole registry, leaving out those in `refused`."""
