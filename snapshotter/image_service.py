@@ -38,21 +38,24 @@ else:
 Metadata = tuple[tuple[str, str | bytes], ...]
 
 
-def handlers(upstream: str, node_logins: NodeLogins) -> list[grpc.GenericRpcHandler[Any, Any]]:
+def handlers(
+    upstream: str, node_logins: NodeLogins, note_pull: Callable[[str], None] = lambda code: None
+) -> list[grpc.GenericRpcHandler[Any, Any]]:
     """Return what answers CRI's image service, for grpc.Server.add_generic_rpc_handlers. Connects to nothing yet.
 
-    `upstream`: the path of containerd's socket ("unix://" may be before it). The server must let messages of
-    MAX_MESSAGE in.
+    `upstream`: the path of containerd's socket ("unix://" may be before it). `note_pull` is told gRPC's name of how
+    each pull ended. The server must let messages of MAX_MESSAGE in.
     """
-    return [_PassThrough(upstream.removeprefix("unix://"), node_logins)]
+    return [_PassThrough(upstream.removeprefix("unix://"), node_logins, note_pull)]
 
 
 class _PassThrough(_Handler):
     """Every method of the service, known or not."""
 
-    def __init__(self, path: str, node_logins: NodeLogins) -> None:
+    def __init__(self, path: str, node_logins: NodeLogins, note_pull: Callable[[str], None]) -> None:
         self._path = path
         self._logins = node_logins
+        self._note_pull = note_pull
         self._channel = grpc.insecure_channel(
             f"unix:{path}",
             options=(
@@ -86,13 +89,14 @@ class _PassThrough(_Handler):
 
     def _pull(self, name: str, request: bytes, context: grpc.ServicerContext) -> Iterator[bytes]:
         noted = _note(self._logins, request)
-        # None: nobody knows whether the login was a good one.
-        ended: list[bool | None] = [None]
+        ended: list[grpc.StatusCode] = []
         try:
-            yield from self._pass(name, request, context, lambda code: ended.append(_verdict(code)))
+            yield from self._pass(name, request, context, ended.append)
         finally:
+            self._note_pull((ended[-1] if ended else grpc.StatusCode.CANCELLED).name)
             if noted is not None:
-                self._logins.settle(noted, worked=ended[-1])
+                # None: nobody knows whether the login was a good one.
+                self._logins.settle(noted, worked=_verdict(ended[-1]) if ended else None)
 
     def _pass(
         self,
