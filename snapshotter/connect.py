@@ -48,7 +48,9 @@ def connect(settings: Settings, store: Store, directories: Directories, *, start
     remote.metrics = metrics
     extraction = Extraction(remote.resolve, store.put_image, Noting(store, metrics))
     collector = Collector(store, directories, remote, partial(_note_look, metrics), extraction.forget)
-    handlers = image_service.handlers(settings.image_service, logins) if settings.image_service else []
+    handlers = []
+    if settings.image_service:
+        handlers = image_service.handlers(settings.image_service, logins, metrics.note_pull)
     scrapes = metrics.serve(settings.snapshotter_metrics_address)
     remote.start()
     collector.start()
