@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
+import logging
 import re
 import threading
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 
 from lazyfs.containerd import gc_labels
@@ -15,9 +19,12 @@ from lazyfs.reference import Reference
 from lazyfs.registry.mirrored import read_again
 from lazyfs.registry.repository import ByteStream, Repository
 
+log = logging.getLogger(__name__)
+
 TOTAL_TIMEOUT = 6 * 3600.0  # seconds for one blob; a stalled server is noticed long before
 _TRIES = 5  # of going on with a stream that broke off, without a byte between them
 _PAUSE = 0.5  # seconds before the second try; twice as long before each further one
+_END = 30.0  # seconds for ending a lease
 _STOP = 10.0  # seconds for threads to see that they are to stop
 _OTHER_BYTES = re.compile(r"unexpected commit digest (sha256:[0-9a-f]{64})")  # containerd's words
 OnMoved = Callable[[int], None]  # told how many bytes further on in the blob we are
@@ -92,18 +99,18 @@ class ContentFiller:
         self._client = client
         self._repository = repository
         self._origin = origin
-        self._lease = lease
+        self.lease = lease
+        self.began = False  # a blob was asked for
 
     def document(self, digest: str, raw: bytes, labels: dict[str, str]) -> None:
         """Store a document with the labels by which it keeps others. Raise LazyfsError."""
-        import io
-
         first = {**self._labels({}), **labels}
-        if not self._client.content.write(digest, len(raw), io.BytesIO(raw), labels=first, lease=self._lease):
+        if not self._client.content.write(digest, len(raw), io.BytesIO(raw), labels=first, lease=self.lease):
             self.label(digest, labels)
 
     def blob(self, blob: Descriptor, stop: threading.Event, moved: OnMoved) -> int:
         """Have a blob in the store, and verified; return how many bytes were fetched for it. Raise LazyfsError."""
+        self.began = True
         source = BlobSource(self._repository, blob, stop, moved)
 
         def write() -> None:
@@ -112,7 +119,7 @@ class ContentFiller:
             ref = f"layer-{blob.digest}"
             try:
                 there = not self._client.content.write(
-                    blob.digest, blob.size, source, labels=self._labels({}), lease=self._lease, ref=ref
+                    blob.digest, blob.size, source, labels=self._labels({}), lease=self.lease, ref=ref
                 )
             except PushRejected as error:
                 raise self._wrong(blob, error) from None
@@ -127,7 +134,7 @@ class ContentFiller:
 
     def keep(self, digest: str) -> None:
         """Have our lease hold a blob if it is there, although it isn't needed now."""
-        self._client.leases.hold(self._lease, digest)
+        self._client.leases.hold(self.lease, digest)
         if self._client.content.info(digest) is not None:
             self.label(digest, {})
 
@@ -147,6 +154,32 @@ class ContentFiller:
         if found is None:
             return error
         return DigestMismatch(f"blob {blob.digest} of {self._repository.host}", blob.digest, found[1])
+
+
+@contextlib.contextmanager
+def filling(
+    client: Client, repository: Repository, origin: Reference, labels: dict[str, str] | None = None
+) -> Iterator[ContentFiller]:
+    """Give a filler with a lease of its own, which ends with the block. Raise LazyfsError.
+
+    What an interruption, or a failure that passes, leaves of downloads is kept for another try: that lease stays, and
+    expires in a day. `labels` are the lease's.
+    """
+    filler = ContentFiller(client, repository, origin, client.leases.create(labels=labels))
+    failed, keep = True, False
+    try:
+        yield filler
+        failed = False
+    except BaseException as error:
+        passing = error.temporary if isinstance(error, LazyfsError) else True
+        keep = passing and filler.began
+        raise
+    finally:
+        if not keep:
+            try:
+                client.leases.delete(filler.lease, collect=failed, deadline=time.monotonic() + _END)
+            except LazyfsError as error:
+                log.warning("a lease of containerd's stays until it expires: %s", error)
 
 
 class Downloads:

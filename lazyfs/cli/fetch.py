@@ -1,4 +1,4 @@
-"""lazyfs fetch: have images whole on this node."""
+"""lazyfs fetch: have images whole on this node, or whole in containerd."""
 
 from __future__ import annotations
 
@@ -6,10 +6,11 @@ import argparse
 import os
 import sys
 import threading
+from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from lazyfs.cli import common, exit_codes
+from lazyfs.cli import common, exit_codes, pull
 from lazyfs.cli.output import Output, count
 from lazyfs.errors import LazyfsError, UsageError
 from lazyfs.units import format_size
@@ -25,6 +26,7 @@ examples:
   lazyfs fetch docker://localhost:5000/debian:base
   lazyfs fetch --pin --file images.txt            # what a new node is to have
   lazyfs fetch --json oci:images:tool
+  lazyfs fetch --content --namespace k8s.io docker.io/library/nginx:1   # so that containerd can push and export it
 
 Every byte is in the store and checked when it returns; such an image starts without its registry, by tag too. LIST has
 one reference a line; what follows # is a comment. Where one image fails the others go on; the exit status is then that
@@ -43,6 +45,13 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument(
         "--jobs", metavar="N", type=int, default=_JOBS, help=f"images at a time (default {_JOBS})"
     )  # fmt: skip
+    parser.add_argument(
+        "--content", action="store_true", help="fill containerd's content store with what it lacks of these images"
+    )
+    parser.add_argument(
+        "--all-platforms", action="store_true", help="with --content: all that the images' indexes name"
+    )
+    pull.add_containerd(parser)
     common.add_pull(parser)
     common.add_platform(parser)
     common.add_registry(parser)
@@ -60,14 +69,40 @@ def run(args: argparse.Namespace, out: Output) -> int:
         raise UsageError("no image is named", hint="lazyfs fetch IMAGE…, or --file LIST")
     if args.jobs < 1:
         raise UsageError("--jobs is at least 1")
-    access = common.access(args, settings).to_json()
-    pull = common.pull(args, settings)
-    calls = [_call(args, image, access, pull) for image in images]  # all are looked at before the first one is fetched
-    works = [partial(_fetch, settings, image, call, out) for image, call in zip(images, calls, strict=True)]
+    works = _content_works(args, settings, images, out) if args.content else _works(args, settings, images, out)
     results = side_by_side(works, args.jobs)
     if len(images) == 1 and isinstance(results[0], LazyfsError):
         raise results[0]
-    return _tell(images, results, out)
+    return _tell(images, results, out, _say_content if args.content else _say)
+
+
+def _works(
+    args: argparse.Namespace, settings: Settings, images: list[str], out: Output
+) -> list[Callable[[], dict[str, Any]]]:
+    if args.all_platforms:
+        raise UsageError("--all-platforms goes with --content only", hint="a node is of one platform")
+    access = common.access(args, settings).to_json()
+    when = common.pull(args, settings)
+    calls = [_call(args, image, access, when) for image in images]  # all are looked at before the first one is fetched
+    return [partial(_fetch, settings, image, call, out) for image, call in zip(images, calls, strict=True)]
+
+
+def _content_works(
+    args: argparse.Namespace, settings: Settings, images: list[str], out: Output
+) -> list[Callable[[], dict[str, Any]]]:
+    from lazyfs.containerd.client import check_packages
+
+    check_packages()
+    from lazyfs.cli.fetch_content import fetch_content
+
+    if args.pin or args.pull is not None:
+        raise UsageError(
+            f"--content and {'--pin' if args.pin else '--pull and --offline'} exclude each other",
+            hint="--content is about containerd's content store, not about lazyfs's own",
+        )
+    for image in images:
+        _check(image, "")
+    return [partial(fetch_content, args, settings, image, out) for image in images]
 
 
 def _listed(name: str) -> list[str]:
@@ -152,7 +187,27 @@ class _Shown:
             self._bar.advance(max(0, done - self._bar.done))
 
 
-def _tell(images: list[str], results: list[dict[str, Any] | LazyfsError], out: Output) -> int:
+def _say(image: str, result: dict[str, Any]) -> str:
+    return (
+        f"{image} is whole on this node{' and pinned' if result.get('pinned') else ''}: "
+        f"{count(int(result.get('layers') or 0))}, {format_size(int(result.get('stored') or 0))}, "
+        f"{format_size(int(result.get('fetched') or 0))} of it fetched now"
+    )
+
+
+def _say_content(image: str, result: dict[str, Any]) -> str:
+    return (
+        f"{image} is whole in containerd (namespace {result['namespace']}): {count(result['blobs'], 'blob')}, "
+        f"{format_size(result['size'])}, {format_size(result['fetched'])} of it fetched now"
+    )
+
+
+def _tell(
+    images: list[str],
+    results: list[dict[str, Any] | LazyfsError],
+    out: Output,
+    say: Callable[[str, dict[str, Any]], str],
+) -> int:
     told: list[dict[str, Any]] = []
     code = exit_codes.OK
     failed = 0
@@ -166,13 +221,9 @@ def _tell(images: list[str], results: list[dict[str, Any] | LazyfsError], out: O
             continue
         for note in result.get("notes") or ():
             out.note(f"{image}: {note}")
-        out.line(
-            f"{image} is whole on this node{' and pinned' if result.get('pinned') else ''}: "
-            f"{count(int(result.get('layers') or 0))}, {format_size(int(result.get('stored') or 0))}, "
-            f"{format_size(int(result.get('fetched') or 0))} of it fetched now"
-        )
+        out.line(say(image, result))
         told.append({"image": image, "ok": True, **result})
     if len(images) > 1:
-        out.line(f"{len(images) - failed} of {count(len(images), 'image')} whole on this node")
+        out.line(f"{len(images) - failed} of {count(len(images), 'image')} whole")
     out.json({"images": told, "failed": failed})
     return code

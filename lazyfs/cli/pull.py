@@ -67,7 +67,7 @@ def run(args: argparse.Namespace, out: Output) -> int:
     from dataclasses import replace
 
     from lazyfs.containerd.address import namespace_name, socket_path
-    from lazyfs.containerd.client import connect
+    from lazyfs.containerd.client import check_packages, connect
     from lazyfs.registry.open import open_repository
 
     if args.jobs < 1:
@@ -78,20 +78,23 @@ def run(args: argparse.Namespace, out: Output) -> int:
     settings = common.settings(args)
     options = common.open_options(args, settings)
     namespace = namespace_name(args.containerd_namespace or "")
-    with closing(connect(socket_path(args.containerd_address or ""), namespace)) as client:
-        from lazyfs.cli.blob_download import TOTAL_TIMEOUT  # now that gRPC is known to be there
-        from lazyfs.cli.pull_image import ImagePull
+    check_packages()
+    from lazyfs.cli.blob_download import TOTAL_TIMEOUT
+    from lazyfs.cli.pull_image import ImagePull
 
-        with closing(open_repository(reference, replace(options, total_timeout=TOTAL_TIMEOUT))) as repository:
-            pulled = ImagePull(
-                client,
-                client.snapshots(args.snapshotter),
-                repository,
-                reference,
-                platform=common.platform(args),
-                jobs=args.jobs,
-                progress=out.progress,
-            ).run()
+    with (
+        closing(connect(socket_path(args.containerd_address or ""), namespace)) as client,
+        closing(open_repository(reference, replace(options, total_timeout=TOTAL_TIMEOUT))) as repository,
+    ):
+        pulled = ImagePull(
+            client,
+            client.snapshots(args.snapshotter),
+            repository,
+            reference,
+            platform=common.platform(args),
+            jobs=args.jobs,
+            progress=out.progress,
+        ).run()
     _say(pulled, namespace, args.snapshotter, out)
     return 0
 

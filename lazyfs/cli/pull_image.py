@@ -17,14 +17,13 @@ from enum import Enum
 from typing import Any
 
 from lazyfs import oci
-from lazyfs.cli.blob_download import ContentFiller, Downloads
+from lazyfs.cli.blob_download import ContentFiller, Downloads, filling
 from lazyfs.cli.output import Progress
 from lazyfs.containerd import gc_labels
 from lazyfs.containerd.client import Client
 from lazyfs.containerd.images import Image
 from lazyfs.containerd.snapshots import Snapshots
 from lazyfs.containerd.unpack import LayerPlan, Unpacker, plan_layers
-from lazyfs.errors import LazyfsError
 from lazyfs.oci import Descriptor
 from lazyfs.reference import Reference
 from lazyfs.registry.repository import Repository
@@ -115,28 +114,16 @@ class ImagePull:
         self._snapshots.check()
         resolved = resolve_image(self._repository, self._reference, self._platform)
         config = fetch_config(self._repository, resolved.manifest, platform=self._platform)
-        owner = _this_process()
-        lease = self._client.leases.create(labels={_LEASE_IMAGE: self._name, _LEASE_OWNER: owner})
-        keep = False
-        try:
-            filler = ContentFiller(self._client, self._repository, self._reference, lease)
+        labels = {_LEASE_IMAGE: self._name, _LEASE_OWNER: _this_process()}
+        with filling(self._client, self._repository, self._reference, labels) as filler:
             self._store_documents(filler, resolved, config.raw)
             plan = plan_layers(self._name, resolved.manifest, config.diff_ids)
-            layers = self._unpack(plan, lease, filler)
+            layers = self._unpack(plan, filler)
             if plan:
                 kept = gc_labels.of_config(self._snapshots.snapshotter, plan[-1].chain_id)
                 self._client.content.label(config.digest, kept)
             target = _target(resolved)
-            self._client.images.put(Image(self._name, target), lease=lease)
-        except LazyfsError as error:
-            keep = error.temporary
-            raise
-        except BaseException:
-            keep = True
-            raise
-        finally:
-            if not keep:
-                self._client.leases.delete(lease)
+            self._client.images.put(Image(self._name, target), lease=filler.lease)
         self._end_leases_of_the_dead()
         return PulledImage(self._name, target.digest, resolved.manifest.digest, tuple(layers), time.monotonic() - began)
 
@@ -147,8 +134,8 @@ class ImagePull:
         for index in (*reversed(resolved.inner), *((resolved.index,) if resolved.index is not None else ())):
             filler.document(index.digest, index.raw, gc_labels.of_index(index))
 
-    def _unpack(self, plan: list[LayerPlan], lease: str, filler: ContentFiller) -> list[PulledLayer]:
-        unpacker = Unpacker(self._client, self._snapshots, lease)
+    def _unpack(self, plan: list[LayerPlan], filler: ContentFiller) -> list[PulledLayer]:
+        unpacker = Unpacker(self._client, self._snapshots, filler.lease)
 
         def fetch(blob: Descriptor, stop: threading.Event) -> int:
             with self._progress(f"layer {blob.digest[7:19]}", blob.size) as bar:
@@ -193,7 +180,7 @@ class ImagePull:
             if lease.labels.get(_LEASE_IMAGE) != self._name or not owner.startswith(here + "/"):
                 continue
             if owner != _process(here, owner.split("/")[-2]):
-                self._client.leases.delete(lease.id)
+                self._client.leases.delete(lease.id, collect=True)
 
 
 def _target(resolved: ResolvedImage) -> Descriptor:

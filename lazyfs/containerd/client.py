@@ -46,12 +46,21 @@ def connect(address: str, namespace: str, *, timeout: float = 300.0) -> Client:
 
     `timeout` (seconds) bounds each call without a deadline of its own. Raise ToolMissing without the gRPC packages.
     """
+    check_packages()
+    from lazyfs.containerd.calls import Calls
+    from lazyfs.containerd.content import ContentStore
+    from lazyfs.containerd.diff import Diff
+    from lazyfs.containerd.images import Images
+    from lazyfs.containerd.leases import Leases
+
+    calls = Calls(address, namespace, timeout)
+    return Client(calls, ContentStore(calls), Images(calls), Leases(calls), Diff(calls))
+
+
+def check_packages() -> None:
+    """Raise ToolMissing without the gRPC packages, which the other modules here import."""
     try:
-        from lazyfs.containerd.calls import Calls
-        from lazyfs.containerd.content import ContentStore
-        from lazyfs.containerd.diff import Diff
-        from lazyfs.containerd.images import Images
-        from lazyfs.containerd.leases import Leases
+        import lazyfs.containerd.diff  # noqa: F401 - what it imports is all that any of them needs
     except ImportError as error:
         package = (error.name or "").partition(".")[0]
         if package not in ("grpc", "google"):
@@ -60,5 +69,3 @@ def connect(address: str, namespace: str, *, timeout: float = 300.0) -> Client:
             "the Python package " + ("grpcio" if package == "grpc" else "protobuf"),
             hint="talking to containerd needs it: pip install 'lazyfs[containerd]'",
         ) from None
-    calls = Calls(address, namespace, timeout)
-    return Client(calls, ContentStore(calls), Images(calls), Leases(calls), Diff(calls))

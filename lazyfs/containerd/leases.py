@@ -55,10 +55,10 @@ class Leases:
             if error.code != "ALREADY_EXISTS":
                 raise self._calls.fault(f"holding {name}", error) from None
 
-    def delete(self, lease: str) -> None:
-        """End a lease, if it is still there: what nothing else refers to goes."""
+    def delete(self, lease: str, *, collect: bool = False, deadline: float | None = None) -> None:
+        """End a lease, if it is still there: what nothing else refers to goes; with `collect` before this returns."""
         try:
-            self._calls.one(_DELETE, messages.DeleteRequest(id=lease))
+            self._calls.one(_DELETE, messages.DeleteRequest(id=lease, sync=collect), deadline=deadline)
         except Refused as error:
             if error.code != "NOT_FOUND":
                 raise self._calls.fault("ending a lease", error) from None

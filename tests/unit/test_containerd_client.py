@@ -104,7 +104,7 @@ def test_a_digest_is_no_name_to_write_to() -> None:
 
 def test_without_grpc_it_is_told_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in [name for name in sys.modules if name.startswith("lazyfs.containerd.")]:
-        if name.rpartition(".")[2] in ("calls", "content", "images", "leases"):
+        if name.rpartition(".")[2] in ("calls", "content", "diff", "images", "leases", "snapshots"):
             monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "grpc", None)
     with pytest.raises(ToolMissing, match="grpcio") as caught:
