@@ -28,6 +28,7 @@ MAX_MESSAGE = 16 << 20  # bytes; kubelet's and containerd's own bound
 _PULLS = 64  # at once; further ones wait
 _OTHERS = 16
 _LOOK = 1.0  # seconds in which a socket is found to be there
+_LONGEST = 10 * 365 * 86400.0  # seconds of a deadline that is one
 _OURS = frozenset({"user-agent", "content-type", "te", "host", "grpc-status", "grpc-message"})  # of the connection
 
 if TYPE_CHECKING:
@@ -107,7 +108,7 @@ class _PassThrough(_Handler):
     ) -> Iterator[bytes]:
         """Call upstream, for as long as the caller waits; `tell` is told how it ended."""
         call = self._channel.unary_stream(name, bytes, bytes)(
-            request, timeout=context.time_remaining(), metadata=_passed(context.invocation_metadata())
+            request, timeout=_remaining(context), metadata=_passed(context.invocation_metadata())
         )
         cancel: Callable[[], Any] = call.cancel
         if not context.add_callback(cancel):  # the caller has gone already
@@ -154,6 +155,12 @@ def _verdict(code: grpc.StatusCode) -> bool | None:
     if code in (grpc.StatusCode.CANCELLED, grpc.StatusCode.DEADLINE_EXCEEDED, grpc.StatusCode.UNAVAILABLE):
         return None
     return code is grpc.StatusCode.OK
+
+
+def _remaining(context: grpc.ServicerContext) -> float | None:
+    """Seconds until the caller's deadline, None for a caller without one: kubelet's pulls take as long as they take."""
+    seconds: float | None = context.time_remaining()
+    return None if seconds is None or seconds > _LONGEST else seconds  # gRPC says centuries for none, and takes none
 
 
 def _passed(metadata: Iterable[Any] | None) -> Metadata:
