@@ -5,6 +5,7 @@ A crash leaves directories without a record, never a record without its director
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import itertools
 import os
@@ -93,6 +94,11 @@ class Directories:
             os.rename(self.top / name, place)
         except OSError as error:
             raise _translated(error, f"the snapshot's directory {place}") from None
+
+    def withdraw(self, name: str, number: int) -> None:
+        """Undo `settle`; what can't be moved is found by `strays` later."""
+        with contextlib.suppress(OSError):
+            os.rename(self.top / str(number), self.top / name)
 
     def discard(self, name: str) -> None:
         """Remove a directory that was made and is not needed; what can't be removed is found by `strays` later."""

@@ -184,7 +184,13 @@ class Snapshotter:
         made = self._directories.make(owner, work=kind == Kind.ACTIVE)
         try:
             snapshot = self._store.create(
-                key, parent, kind, labels, place=lambda number: self._directories.settle(made, number), staged=staged
+                key,
+                parent,
+                kind,
+                labels,
+                place=lambda number: self._directories.settle(made, number),
+                withdraw=lambda number: self._directories.withdraw(made, number),
+                staged=staged,
             )
         except BaseException:
             self._directories.discard(made)

@@ -7,14 +7,16 @@ StoreBroken besides what they say.
 
 from __future__ import annotations
 
+import contextlib
 import sqlite3
 import time
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
-from lazyfs.errors import SnapshotExists, SnapshotInvalid, SnapshotMissing, SnapshotUnfit
+from lazyfs.errors import SnapshotExists, SnapshotInvalid, SnapshotMissing, SnapshotUnfit, StoreError, StoreFull
 from snapshotter import rows
 from snapshotter.model import Kind, LazyImage, Snapshot, Usage
+from snapshotter.reserve import Reserve
 from snapshotter.schema import open_database, open_for_reading
 from snapshotter.store_file import image_finder
 from snapshotter.store_images import ImageStore, put_image
@@ -29,6 +31,7 @@ class Store(ImageStore):
     def __init__(self, path: Path, now: Callable[[], int] = time.time_ns) -> None:
         """Open the file, made where missing. Raise StoreFull, or StoreBroken: locked, newer, damaged, not ours."""
         super().__init__(path, open_database(path), now)
+        self._reserve = Reserve(path.with_name(path.name + ".reserve"))
 
     # -- looking
 
@@ -95,10 +98,12 @@ class Store(ImageStore):
         labels: Mapping[str, str],
         *,
         place: Callable[[int], None] = lambda number: None,
+        withdraw: Callable[[int], None] = lambda number: None,
         staged: tuple[LazyImage, int] | None = None,
     ) -> Snapshot:
         """Record an active snapshot or a view. `place` puts its directory where the number says, before the record is
-        final; it must not block. `staged`: it stands for this lazy layer, and will be committed as it.
+        final; `withdraw` undoes that when the record fails; neither may wait for anything. `staged`: it stands for
+        this lazy layer, and will be committed as it.
 
         Raise SnapshotExists, SnapshotMissing (the parent), SnapshotInvalid (it is not committed; names; labels).
         """
@@ -107,7 +112,8 @@ class Store(ImageStore):
         rows.check_key(key)
         packed = rows.pack_labels(labels)
         now = self._now()
-        with self._transaction() as connection:
+        # The number is free again when the transaction fails: nobody may get it before the directory is withdrawn.
+        with self._lock, contextlib.ExitStack() as undo, self._transaction() as connection:
             if parent:
                 below = _kind(connection, parent)
                 if below is None:
@@ -126,6 +132,7 @@ class Store(ImageStore):
             ).lastrowid
             assert number is not None
             place(number)
+            undo.push(lambda kind, error, trace: withdraw(number) if kind is not None else None)
             return _get(connection, key)
 
     def commit(self, name: str, key: str, labels: Mapping[str, str], usage: Usage, parent: str = "") -> Snapshot:
@@ -190,8 +197,23 @@ class Store(ImageStore):
             return _get(connection, name)
 
     def remove(self, key: str) -> Snapshot:
-        """Forget a snapshot and return what it was; its directory stays. Raise SnapshotMissing, SnapshotUnfit."""
+        """Forget a snapshot and return what it was; its directory stays. Raise SnapshotMissing, SnapshotUnfit.
+
+        On a full disk the space that was held back for this is used.
+        """
         rows.check_key(key)
+        with self._lock:
+            try:
+                removed = self._remove(key)
+                self._reserve.hold()
+                return removed
+            except StoreFull:
+                self._reserve.release()
+            with contextlib.suppress(StoreError), self._using() as connection:
+                connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+            return self._remove(key)
+
+    def _remove(self, key: str) -> Snapshot:
         with self._transaction() as connection:
             removed = _get(connection, key)
             child = connection.execute("SELECT key FROM snapshots WHERE parent = ? LIMIT 1", (key,)).fetchone()
