@@ -44,18 +44,25 @@ def change(node: Node, path: Path, after: str) -> FileChange | None:
 def carry_out(node: Node, changes: Iterable[FileChange]) -> None:
     """Write files; what they were is kept, and the manifest tells of them. Blocking. Raise StoreBroken, UsageError.
 
-    Backups and manifest come first: whatever is interrupted can be taken back.
+    The manifest comes first, then backups: whatever is interrupted can be taken back.
     """
     changes = list(changes)
     known = manifests.load(node) or Manifest()
+    backups: list[tuple[Path, FileChange]] = []
     for one in changes:
-        assert one.after is not None
-        known = _with_change(node, known, one, digest_of(one.after))
-    known = manifests.save(node, known)
-    for one in changes:
-        assert one.after is not None
-        known = known.with_directories(node.write(one.path, one.after))
+        entry = _entry(known, one)
+        if entry.backup and known.entry(one.path) is None:
+            backups.append((Path(entry.backup), one))
+        known = known.with_entry(entry)
+    for path in (manifests.PATH, *(path for path, _ in backups), *(one.path for one in changes)):
+        known = known.with_directories(node.missing_parents(path))
     manifests.save(node, known)
+    for path, one in backups:
+        assert one.before is not None
+        node.write(path, one.before, node.mode(one.path))
+    for one in changes:
+        assert one.after is not None
+        node.write(one.path, one.after)
 
 
 def put_back(node: Node, changes: Iterable[FileChange], before: Manifest | None) -> None:
@@ -82,7 +89,7 @@ def plan_taking_back(node: Node, known: Manifest) -> TakingBack:
         path = Path(entry.path)
         now = node.read(path)
         old = node.read(Path(entry.backup)) if entry.backup else None
-        if now == old:
+        if now == old or (now is not None and digest_of(now) == entry.before):
             continue  # taken back already, or never written
         if now is None:
             left[path] = "it was removed"
@@ -121,17 +128,16 @@ def forget(node: Node, known: Manifest) -> None:
         node.remove_empty(Path(directory))
 
 
-def _with_change(node: Node, known: Manifest, one: FileChange, digest: str) -> Manifest:
+def _entry(known: Manifest, one: FileChange) -> Entry:
+    """Return what the manifest is to tell of a changed file; `before` is from our first change of it."""
+    assert one.after is not None
+    digest = digest_of(one.after)
+    now = "" if one.before is None else digest_of(one.before)
     old = known.entry(one.path)
-    now = None if one.before is None else digest_of(one.before)
-    if old is None or (one.before is None and not old.backup):
-        backup = ""
-        if one.before is not None:
-            backup = str(backup_of(one.path))
-            mode = node.real(one.path).stat().st_mode & 0o7777
-            known = known.with_directories(node.write(Path(backup), one.before, mode))
-        return known.with_entry(Entry(str(one.path), digest, backup))
-    return known.with_entry(Entry(old.path, digest, old.backup, old.shared or now != old.digest))
+    if old is None:
+        return Entry(str(one.path), digest, now, str(backup_of(one.path)) if now else "")
+    ours = now in (old.digest, old.before)
+    return Entry(old.path, digest, old.before, old.backup, old.shared or not ours)
 
 
 def _lines(raw: bytes | None) -> list[str]:

@@ -5,6 +5,8 @@ Learned from containerd itself (1.6.20, 1.7.24, 2.1.9, `config dump`):
   So what CRI is told goes into the file whose table for CRI is in force, and into the drop-in only where there is none.
 - Files of version 3 are merged key by key, the later file wins.
 - An import of another version than the main file makes containerd 2 forget the main file's settings for CRI.
+- containerd 2 takes the snapshotter from a file of version 2 only where that has a table of runtimes, too, but always
+  from a table of version 3 in such a file, which 1.x passes by. So both are written: an upgrade changes nothing.
 - A file without a version is one of version 1, and 1.x also reads an empty one so.
 """
 
@@ -78,7 +80,8 @@ def plan(node: Node, main: Path, wanted: Wanted, major: int = 0) -> list[Change]
     proxy_home = _last_with(ordered, ("proxy_plugins", wanted.name)) or home
     values.setdefault(proxy_home, {}).update(_proxy_values(wanted))
     if wanted.default:
-        values.setdefault(_cri_home(ordered, version, drop_in) or home, {}).update(_cri_values(wanted, version))
+        for dialect in range(version, 4):
+            values.setdefault(_cri_home(ordered, dialect, drop_in) or home, {}).update(_cri_values(wanted, dialect))
     changes = []
     for path, wants in values.items():
         text = texts[path]
@@ -150,7 +153,8 @@ def by_hand(wanted: Wanted, version: int) -> str:
     text = f"version = {version}\n"
     values: dict[toml_edit.Path, toml_edit.Value] = dict(_proxy_values(wanted))
     if wanted.default:
-        values.update(_cri_values(wanted, version))
+        for dialect in range(version, 4):
+            values.update(_cri_values(wanted, dialect))
     return toml_edit.set_values(text, values, "the configuration")
 
 

@@ -18,13 +18,15 @@ _VERSION = 1
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """One file. `digest` is that of what was written. `backup`: where the file before lies; "": there was none.
+    """One file. `digest` is that of what was written, `before` that of what was there; "": nothing was. `backup`: where
+    that is kept.
 
     `shared`: somebody else changed it between two installations, so it isn't ours to put back.
     """
 
     path: str
     digest: str
+    before: str
     backup: str
     shared: bool = False
 
@@ -76,15 +78,13 @@ def load(node: Node) -> Manifest | None:
         raise UsageError(f"{PATH} is damaged: {error}", hint="take the installation back by hand") from None
 
 
-def save(node: Node, manifest: Manifest) -> Manifest:
-    """Write the manifest; return it with the directories that were made for it. Raise StoreBroken."""
-    raw = (json.dumps(asdict(manifest), indent=2) + "\n").encode()
-    made = node.write(PATH, raw)
-    return save(node, manifest.with_directories(made)) if made else manifest
+def save(node: Node, manifest: Manifest) -> None:
+    """Write the manifest. Blocking. Raise StoreBroken, UsageError."""
+    node.write(PATH, (json.dumps(asdict(manifest), indent=2) + "\n").encode())
 
 
 def _entry(one: dict[str, Any]) -> Entry:
     path, backup = str(one["path"]), str(one["backup"])
     if not path.startswith("/") or (backup and backup != str(backup_of(Path(path)))):
         raise ValueError(f"an entry of {path!r}")
-    return Entry(path, str(one["digest"]), backup, bool(one["shared"]))
+    return Entry(path, str(one["digest"]), str(one["before"]), backup, bool(one["shared"]))

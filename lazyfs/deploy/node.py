@@ -45,20 +45,18 @@ class Node:
             raise UsageError(f"{path} is no configuration: it has more than {_MAX_FILE >> 20} MiB")
         return raw
 
-    def write(self, path: Path, raw: bytes, mode: int = 0o644) -> list[Path]:
+    def write(self, path: Path, raw: bytes, mode: int = 0o644) -> None:
         """Replace a file at once, or make it. An existing one keeps its owner and mode.
 
-        Return the directories that had to be made, outermost first. Raise StoreBroken, UsageError.
+        Directories on the way are made; after a failure none is left. Raise StoreBroken, UsageError.
         """
         target = self.real(path)
-        made: list[Path] = []
+        missing = self.missing_parents(path)
         # no name that an import of *.toml would find
         scratch = target.with_name(f".lazyfs-{secrets.token_hex(6)}.new")
         try:
-            for above in reversed(target.parents):
-                if not above.exists():
-                    above.mkdir(mode=0o755)
-                    made.append(Path("/") / above.relative_to(self.root.resolve()))
+            for directory in missing:
+                self.real(directory).mkdir(mode=0o755, exist_ok=True)
             fd = os.open(scratch, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
             with os.fdopen(fd, "wb") as file:
                 file.write(raw)
@@ -73,8 +71,20 @@ class Node:
         except OSError as error:
             with contextlib.suppress(OSError):
                 scratch.unlink()
+            for directory in reversed(missing):
+                self.remove_empty(directory)
             raise StoreBroken(f"{path} can't be written: {error.strerror}") from None
-        return made
+
+    def missing_parents(self, path: Path) -> list[Path]:
+        """Return the directories above `path` that do not exist, outermost first. Raise UsageError."""
+        return [above for above in reversed(path.parents) if not self.real(above).exists()]
+
+    def mode(self, path: Path) -> int:
+        """Return a file's permission bits. Raise UsageError."""
+        try:
+            return self.real(path).stat().st_mode & 0o7777
+        except OSError as error:
+            raise UsageError(f"{path} can't be read: {error.strerror}") from None
 
     def remove(self, path: Path) -> None:
         """Remove a file; one that is gone is no error. Raise StoreBroken, UsageError."""
