@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import trio
 
 from lazyfs.errors import LazyfsError, RegistryTimeout
+from lazyfs.log import fields
 from lazyfs.mount.apart import Apart
 from lazyfs.mount.chain_layers import ChainLayers, ChainSource
 from lazyfs.mount.forest import SHIFT, Attributes, Forest, Planted
@@ -107,7 +108,7 @@ class Chains:
         """Let a chain go; readers of it get errors. One that isn't there is no error. A checkpoint."""
         chain = self._chains.pop(chain_id, None)
         if chain is not None:
-            log.info("chain let go: chain=%s image=%s", chain.id[:12], chain.image)
+            log.info("chain let go", extra=fields(chain=chain.id, image=chain.image))
             with trio.CancelScope(shield=True):
                 await self._planting.release(chain.planted)
 
@@ -119,7 +120,7 @@ class Chains:
         known = self._chains.get(chain.id)
         if known is None:
             self._chains[chain.id] = known = chain
-            log.info("chain shown: chain=%s image=%s layers=%d", chain.id[:12], chain.image, len(chain.layers))
+            log.info("chain shown: %d layers", len(chain.layers), extra=fields(chain=chain.id, image=chain.image))
         else:
             known.image, known.manifest_digest = chain.image, chain.manifest_digest
         with trio.CancelScope(shield=True):

@@ -164,6 +164,7 @@ class Daemon:
             mounted = Mounted(
                 settings, images, catalog, self._path_of, report.report, metrics.answer, self._stop.set, service
             )
+            scraped = Scraped(settings if self._alone else None, metrics, mounted)
             nursery.start_soon(service.keeping.watch)
             uses.bind(images, mounted)
             store.irreplaceable = images.layers.offline
@@ -171,7 +172,7 @@ class Daemon:
             if session is not None:
                 session.open()
             try:
-                with self._scope, Scraped(settings if self._alone else None, metrics, mounted):
+                with self._scope, scraped:
                     await self._parts(session, server, mounted)
             finally:
                 with trio.CancelScope(shield=True):

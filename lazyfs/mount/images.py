@@ -25,6 +25,7 @@ from lazyfs.errors import (
     ManifestMissing,
     RegistryError,
 )
+from lazyfs.log import fields
 from lazyfs.mount import missing
 from lazyfs.mount.ahead import Ahead, command_of
 from lazyfs.mount.donors import Donors
@@ -245,7 +246,7 @@ class Images:
         """Stop reading from a layer: every further read of it is EIO. Called from the loop."""
         if layer.quarantine:
             return
-        log.error("quarantined: layer=%s reason=%s", layer.digest, reason)
+        log.error("quarantined: %s", reason, extra=fields(layer=layer.digest))
         layer.quarantine = reason
         self._memory.forget_layer(layer.number)
         self._nursery.start_soon(

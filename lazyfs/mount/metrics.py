@@ -30,9 +30,10 @@ FILES = Metric("lazyfsd_open_files", "gauge", "open file descriptors")
 THREADS = Metric("lazyfsd_threads", "gauge", "threads of Python")
 MOUNTS = Metric("lazyfsd_mounts", "gauge", "mounts that commands asked for", ("kind",))
 CHAINS = Metric("lazyfsd_chains", "gauge", "chains shown for the snapshotter")
-SERVED = Metric("lazyfsd_served_layers", "gauge", "layers that mounts and chains use now", ("form", "complete"))
-KNOWN = Metric("lazyfsd_known_layers", "gauge", "layers that the node knows, by whether they passed the whole check",
-               ("check",))  # fmt: skip
+SERVED = Metric("lazyfsd_served_layers", "gauge", "layers that mounts and chains use now",
+                ("form", "complete", "checked"))  # fmt: skip
+KNOWN = Metric("lazyfsd_known_layers", "gauge", "layers that the node knows, in use or not")
+QUARANTINED = Metric("lazyfsd_quarantined_layers", "gauge", "those of them that were found false")
 FETCHED = Metric("lazyfsd_fetched_bytes_total", "counter", "compressed bytes of layers from registries", ("priority",))
 READ_FROM = Metric("lazyfsd_read_bytes_total", "counter", "uncompressed bytes of chunks, by where readers' came from",
                    ("source",))  # fmt: skip
@@ -57,9 +58,9 @@ HOST_TROUBLE = Metric("lazyfsd_registry_avoided", "gauge", "1 while a host is le
 QUEUE = Metric("lazyfsd_fetches", "gauge", "fetches of layers' bytes", ("state",))
 
 METRICS = (
-    INFO, UPTIME, MEMORY, FILES, THREADS, MOUNTS, CHAINS, SERVED, KNOWN, FETCHED, READ_FROM, READ_TIME, FUSE_CALLS,
-    ERRORS, STORE, STORE_BOUND, EVICTED, DAMAGED, PASSED_BY, WRITE_FAILURES, CACHE, CACHE_BOUND, CACHE_ASKED,
-    REQUEST_TIME, REQUEST_BYTES, REQUEST_ERRORS, HOST_TROUBLE, QUEUE,
+    INFO, UPTIME, MEMORY, FILES, THREADS, MOUNTS, CHAINS, SERVED, KNOWN, QUARANTINED, FETCHED, READ_FROM, READ_TIME,
+    FUSE_CALLS, ERRORS, STORE, STORE_BOUND, EVICTED, DAMAGED, PASSED_BY, WRITE_FAILURES, CACHE, CACHE_BOUND,
+    CACHE_ASKED, REQUEST_TIME, REQUEST_BYTES, REQUEST_ERRORS, HOST_TROUBLE, QUEUE,
 )  # fmt: skip
 
 
@@ -95,7 +96,7 @@ class DaemonMetrics:
     def take(self, mounts: list[Mount]) -> Moment:
         """Return the numbers of this moment, consistent with each other. Doesn't block."""
         layers = Counter(
-            ("plain" if layer.is_plain else "lazy", "yes" if layer.store.complete else "no")
+            ("plain" if layer.is_plain else "lazy", _yes(layer.store.complete), _yes(layer.verified))
             for layer in self._report.layers()
         )
         kinds = Counter((mount.kind,) for mount in mounts)
@@ -124,7 +125,7 @@ class DaemonMetrics:
             (MOUNTS, moment.mounts),
             one(CHAINS, moment.chains),
             (SERVED, moment.layers),
-            (KNOWN, self._known()),
+            *self._known(),
             (FETCHED, {(name,): received[name] for name in ("demand", "prefetch", "background")}),
             (READ_FROM, {
                 ("memory",): received["from_memory"], ("store",): received["from_store"],
@@ -145,14 +146,13 @@ class DaemonMetrics:
             *self._of_hosts(status),
         ]  # fmt: skip
 
-    def _known(self) -> dict[tuple[str, ...], float]:
+    def _known(self) -> list[Reading]:
         try:
             layers = self._catalog.layers()
         except StoreError as error:
             log.warning("metrics lack what the catalog knows: %s", error)
-            return {}
-        checks = Counter("quarantined" if one.quarantine else "passed" if one.verified else "not_yet" for one in layers)
-        return {(check,): checks[check] for check in ("passed", "not_yet", "quarantined")}
+            return []
+        return [one(KNOWN, len(layers)), one(QUARANTINED, sum(bool(layer.quarantine) for layer in layers))]
 
     def _of_hosts(self, status: dict[str, Any]) -> list[Reading]:
         by_host: dict[str, dict[str, Any]] = status["requests"]["by_host"]
@@ -176,6 +176,10 @@ class DaemonMetrics:
             key = (host if host in told_apart else OTHER,)
             found[key] = max(found.get(key, 0), float(facts["state"] != "ok"))
         return found
+
+
+def _yes(value: bool) -> str:
+    return "yes" if value else "no"
 
 
 class Scraped:

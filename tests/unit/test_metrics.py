@@ -138,7 +138,7 @@ def test_the_docs_list_every_reason() -> None:
 
 def test_no_metric_has_a_label_without_bound() -> None:
     allowed = {
-        "version", "driver", "kind", "form", "complete", "check", "priority", "source", "call", "class", "result",
+        "version", "driver", "kind", "form", "complete", "checked", "priority", "source", "call", "class", "result",
         "host", "state", "method", "code", "outcome", "reason", "what",
     }  # fmt: skip
     for metric in ALL:
