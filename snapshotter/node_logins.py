@@ -112,7 +112,7 @@ class NodeLogins:
                 self._kept.move_to_end(place)
             version = self._version
             self._wake()
-            self._changed.wait_for(lambda: self._told >= version or self._send is None, self._patience)
+            self._changed.wait_for(lambda: self._told >= version, self._patience)  # or until there is a daemon
         return Noted(place, login)
 
     def settle(self, noted: Noted, *, worked: bool | None) -> None:

@@ -7,6 +7,7 @@ import json
 import logging
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -79,7 +80,7 @@ def test_nothing_that_kubelet_sends_raises_or_is_logged(image: str, fields: dict
     logger = logging.getLogger("snapshotter")
     logger.addHandler(handler)
     try:
-        logins = NodeLogins()
+        logins = NodeLogins(patience=0)
         noted = logins.note(image, **fields)
     finally:
         logger.removeHandler(handler)
@@ -105,13 +106,13 @@ def test_nothing_that_kubelet_sends_raises_or_is_logged(image: str, fields: dict
     ],
 )
 def test_a_login_for_another_server_is_not_kept(image: str, server: str, kept: bool) -> None:
-    logins = NodeLogins()
+    logins = NodeLogins(patience=0)
     noted = logins.note(image, username="u", password="p", server_address=server)
     assert (noted is not None, len(logins)) == (kept, int(kept))
 
 
 def test_what_was_pulled_from_longest_ago_goes_and_the_document_fits_a_message() -> None:
-    logins = NodeLogins()
+    logins = NodeLogins(patience=0)
     for number in range(MAX_LOGINS + 5):
         logins.note(f"a.example/r{number}", username="u", password="p")
         logins.note("a.example/r0", username="u", password="p")
@@ -134,9 +135,14 @@ def test_the_daemon_is_told_of_changes_alone_and_everything_when_it_is_new() -> 
             if self.failing:
                 raise DaemonUnreachable("it is gone")
 
-    logins, first, second = NodeLogins(), Daemon(), Daemon()
-    logins.note("a.example/x", username="u", password="1")
-    logins.greet(first)
+    logins, first, second = NodeLogins(patience=5), Daemon(), Daemon()
+    with ThreadPoolExecutor(1) as pool:  # a pull that comes before the daemon waits for it
+        early = pool.submit(logins.note, "a.example/x", username="u", password="1")
+        while not len(logins):
+            time.sleep(0.001)
+        assert not early.done()
+        logins.greet(first)
+        assert early.result() is not None and first.heard[-1] == ["1"]
     logins.note("a.example/y", username="u", password="2")
     logins.note("a.example/x", username="u", password="1")
     assert first.heard[-1] == ["1", "2"] and ["1", "2"] not in first.heard[:-1]
