@@ -11,7 +11,7 @@ import shutil
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from lazyfs.errors import LazyfsError
 from snapshotter.directories import Directories
@@ -37,6 +37,7 @@ class Collected:
     freed: int = 0
     left: bool = False
     failed: str = ""
+    shown: set[str] = field(default_factory=set)  # layers of chains that nobody uses and that are not hidden yet
 
 
 class Collector:
@@ -142,6 +143,7 @@ class Collector:
                 done.chains += 1
             else:
                 done.left = True
+                done.shown.update(layers)
 
     def _strays(self, done: Collected) -> None:
         names = self._directories.names()  # before the numbers: what is made meanwhile must not look unused
@@ -162,6 +164,8 @@ class Collector:
         now = time.time_ns()
         unused = self._store.images_unreferenced(now - int(_FRESH * _NS))
         done.left = done.left or len(self._store.images_unreferenced()) > len(unused)
+        # Those of a chain that is still shown can't be removed yet, and who forgets their image never looks again.
+        unused = [image for image in unused if done.shown.isdisjoint(layer.digest for layer in image.layers)]
         images = {image.number: image for image in unused}
         images |= {image.number: image for image in self._store.images_settled(now - int(_PULLED * _NS))}
         used = self._store.layers_referenced()
