@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import time
 from functools import partial
 
 from lazyfs.config import Settings
+from lazyfs.errors import UsageError
 from snapshotter import image_service
 from snapshotter.collect import Collected, Collector
 from snapshotter.directories import Directories
@@ -42,6 +44,9 @@ def connect(settings: Settings, store: Store, directories: Directories, *, start
 
     `start_daemon`: start one where none runs; else wait for the one that somebody else keeps.
     """
+    upstream = settings.image_service.removeprefix("unix://")
+    if upstream and os.path.abspath(upstream) == os.path.abspath(settings.snapshotter_address):
+        raise UsageError("image_service is the snapshotter's own socket", hint="give it containerd's")
     logins = NodeLogins()
     remote = CountedRemote(settings, start=start_daemon, in_use=store.chains_in_use, greet=logins.greet)
     metrics = Metrics(lambda: count_held(store, store.walk()), lambda: remote.restarts)

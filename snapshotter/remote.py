@@ -21,6 +21,7 @@ from snapshotter.model import LazyLayer, LazyPlace, Shown, Usage
 
 log = logging.getLogger(__name__)
 
+_GREETING = 3.0  # seconds that calls which may need a login wait for a new daemon to be told of them
 _SLACK = 5.0  # seconds that a call may take beyond the deadline that the daemon was given
 _SHORT = 30.0  # seconds for calls that ask no registry
 _DIGESTS = 1000  # of one call; a message has at most 1 MiB
@@ -72,6 +73,7 @@ class Remote:
         self._shown: dict[str, float] = {}  # chain → when it was last asked for (monotonic)
         self._guard: Daemon | None = None
         self._thread: threading.Thread | None = None
+        self._greeted = threading.Event()  # the daemon that is there knows the node's logins
         self.restarts = 0  # daemons met after the first one
 
     # -- life
@@ -96,6 +98,7 @@ class Remote:
     def resolve(self, image: str, manifest_digest: str) -> ResolvedChain:
         """Have all layers of an image made ready side by side, and say which are. Blocking, `prepare_timeout`."""
         deadline = self._settings.prepare_timeout
+        self._greeted.wait(_GREETING)
         answer = self._call(
             "resolve_chain",
             deadline + _SLACK,
@@ -129,6 +132,7 @@ class Remote:
     def show(self, place: LazyPlace) -> Shown:
         """Have the tree of a chain shown, until `hide`. Blocking, `chain_timeout`; complete chains need no network."""
         deadline = self._settings.chain_timeout
+        self._greeted.wait(_GREETING)
         answer = self._call(
             "mount_chain",
             deadline + _SLACK,
@@ -217,6 +221,7 @@ class Remote:
                     failures = 0
                     self._met(guard)
                     guard.wait_for_end()
+                    self._greeted.clear()
                 if not self._stop.is_set():
                     self.restarts += 1
                     log.warning("lazyfsd has gone: it is brought back, and the chains in use with it")
@@ -233,6 +238,7 @@ class Remote:
     def _met(self, guard: Daemon) -> None:
         log.info("connected to lazyfsd: pid=%s version=%s", guard.greeting.get("pid"), guard.greeting.get("lazyfsd"))
         self._greet(self)
+        self._greeted.set()
         places = list(self._in_use())
         if not places:
             return
