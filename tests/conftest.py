@@ -1,7 +1,8 @@
 """Fixtures shared by all tests, and the guards: nothing is skipped in CI, and nothing is left behind.
 
 Environment: CI set → a test that would be skipped fails. LAZYFS_TEST_SESSION is set here and inherited by every daemon
-that the tests start, which is how a leftover one is told from somebody else's.
+that the tests start, which is how a leftover one is told from somebody else's. LAZYFS_TEST_SHARED is a directory that
+the workers of a session share.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from typing import Any
 
 import pytest
 
-from tests.helpers import real, real_image
+from tests.helpers import real, real_image, service_images
 from tests.helpers.fake_registry import FakeRegistry
 
 LINGER = 10.0  # seconds that a daemon may take to end after its last mount
@@ -41,6 +42,8 @@ def pytest_configure(config: pytest.Config) -> None:
     # Short, because Unix sockets lie below it; on disk, because overlayfs takes no overlay as its upper directory.
     config.stash[_TOP] = Path(tempfile.mkdtemp(prefix="lazyfs-test-", dir="/var/tmp"))
     os.environ["XDG_CACHE_HOME"] = str(config.stash[_TOP] / "cache")  # the converter's work directory, and nobody's own
+    if "PYTEST_XDIST_WORKER" not in os.environ:  # what is dear to make is made once, and the workers find it here
+        os.environ["LAZYFS_TEST_SHARED"] = str(config.stash[_TOP] / "shared")
     config.stash[_WORKERS_LEFT] = []
     config.stash[_TOP].chmod(0o755)  # tests run as other users too
     config.add_cleanup(lambda: shutil.rmtree(config.stash[_TOP], ignore_errors=True))
@@ -175,3 +178,12 @@ def small_image(docker_registry: real.DockerRegistry, small_layout: str) -> str:
     reference = docker_registry.image("small", "original")
     real.copy_image(small_layout, reference)
     return reference
+
+
+@pytest.fixture(scope="session")
+def services(request: pytest.FixtureRequest) -> Iterator[service_images.ServiceImages]:
+    """Yield a registry with the converted images of services, made once for all workers; nobody pushes to it."""
+    shared = Path(os.environ["LAZYFS_TEST_SHARED"])
+    blobs = service_images.build(shared)
+    with real.docker_registry(request.config.stash[_TOP] / "services", blobs) as one:
+        yield service_images.ServiceImages(one, service_images.sizes(shared))

@@ -64,6 +64,7 @@ startup_delay = "50ms"
 sandbox_image = "{pause}"
 restrict_oom_score_adj = true
 stream_server_port = "0"
+stats_collect_period = 1
 [plugins."io.containerd.grpc.v1.cri".cni]
 bin_dir = "{place}/cni"
 conf_dir = "{place}/cni"
@@ -100,6 +101,7 @@ restrict_oom_score_adj = true
 bin_dir = "{place}/cni"
 conf_dir = "{place}/cni"
 [plugins."io.containerd.cri.v1.images"]
+stats_collect_period = 1
 snapshotter = "{snapshotter}"
 disable_snapshot_annotations = false
 [plugins."io.containerd.cri.v1.images".pinned_images]
@@ -164,9 +166,12 @@ class PodNode:
                 self.check_given_back()
                 self.stop()
                 self.check_nothing_left()
+        except BaseException:
+            print(self.words())  # pytest shows it with the failure
+            raise
         finally:
             if kind is not None:
-                print(self.words())  # pytest shows it with the failure
+                print(self.words())
             self._end_all()
 
     # -- the processes
