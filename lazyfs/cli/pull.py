@@ -114,10 +114,14 @@ def _reference(image: str) -> Reference:
 
 
 def _say(pulled: PulledImage, namespace: str, snapshotter: str, out: Output) -> None:
+    from lazyfs.cli.pull_image import How
+
     out.json({**pulled.to_json(), "namespace": namespace, "snapshotter": snapshotter})
     for layer in pulled.layers:
         size = format_size(layer.size)
         out.line(f"{layer.digest[7:19]}  {layer.how.value:<10}  {size:>10}  {layer.seconds:.2f} s")
+    if snapshotter == _SNAPSHOTTER and any(layer.how in (How.DOWNLOADED, How.UNPACKED) for layer in pulled.layers):
+        out.note(f"not every layer is lazy: `lazyfs why {pulled.name}` says why")
     ways = [layer.how.value for layer in pulled.layers]
     parts = ", ".join(f"{ways.count(way)} {way}" for way in dict.fromkeys(ways))
     fetched = format_size(sum(layer.fetched for layer in pulled.layers))

@@ -7,6 +7,7 @@ after a day, or ends with the next pull of the same image, which goes on from th
 from __future__ import annotations
 
 import dataclasses
+import logging
 import os
 import threading
 import time
@@ -24,10 +25,13 @@ from lazyfs.containerd.client import Client
 from lazyfs.containerd.images import Image
 from lazyfs.containerd.snapshots import Snapshots
 from lazyfs.containerd.unpack import LayerPlan, Unpacker, plan_layers
+from lazyfs.errors import LazyfsError
 from lazyfs.oci import Descriptor
 from lazyfs.reference import Reference
 from lazyfs.registry.repository import Repository
 from lazyfs.registry.resolve import ResolvedImage, fetch_config, resolve_image
+
+log = logging.getLogger(__name__)
 
 _LEASE_IMAGE = "dev.lazyfs.pull.image"
 _LEASE_OWNER = "dev.lazyfs.pull.process"
@@ -174,13 +178,17 @@ class ImagePull:
 
     def _end_leases_of_the_dead(self) -> None:
         """End the leases of pulls of this image that were killed: all that they held is held by its name now."""
-        here = _this_process().rpartition("/")[0].rpartition("/")[0]
-        for lease in self._client.leases.all():
-            owner = lease.labels.get(_LEASE_OWNER, "")
-            if lease.labels.get(_LEASE_IMAGE) != self._name or not owner.startswith(here + "/"):
-                continue
-            if owner != _process(here, owner.split("/")[-2]):
-                self._client.leases.delete(lease.id, collect=True)
+        ours = _this_process()
+        here = ours.rsplit("/", 2)[0]
+        try:
+            for lease in self._client.leases.all():
+                owner = lease.labels.get(_LEASE_OWNER, "")
+                if lease.labels.get(_LEASE_IMAGE) != self._name or not owner.startswith(here + "/"):
+                    continue  # of another image, or a process that can't be looked at from here
+                if owner == ours or owner != _process(here, owner.rsplit("/", 2)[1]):
+                    self._client.leases.delete(lease.id, collect=True)
+        except LazyfsError as error:
+            log.warning("leases of earlier pulls stay until they expire: %s", error)
 
 
 def _target(resolved: ResolvedImage) -> Descriptor:

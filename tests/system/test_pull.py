@@ -8,6 +8,7 @@ import io
 import json
 import os
 import signal
+import subprocess
 import tarfile
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -20,7 +21,7 @@ import zstandard
 from lazyfs.cli.main import main
 from lazyfs.containerd.client import Client, connect
 from tests.helpers import real
-from tests.helpers.daemon import Node, pattern, until
+from tests.helpers.daemon import Node, pattern, tmpfs, until
 from tests.helpers.fake_registry import AddedImage, FakeRegistry, Fault
 from tests.helpers.fake_snapshotter import FakeSnapshotter
 from tests.helpers.small_image import make_tree
@@ -225,6 +226,8 @@ def test_two_pulls_side_by_side_fetch_each_layer_once(place: Place) -> None:
     try:
         words = place.words("pull", "--snapshotter", "overlayfs", one.reference)
         processes = [place.node.spawn(words) for _ in range(2)]
+        with contextlib.suppress(real.ToolFailed):  # it takes a snapshot that is being made for an error
+            place.daemon.pull(one.reference)
         done = [place.node.finish(process, 60).returncode for process in processes]
     finally:
         place.registry.rate = 0
@@ -291,3 +294,55 @@ def test_one_sentence_for_each_thing_that_is_not_there(place: Place, tmp_path: P
     place.pull(one.reference)
     said = place.refused(3, "fetch", "--content", "--namespace", "default", one.reference)
     assert f"namespace {NAMESPACE} has it" in said
+
+
+def _answers(daemon: real.Containerd) -> bool:
+    return subprocess.run(daemon.words("version"), check=False, capture_output=True).returncode == 0
+
+
+@contextlib.contextmanager
+def started_again(daemon: real.Containerd) -> Iterator[None]:
+    command = [real.tool("containerd"), "--config", str(daemon.directory / "config.toml")]
+    with daemon.log.open("ab") as sink:
+        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=sink, stderr=sink)
+    try:
+        until(lambda: _answers(daemon), "it answers")
+        yield
+    finally:
+        real.stop(process)
+
+
+@pytest.mark.parametrize(("size", "what"), [(8 << 20, "writing blob"), (14 << 20, "unpacking layer")])
+def test_a_full_disk_is_called_so_and_given_back(place: Place, tmp_path: Path, size: int, what: str) -> None:
+    layers = [gzip.compress(tar_of(file("big", pattern(9 << 20))), _GZIP)]
+    one = place.registry.add_image("team/full", "1", layers)
+    with tmpfs(tmp_path / "d", size) as small, real.containerd(small / "c") as daemon:
+        said = place.refused(9, "pull", "--address", str(daemon.address), "--snapshotter", "overlayfs", one.reference)
+        assert "the disk of containerd at" in said and what in said
+        for listed in (("content", "ls", "--quiet"), ("leases", "ls", "--quiet"), ("images", "ls", "--quiet")):
+            assert daemon.ctr(*listed) == ""
+        assert daemon.ctr("snapshots", "ls").count("\n") == 1
+
+
+def test_containerd_killed_in_mid_pull(place: Place, tmp_path: Path) -> None:
+    """One sentence, soon; and when it is back the pull goes on where it was."""
+    one = made(place, "team/killed")
+    big = one.layers[1]
+    half = len(place.registry.blobs[big]) // 2
+    place.registry.fault(Fault.STALL, path=big, method="GET", at=half, times=1)
+    words = ("--snapshotter", "overlayfs", one.reference)
+    with real.containerd(tmp_path / "c") as daemon:
+        where = ("--address", str(daemon.address), "--namespace", NAMESPACE)
+        client = connect(str(daemon.address), NAMESPACE, timeout=30)
+        process = place.node.spawn(place.node.words("pull", *where, *words))
+        until(lambda: client.content.uploaded(f"layer-{big}") > half // 2, "half of the blob has come")
+        os.kill(daemon.pid, signal.SIGKILL)
+        assert process.wait(20) == 5
+        assert b"does not answer" in process.communicate()[1]
+        client.close()
+        place.registry.clear_log()
+        with started_again(daemon):
+            code, _, errors = place._call("pull", *where, *words)
+            assert code == 0, errors
+            assert place.registry.bytes_sent(big) < half + (2 << 20)
+            assert "Active" not in daemon.ctr("snapshots", "ls") and daemon.ctr("leases", "ls", "--quiet") == ""
