@@ -226,7 +226,7 @@ def containerd(directory: Path, extra: str = "") -> Iterator[Containerd]:
         )
     try:
         running = Containerd(directory, address, log, process.pid)
-        _wait_for_containerd(running, process)
+        wait_for_containerd(running, process)
         yield running
     finally:
         stop(process)
@@ -236,7 +236,8 @@ def containerd(directory: Path, extra: str = "") -> Iterator[Containerd]:
             shutil.rmtree(directory / name, ignore_errors=True)
 
 
-def _wait_for_containerd(running: Containerd, process: subprocess.Popen[bytes]) -> None:
+def wait_for_containerd(running: Containerd, process: subprocess.Popen[bytes]) -> None:
+    """Return once it answers. Raise ToolFailed with its last words when it ended, or is too slow."""
     deadline = time.monotonic() + START
     while True:
         try:
