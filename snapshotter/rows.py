@@ -28,7 +28,7 @@ def pack_labels(labels: Mapping[str, str]) -> str:
     for name, value in labels.items():
         if len(name.encode()) + len(value.encode()) > MAX_LABEL:
             raise SnapshotInvalid(name[:80], f"label {name[:80]!r} and its value have more than {MAX_LABEL} bytes")
-    return json.dumps({name: value for name, value in labels.items() if value}, ensure_ascii=False)
+    return json.dumps({name: value for name, value in labels.items() if value})
 
 
 def pack_layers(layers: tuple[LazyLayer, ...]) -> str:
@@ -36,7 +36,7 @@ def pack_layers(layers: tuple[LazyLayer, ...]) -> str:
     rows = [
         [x.digest, x.size, x.media_type, dict(sorted(x.annotations.items())), x.diff_id, x.chain_id] for x in layers
     ]
-    return json.dumps(rows, ensure_ascii=False)
+    return json.dumps(rows)  # as ASCII: an annotation may hold half of a surrogate pair, which SQLite refuses
 
 
 def image_of(number: int, reference: str, manifest_digest: str, layers: str) -> LazyImage:

@@ -16,7 +16,8 @@ class ReasonStore(StoreFile):
         self, image: str, layer_digest: str, key: str, reason: str, lazy: bool, when: int | None = None
     ) -> None:
         """Record what became of a layer; `when` in nanoseconds since the epoch, None: now."""
-        texts = [text[:_MAX_TEXT] for text in (image, layer_digest, key, reason)]
+        # An error's sentence may hold a file name that is no Unicode; SQLite refuses it.
+        texts = [text[:_MAX_TEXT].encode("utf-8", "replace").decode() for text in (image, layer_digest, key, reason)]
         with self._transaction() as connection:
             number = connection.execute(
                 "INSERT INTO reasons (image, layer, key, reason, lazy, time) VALUES (?, ?, ?, ?, ?, ?)",

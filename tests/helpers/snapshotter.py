@@ -82,7 +82,7 @@ class Client:
         try:
             return call(question, timeout=CALL, wait_for_ready=False)
         except grpc.RpcError as error:
-            raise Refused(error.code(), error.details() or "") from None  # type: ignore[attr-defined]
+            raise Refused(error.code(), error.details() or "") from None
 
     def prepare(self, key: str, parent: str = "", labels: Mapping[str, str] | None = None) -> list[Mount]:
         question = messages.PrepareSnapshotRequest(snapshotter="lazyfs", key=key, parent=parent, labels=labels)
@@ -127,7 +127,7 @@ class Client:
             for answer in call(messages.ListSnapshotsRequest(filters=filters), timeout=CALL):
                 yield [Info(info) for info in answer.info]
         except grpc.RpcError as error:
-            raise Refused(error.code(), error.details() or "") from None  # type: ignore[attr-defined]
+            raise Refused(error.code(), error.details() or "") from None
 
     def list(self, *filters: str) -> dict[str, Info]:
         return {info.name: info for batch in self.batches(*filters) for info in batch}

@@ -218,6 +218,15 @@ def test_reasons_are_bounded_and_read_beside_the_writer(store: Store, monkeypatc
         reader.close()
 
 
+def test_text_that_is_no_unicode_is_recorded_all_the_same(store: Store) -> None:
+    """An image's annotations and an error's file name may hold what SQLite refuses."""
+    store.note_reason("i", "d", "k", "no file \udcff", lazy=False)
+    assert store.reasons()[0].reason == "no file ?"
+    odd = LazyLayer("d", 1, "m", {"a": "\ud800"}, "x", "y")
+    made = store.commit_lazy("c", "", {}, LazyImage(0, "r", "d", (odd,)), 0, Usage())
+    assert made.lazy is not None and made.lazy.layers == (odd,)
+
+
 def test_there_is_nothing_to_read(tmp_path: Path) -> None:
     with pytest.raises(StoreBroken):
         open_readonly(tmp_path / "none.db")
