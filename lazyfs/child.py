@@ -31,27 +31,28 @@ TIMEOUT = 120.0  # seconds
 _FIRST_WAIT = 60.0  # seconds that a process started ahead of need waits for its job
 _NEXT_WAIT = 3.0  # seconds after which a process without further jobs ends, and gives its memory back
 _GRACE = 5.0  # seconds that a process may take to end
+_KEPT = 2  # idle processes
 _MAX_ANSWER = 1 << 20  # bytes; an answer is one sentence
 
 
 class Builder:
-    """Runs jobs in child processes; one that is idle is kept for a few seconds, because starting costs 0.1 s.
+    """Runs jobs in child processes; two that are idle are kept for a few seconds, because starting costs 0.1 s.
 
     Thread-safe: jobs that come at once get a process each. `warm` starts one ahead of need.
     """
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._idle: subprocess.Popen[bytes] | None = None
+        self._idle: list[subprocess.Popen[bytes]] = []
 
     def warm(self) -> None:
         """Start a process that imports what it needs while its job is still on the way. Doesn't block."""
         with self._lock:
-            if self._idle is not None and self._idle.poll() is not None:
-                _end(self._idle)  # for want of work
-                self._idle = None
-            if self._idle is None:
-                self._idle = _spawn()
+            for child in [child for child in self._idle if child.poll() is not None]:
+                _end(child)  # for want of work
+                self._idle.remove(child)
+            if not self._idle:
+                self._idle.append(_spawn())
 
     def run(self, job: dict[str, Any], *, timeout: float = TIMEOUT) -> None:
         """Run `job` and wait for it. Blocking: at most `timeout` seconds.
@@ -59,7 +60,7 @@ class Builder:
         Raise what the child raised (FormatError, StoreError), or TocInvalid when it died of its limits.
         """
         with self._lock:
-            child, self._idle = self._idle, None
+            child = self._idle.pop() if self._idle else None
         answer = _ask(child, job, timeout) if child is not None else b""
         if not answer:  # there was none, or it ended for want of work just now
             child = _spawn()
@@ -67,16 +68,17 @@ class Builder:
         assert child is not None
         if _is_answer(answer):
             with self._lock:
-                if self._idle is None:
-                    self._idle, child = child, None
+                if len(self._idle) < _KEPT:
+                    self._idle.append(child)
+                    child = None
         complaint, status = _end(child) if child is not None else (b"", 0)
         read_answer(answer, complaint, status)
 
     def close(self) -> None:
-        """End the idle process."""
+        """End the idle processes."""
         with self._lock:
-            child, self._idle = self._idle, None
-        if child is not None:
+            children, self._idle = self._idle, []
+        for child in children:
             _end(child)
 
 

@@ -35,6 +35,10 @@ class Links:
             self._limiters = {name: one for name, one in self._limiters.items() if one.borrowed_tokens}
         return self._limiters.setdefault(host, trio.CapacityLimiter(_HOST_THREADS))
 
+    def whole(self, host: str) -> trio.CapacityLimiter:
+        """Return the limit of a host's layers that are fetched in full at a time, to be held by a task."""
+        return self.limiter(f"whole layers of {host}")
+
     async def ask(self, host: str, request: Callable[[], T]) -> T:
         """Return what `request` returns, from a thread that is left behind when we are cancelled. A checkpoint."""
         return await trio.to_thread.run_sync(request, abandon_on_cancel=True, limiter=self.limiter(host))
@@ -73,15 +77,20 @@ class Apart:
     def __init__(self, nursery: trio.Nursery) -> None:
         self._nursery = nursery
 
-    async def run(self, work: Callable[[], Awaitable[T]], give_back: Callable[[T], Awaitable[None]]) -> T:
-        """Return what `work` returns. When we are cancelled it is cancelled too; what it brings yet is given back."""
+    async def run(
+        self, work: Callable[[], Awaitable[T]], give_back: Callable[[T], Awaitable[None]], *, persist: bool = False
+    ) -> T:
+        """Return what `work` returns. When we are cancelled it is cancelled too, unless it is to `persist`; what it
+        brings yet is given back.
+        """
         job = _Job[T](given_up=False)
         self._nursery.start_soon(self._work, job, work, give_back)
         try:
             await job.done.wait()
         except trio.Cancelled:
             job.given_up = True
-            job.scope.cancel()
+            if not persist:
+                job.scope.cancel()
             for value in job.value:
                 self._nursery.start_soon(give_back, value)
             raise
@@ -89,12 +98,12 @@ class Apart:
             raise job.error
         return job.value[0]
 
-    def begin(self, work: Callable[[], Awaitable[T]], take: Callable[[T], Awaitable[None]]) -> None:
-        """Start `work`, whose result `take` gets. Doesn't wait; failures are logged."""
-        self._nursery.start_soon(self._work, _Job[T](given_up=True), work, take)
+    def begin(self, work: Callable[[], Awaitable[None]]) -> None:
+        """Start work that nobody waits for. Doesn't wait; failures are logged."""
+        self._nursery.start_soon(self._work, _Job[None](given_up=True), work, None)
 
     async def _work(
-        self, job: _Job[T], work: Callable[[], Awaitable[T]], give_back: Callable[[T], Awaitable[None]]
+        self, job: _Job[T], work: Callable[[], Awaitable[T]], give_back: Callable[[T], Awaitable[None]] | None
     ) -> None:
         try:
             with job.scope:
@@ -104,7 +113,7 @@ class Apart:
             if job.given_up:
                 level = logging.INFO if isinstance(error, LazyfsError) else logging.ERROR
                 log.log(level, "work that nobody waits for failed: %s: %s", type(error).__name__, error)
-        if job.given_up:
+        if job.given_up and give_back is not None:
             with trio.CancelScope(shield=True):
                 for value in job.value:
                     await give_back(value)

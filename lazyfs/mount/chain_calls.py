@@ -15,7 +15,7 @@ from lazyfs.chunks.clear import Clearing
 from lazyfs.chunks.store import Store
 from lazyfs.errors import DocumentInvalid, UsageError
 from lazyfs.mount.chain_documents import parse_reference
-from lazyfs.mount.chain_layers import ChainSource
+from lazyfs.mount.chain_layers import ChainLayers, ChainSource
 from lazyfs.mount.chain_resolving import ChainResolver
 from lazyfs.mount.chains import Chain, ChainLayer, Chains
 from lazyfs.mount.control import Say
@@ -45,6 +45,7 @@ class ChainCalls:
         open_repository: Open,
         resolver: ChainResolver,
         chains: Chains,
+        layers: ChainLayers,
         keeping: Keeping,
         store: Store,
         clearing: Clearing,
@@ -54,6 +55,7 @@ class ChainCalls:
         self._open = open_repository
         self._resolver = resolver
         self._chains = chains
+        self._layers = layers
         self._keeping = keeping
         self._store = store
         self._clearing = clearing
@@ -124,6 +126,7 @@ class ChainCalls:
 
     async def _remove(self, wanted: list[str]) -> dict[str, Any]:
         async with self._removing:
+            await self._layers.settle(wanted)
             await self._keeping.release(wanted)
             done = await self._in_thread(partial(self._clearing.remove_layers, wanted))
         return {"removed": done.layers, "kept": done.kept, "freed": done.freed}

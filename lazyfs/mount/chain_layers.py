@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
+from collections import Counter, OrderedDict
+from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import TypeVar
@@ -13,16 +14,23 @@ from lazyfs.chunks.single_flight import SingleFlight
 from lazyfs.errors import DaemonFault, ImageIncomplete
 from lazyfs.mount.apart import Apart, Links
 from lazyfs.mount.filling import Fillings
+from lazyfs.mount.keeping import Keeping
 from lazyfs.mount.layers import Layers
-from lazyfs.mount.preparing import Parts, Prepared, Preparer, TooLarge, Wanted
+from lazyfs.mount.preparing import Prepared, Preparer, TocParts, TooLarge, Wanted
 from lazyfs.oci import Descriptor
 from lazyfs.reference import Reference
 from lazyfs.registry.offline import OfflineRepository
 from lazyfs.registry.repository import Repository
+from lazyfs.units import MiB
 
 T = TypeVar("T")
 
-_LOCAL_THREADS = 16  # jobs that need the disk alone, or the table builder
+_LOCAL_THREADS = 16  # jobs that need the disk alone
+_BUILDERS = 2  # tables built at a time, of small TOCs and of large ones
+_LARGE = 1 * MiB  # compressed bytes of a large one
+_SETTLE = 10.0  # seconds that whoever removes layers waits for the tables that are being built
+_LOOK = 0.02
+_REFUSED = 1000  # malformed TOCs remembered
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,14 +52,26 @@ class ChainSource:
 class ChainLayers:
     """Hold layers for chains. Belongs to one trio loop."""
 
-    def __init__(self, layers: Layers, fillings: Fillings, preparer: Preparer, apart: Apart, links: Links) -> None:
+    def __init__(
+        self,
+        layers: Layers,
+        fillings: Fillings,
+        preparer: Preparer,
+        keeping: Keeping,
+        apart: Apart,
+        links: Links,
+    ) -> None:
         self._layers = layers
         self._fillings = fillings
         self._preparer = preparer
+        self._keeping = keeping
         self._apart = apart
         self._links = links
         self._local = trio.CapacityLimiter(_LOCAL_THREADS)
-        self._tails: SingleFlight[object, Parts | str] = SingleFlight()
+        self._builders = {large: trio.CapacityLimiter(_BUILDERS) for large in (False, True)}
+        self._promised: Counter[str] = Counter()  # layers that are being kept ready in the background
+        self._tails: SingleFlight[object, TocParts | str] = SingleFlight()
+        self._refused: OrderedDict[tuple[object, ...], str] = OrderedDict()  # TOCs that are malformed, and why
 
     async def hold(
         self, source: ChainSource, descriptor: Descriptor, diff_id: Callable[[], Awaitable[str]]
@@ -60,27 +80,89 @@ class ChainLayers:
 
         `diff_id` is awaited beside the request for the layer's TOC. Raise as `Layers.hold`.
         """
-        parts: Parts | str | None = None
+        wanted = await self._look(source, descriptor, diff_id)
+        # A layer of a chain that is to be shown is needed sooner or later: what can't come in time comes for the next
+        # call, which else would begin anew for ever.
+        persist = source.largest is None
+        give_back = self._keep if persist else self.drop
+        return await self._apart.run(partial(self._hold, source, wanted), give_back, persist=persist)
+
+    async def promise(
+        self, source: ChainSource, descriptor: Descriptor, diff_id: Callable[[], Awaitable[str]]
+    ) -> Prepared | None:
+        """Do as `hold`, but return None as soon as the layer's TOC is here and its digest right, where that is enough.
+
+        The table is built, and the layer kept, in the background: that takes 26 µs an entry. A TOC that can't be used
+        after all is remembered; its layer is then fetched in full when it is to be shown.
+        """
+        wanted = await self._look(source, descriptor, diff_id)
+        if wanted.parts is not None and not wanted.parts.doubtful and self.trusts(source):
+            self._promised[descriptor.digest] += 1
+            self._apart.begin(partial(self._fulfil, source, wanted))
+            return None
+        return await self._apart.run(partial(self._hold, source, wanted), self.drop)
+
+    async def _fulfil(self, source: ChainSource, wanted: Wanted) -> None:
+        try:
+            await self._keep(await self._hold(source, wanted))
+        finally:
+            self._promised[wanted.descriptor.digest] -= 1
+
+    async def settle(self, digests: Iterable[str]) -> None:
+        """Wait until the layers that were promised among these are kept. A checkpoint, some seconds at most."""
+        wanted = set(digests)
+        with trio.move_on_after(_SETTLE):
+            while any(self._promised[digest] for digest in wanted):
+                await trio.sleep(_LOOK)
+        self._promised = +self._promised
+
+    async def _look(self, source: ChainSource, descriptor: Descriptor, diff_id: Callable[[], Awaitable[str]]) -> Wanted:
+        """Fetch a layer's TOC, unless nothing of it is missing. Raise TooLarge and what is known against the layer."""
+        parts: TocParts | str | None = None
         if not await self._seems_here(descriptor):
             parts = await self._fetch_parts(source, descriptor)
         wanted = source.wanted(descriptor, await diff_id())
-        if parts is None and not self._layers.is_held(descriptor.digest) and not await self._knows(wanted):
-            parts = await self._fetch_parts(source, descriptor)
-        if isinstance(parts, str) and source.largest is not None and descriptor.size > source.largest:
+        if not self._layers.is_coming(descriptor.digest):
+            known = await self.in_thread(partial(self._preparer.knows, wanted))
+            if known:
+                parts = None
+            elif parts is None:
+                parts = await self._fetch_parts(source, descriptor)
+        if not isinstance(parts, str):
+            return replace(wanted, parts=parts)
+        if source.largest is not None and descriptor.size > source.largest:
             raise TooLarge(parts)
-        return await self._apart.run(partial(self._hold, source, wanted, parts), self.drop)
+        return self._in_full(source, wanted, parts)
 
-    async def _hold(self, source: ChainSource, wanted: Wanted, parts: Parts | str | None) -> Prepared:
-        repository = source.repository
-        if parts is None:
-            return await self._layers.hold(repository, wanted, limiter=self._local)
-        if parts and not isinstance(parts, str):
-            return await self._layers.hold(repository, replace(wanted, parts=parts), limiter=self._local)
-        limiter = self._links.limiter(repository.host)
-        if self._preparer.is_lazy(wanted.descriptor):
-            return await self._layers.hold(repository, wanted, limiter=limiter)
-        async with limiter:
-            return await self._layers.hold(repository, wanted)
+    def _in_full(self, source: ChainSource, wanted: Wanted, reason: str) -> Wanted:
+        """Return a layer as one to be fetched in full; without a deadline where it must come in the end."""
+        deadline = None if source.largest is None else source.deadline
+        return replace(wanted, deadline=deadline, parts=None, whole=reason)
+
+    async def _hold(self, source: ChainSource, wanted: Wanted) -> Prepared:
+        host = source.repository.host
+        if wanted.parts is not None and wanted.parts.parts:
+            builders = self._builders[wanted.parts.size > _LARGE]
+            try:
+                return await self._layers.hold(source.repository, replace(wanted, largest=-1), limiter=builders)
+            except TooLarge as error:  # it is malformed
+                self._refuse(wanted.descriptor, error.reason)
+                if source.largest is not None and wanted.descriptor.size > source.largest:
+                    raise
+                wanted = self._in_full(source, wanted, error.reason)
+        if wanted.whole:
+            async with self._links.whole(host):
+                return await self._layers.hold(source.repository, wanted)
+        limiter = self._local if wanted.parts is None else self._links.limiter(host)
+        return await self._layers.hold(source.repository, wanted, limiter=limiter)
+
+    def _refuse(self, descriptor: Descriptor, reason: str) -> None:
+        self._refused[_claims(descriptor)] = reason
+        while len(self._refused) > _REFUSED:
+            self._refused.popitem(last=False)
+
+    async def _keep(self, prepared: Prepared) -> None:
+        await self._keeping.keep(prepared)
 
     async def drop(self, prepared: Prepared) -> None:
         """Give a layer back. A checkpoint where it goes."""
@@ -116,16 +198,19 @@ class ChainLayers:
     async def _seems_here(self, descriptor: Descriptor) -> bool:
         """Tell whether it makes no sense to ask for a layer's TOC ahead of all else."""
         digest = descriptor.digest
-        return self._layers.is_held(digest) or await self.in_thread(partial(self._preparer.has_table, digest))
+        return self._layers.is_coming(digest) or await self.in_thread(partial(self._preparer.has_table, digest))
 
-    async def _knows(self, wanted: Wanted) -> bool:
-        return await self.in_thread(partial(self._preparer.knows, wanted))
-
-    async def _fetch_parts(self, source: ChainSource, descriptor: Descriptor) -> Parts | str:
+    async def _fetch_parts(self, source: ChainSource, descriptor: Descriptor) -> TocParts | str:
+        """Return what holds a layer's TOC, or why it can't be lazy."""
+        claims = _claims(descriptor)
+        reason = self._preparer.why_not_lazy(descriptor) or self._refused.get(claims, "")
+        if reason:
+            return reason
         repository = source.repository
-        claims = tuple(sorted(descriptor.annotations.items()))
-        key = repository.host, descriptor.digest, descriptor.size, descriptor.media_type, claims
-        if not self._preparer.is_lazy(descriptor):
-            return self._preparer.why_not_lazy(descriptor)
         request = partial(self._preparer.fetch_parts, repository, descriptor, source.deadline)
-        return await self._links.share(self._tails, key, repository.host, request)
+        return await self._links.share(self._tails, (repository.host, claims), repository.host, request)
+
+
+def _claims(descriptor: Descriptor) -> tuple[object, ...]:
+    """Return what an image says of a layer, to compare."""
+    return descriptor.digest, descriptor.size, descriptor.media_type, tuple(sorted(descriptor.annotations.items()))

@@ -12,14 +12,14 @@ from typing import Any
 import trio
 
 from lazyfs import oci
-from lazyfs.errors import LazyfsError, RegistryTimeout
+from lazyfs.errors import LazyfsError, ReadDeadline, RegistryTimeout
 from lazyfs.mount.chain_documents import ChainDocuments, ChainImage
 from lazyfs.mount.chain_layers import ChainLayers, ChainSource
 from lazyfs.mount.keeping import Keeping
 from lazyfs.mount.preparing import TooLarge
 from lazyfs.oci import Descriptor, ImageConfig
 
-_MAX_TEXT = 300  # characters of what an image or a registry has us repeat
+_MAX_TEXT = 600  # characters of what an image or a registry has us repeat
 _GRACE = 0.25  # seconds that a request gets beyond the call's deadline, so that its own error comes no earlier
 
 
@@ -105,7 +105,10 @@ class ChainResolver:
         try:
             with trio.move_on_after(source.deadline - time.monotonic()):
                 outcome.reason = "its TOC was not here in time"
-                prepared = await self._layers.hold(source, layer, diff_id)
+                prepared = await self._layers.promise(source, layer, diff_id)
+                if prepared is None:
+                    outcome.ready, outcome.lazy, outcome.reason = True, True, ""
+                    return
                 try:
                     outcome.reason = "it was not checked in full in time"
                     await self._layers.await_trust(source, prepared)
@@ -118,6 +121,8 @@ class ChainResolver:
                 outcome.ready, outcome.lazy, outcome.reason = True, not prepared.reason, prepared.reason
         except TooLarge as error:
             outcome.reason = error.reason
+        except ReadDeadline as error:
+            outcome.reason += f": {error.message}"
         except LazyfsError as error:
             outcome.reason = error.message
 

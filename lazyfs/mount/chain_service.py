@@ -50,7 +50,7 @@ def serve_chains(
     """Return the service; `rest` answers the calls that are none of its own. `path_of` may refuse with UsageError."""
     apart, links = Apart(nursery), Links()
     keeping = Keeping(images.layers)
-    layers = ChainLayers(images.layers, images.fillings, preparer, apart, links)
+    layers = ChainLayers(images.layers, images.fillings, preparer, keeping, apart, links)
     documents = ChainDocuments(census.catalog, images.resolver, links)
     chains = Chains(layers, keeping, images.planting, forest, apart, path_of)
     clearing = Clearing(census, release=donors.close)
@@ -60,5 +60,5 @@ def serve_chains(
         return images.open(reference, None, pull, access, images.on_hop)
 
     resolver = ChainResolver(documents, layers, keeping)
-    calls = ChainCalls(open_repository, resolver, chains, keeping, census.store, clearing, rest)
+    calls = ChainCalls(open_repository, resolver, chains, layers, keeping, census.store, clearing, rest)
     return ChainService(calls, chains, keeping)

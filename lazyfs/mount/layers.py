@@ -61,9 +61,9 @@ class Layers:
         held = list(self._held.items())
         return frozenset(digest for digest, one in held if isinstance(one.layer.repository, OfflineRepository))
 
-    def is_held(self, digest: str) -> bool:
-        """Tell whether a layer is in use."""
-        return digest in self._held
+    def is_coming(self, digest: str) -> bool:
+        """Tell whether a layer is in use, or is being prepared for somebody."""
+        return digest in self._held or digest in self._preparing
 
     # -- holding
 
@@ -132,7 +132,7 @@ class Layers:
         job = partial(self._preparer.prepare, repository, wanted, say, alive)
         self._bounds[digest] = bounds
         try:
-            if self._preparer.is_lazy(wanted.descriptor):
+            if self._preparer.is_lazy(wanted.descriptor) and not wanted.whole:
                 prepared = await trio.to_thread.run_sync(job, limiter=limiter)
             else:
                 prepared = await self._whole.run(repository.host, job)

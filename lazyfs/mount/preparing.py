@@ -48,6 +48,7 @@ log = logging.getLogger(__name__)
 _LARGE_TAIL = 8 * MiB  # bytes; larger ones are fetched when their layer's turn comes
 _LARGE_TOC = 16 * MiB  # bytes of JSON; larger ones take a gigabyte to turn into a table
 _LARGE_AT_ONCE = 2
+_LOST_NAMES = (b"\xef\xbf\xbd", b"\\ufffd", b"\\uFFFD")  # U+FFFD in JSON
 
 # What a layer's `source` file calls its form.
 _SOURCE_FORMS = {
@@ -58,6 +59,19 @@ _SOURCE_FORMS = {
 
 
 Parts = dict[int, bytes]  # blob_offset → bytes
+
+
+@dataclass(frozen=True, slots=True)
+class TocParts:
+    """What holds a layer's TOC, whose digest is right; {}: not fetched. `doubtful`: it may still be malformed."""
+
+    parts: Parts
+    doubtful: bool
+
+    @property
+    def size(self) -> int:
+        """Bytes, compressed."""
+        return sum(map(len, self.parts.values()))
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,7 +99,8 @@ class Wanted:
     diff_id: str
     origin: str  # the repository as the reference names it, for messages, the record and `lazy_from`
     tail: Future[bytes] | None = None  # the blob's last bytes, on their way since the manifest was there
-    parts: Parts | None = None  # ranges of the blob that hold its TOC, fetched by `Preparer.fetch_parts`
+    parts: TocParts | None = None  # what `Preparer.fetch_parts` brought
+    whole: str = ""  # why it has to be fetched in full, where that is known; then its TOC isn't looked at
     largest: int | None = None  # bytes of a blob that may be fetched whole; None: any
     deadline: float | None = None  # of the requests for it
 
@@ -146,23 +161,26 @@ class Preparer:
             return False
         return self._usable(known, wanted, self._toc_source(wanted.descriptor))
 
-    def fetch_parts(self, repository: Repository, descriptor: Descriptor, deadline: float) -> Parts | str:
+    def fetch_parts(self, repository: Repository, descriptor: Descriptor, deadline: float) -> TocParts | str:
         """Fetch what holds a layer's TOC and hold the TOC against its digest; a text says why it can't be lazy.
 
-        Blocking: one request, or two where the TOC is large. {}: it is too large to be fetched ahead of its turn.
+        Blocking: one request, or two where the TOC is large. One that is too large to wait in memory is left alone.
         Raise RegistryError, DigestMismatch or StoreError.
         """
         found = self._toc_source(descriptor)
         if isinstance(found, NotLazy):
             return found.reason
         if found.size > _LARGE_TAIL:
-            return {}
+            return TocParts({}, doubtful=True)
         parts: Parts = {}
         try:
             toc = _read_parts(repository, found, parts, deadline)
         except FormatError as error:
             return error.message
-        return toc.reason if isinstance(toc, NotLazy) else parts
+        if isinstance(toc, NotLazy):
+            return toc.reason
+        # Names that could not be written are the one fault that honest converters' TOCs have.
+        return TocParts(parts, any(mark in toc.raw for mark in _LOST_NAMES) or not toc.raw.lstrip().startswith(b"{"))
 
     def prepare(
         self,
@@ -228,7 +246,7 @@ class Preparer:
         reason = found.reason if isinstance(found, NotLazy) else ""
         if isinstance(found, TocSource):
             try:
-                made = self._make_lazy(repository, wanted, found)
+                made = NotLazy(wanted.whole) if wanted.whole else self._make_lazy(repository, wanted, found)
             except FormatError as error:
                 # A digest vouched for something that is no TOC that we read. The whole blob still has a diff ID.
                 made = NotLazy(error.message)
@@ -245,7 +263,7 @@ class Preparer:
     ) -> tuple[LayerSource, LayerTable, bytes] | NotLazy:
         digest = wanted.descriptor.digest
         parts: Parts = {}
-        early = dict(wanted.parts or {})
+        early = dict(wanted.parts.parts) if wanted.parts is not None else {}
         if wanted.tail is not None and not early:
             early[found.blob_offset] = wanted.tail.result()
         toc = _read_parts(repository, found, parts, wanted.deadline, early)

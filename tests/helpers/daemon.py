@@ -111,11 +111,16 @@ class Node:
     def words(self, *words: str | Path) -> list[str]:
         return [*self.prefix, sys.executable, "-m", "lazyfs", *map(str, words)]
 
-    def spawn(self, words: list[str], out: IO[bytes] | int = subprocess.PIPE) -> subprocess.Popen[bytes]:
-        """Start a program in this node's environment, away from the mounts; `out` gets what it says."""
+    def spawn(
+        self, words: list[str], out: IO[bytes] | int = subprocess.PIPE, *, feed: bool = False
+    ) -> subprocess.Popen[bytes]:
+        """Start a program in this node's environment, away from the mounts; `out` gets what it says.
+
+        With `feed` its input is a pipe.
+        """
         return subprocess.Popen(
             words,
-            stdin=subprocess.DEVNULL,
+            stdin=subprocess.PIPE if feed else subprocess.DEVNULL,
             stdout=out,
             stderr=out,
             env=self.environment,

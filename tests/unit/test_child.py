@@ -67,14 +67,14 @@ def test_what_the_child_raises_arrives(tmp_path: Path) -> None:
 def test_a_builder_keeps_its_process_for_the_next_job(tmp_path: Path) -> None:
     builder = Builder()
     builder.warm()
-    process = builder._idle
+    [process] = builder._idle
     assert process is not None
     for name in ("one", "two"):
         builder.run({"tables": [toc_job(tmp_path, file("a"), name=name)]})
-        assert builder._idle is process
+        assert builder._idle == [process]
     with pytest.raises(StoreBroken):
         builder.run({"tables": [{**toc_job(tmp_path, file("a")), "toc": "absent"}]})
-    assert builder._idle is process, "an error is an answer"
+    assert builder._idle == [process], "an error is an answer"
     builder.close()
     assert process.returncode == 0
 
@@ -94,7 +94,7 @@ def test_jobs_at_once_get_a_process_each(tmp_path: Path) -> None:
 def test_a_killed_idle_process_is_replaced(tmp_path: Path) -> None:
     builder = Builder()
     builder.run({"tables": [toc_job(tmp_path, file("a"), name="one")]})
-    idle = builder._idle
+    [idle] = builder._idle
     assert idle is not None
     idle.kill()
     idle.wait(10)
@@ -134,7 +134,7 @@ def test_anything_but_an_answer_blames_the_toc(monkeypatch: pytest.MonkeyPatch, 
     builder = Builder()
     with pytest.raises(TocInvalid):
         builder.run({}, timeout=30)
-    assert builder._idle is None, "such a process gets no other job"
+    assert not builder._idle, "such a process gets no other job"
     builder.close()
 
 
