@@ -14,9 +14,11 @@ import os
 import resource
 import signal
 import sys
+from collections.abc import Callable
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import trio
 
@@ -44,7 +46,6 @@ from lazyfs.mount.fetching import Fetcher
 from lazyfs.mount.filling import Fillings
 from lazyfs.mount.forest import Forest, Owner, Planted
 from lazyfs.mount.images import Images, MountedImage
-from lazyfs.mount.metrics import DaemonMetrics, Scraped
 from lazyfs.mount.mounted import Mounted
 from lazyfs.mount.node_uses import NodeUses
 from lazyfs.mount.operations import Operations
@@ -53,6 +54,9 @@ from lazyfs.mount.resolving import Resolver
 from lazyfs.mount.session import Session
 from lazyfs.mount.status import RequestCounters, StatusReport
 from lazyfs.mount.stock_calls import StockCalls
+
+if TYPE_CHECKING:
+    from lazyfs.mount.metrics import DaemonMetrics
 
 log = logging.getLogger(__name__)
 
@@ -160,11 +164,20 @@ class Daemon:
                 settings, images, preparer, forest, census, donors, nursery, self._path_of_chain, stock
             )
             report.chains = service.chains.all
-            metrics = DaemonMetrics(report, requests, catalog, lambda: len(service.chains))
+            metrics = partial(_metrics, report, requests, catalog, lambda: len(service.chains))
             mounted = Mounted(
-                settings, images, catalog, self._path_of, report.report, metrics.answer, self._stop.set, service
+                settings,
+                images,
+                catalog,
+                self._path_of,
+                report.report,
+                lambda mounts: metrics().answer(mounts),
+                self._stop.set,
+                service,
             )
-            scraped = Scraped(settings if self._alone else None, metrics, mounted)
+            scraped = (
+                metrics().scraped(settings, mounted) if settings.metrics_address and self._alone else nullcontext()
+            )
             nursery.start_soon(service.keeping.watch)
             uses.bind(images, mounted)
             store.irreplaceable = images.layers.offline
@@ -295,6 +308,14 @@ def main(argv: list[str] | None = None) -> int:
         log.exception("lazyfsd broke")
         _fail(daemon, group)
     return 1
+
+
+def _metrics(
+    report: StatusReport, requests: RequestCounters, catalog: Catalog, chains: Callable[[], int]
+) -> DaemonMetrics:
+    from lazyfs.mount.metrics import DaemonMetrics  # not at the start, which is measured in milliseconds
+
+    return DaemonMetrics(report, requests, catalog, chains)
 
 
 def _fail(daemon: Daemon | None, group: BaseExceptionGroup[Exception]) -> None:

@@ -108,6 +108,10 @@ class DaemonMetrics:
             self._chains(),
         )
 
+    def scraped(self, settings: Settings, mounted: Mounted) -> Scraped:
+        """Return the listener. Raise UsageError when its address makes no sense."""
+        return Scraped(settings.metrics_address, self, mounted)
+
     def text(self, moment: Moment) -> bytes:
         """Return the exposition. Blocking: the catalog, /proc, and 70 ms of imports the first time."""
         return render(self._readings(moment))
@@ -185,18 +189,14 @@ def _yes(value: bool) -> str:
 class Scraped:
     """The listener of `metrics_address`, for the time of a `with` in the trio loop."""
 
-    def __init__(self, settings: Settings | None, metrics: DaemonMetrics, mounted: Mounted) -> None:
-        """None: don't listen. Raise UsageError when the address makes no sense."""
-        self._address = settings.metrics_address if settings is not None else ""
+    def __init__(self, address: str, metrics: DaemonMetrics, mounted: Mounted) -> None:
+        parse_address(address)
+        self._address = address
         self._metrics = metrics
         self._mounted = mounted
         self._scrapes: Scrapes | None = None
-        if self._address:
-            parse_address(self._address)
 
     def __enter__(self) -> None:
-        if not self._address:
-            return
         token = trio.lowlevel.current_trio_token()
 
         def text() -> bytes:
