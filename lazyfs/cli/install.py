@@ -52,7 +52,9 @@ def add_parser(subparsers: Any) -> None:
         default=[],
         help="repositories whose layers are used before they were checked whole (repeatable)",
     )
-    add("--restart-containerd", action="store_true", help="restart containerd at the end; containers go on meanwhile")
+    add(
+        "--restart-containerd", action="store_true", help="restart it where its configuration changed; containers go on"
+    )
     add_node(parser)
     common.add_json(parser)
     parser.set_defaults(run=run)
@@ -90,7 +92,8 @@ def run(args: argparse.Namespace, out: Output) -> int:
     options = _options(args)
     planned = installation.plan(node, options)
     living = node.is_this and services.systemd_runs()
-    steps = services.steps_to_start(planned.changed_units, args.restart_containerd) if living else []
+    restart = args.restart_containerd and planned.about_containerd
+    steps = services.steps_to_start(planned.changed_units, restart) if living else []
     for one in planned.changes:
         out.line(one.diff().rstrip("\n"))
     for note in planned.notes:
@@ -126,10 +129,7 @@ def _tell_the_rest(planned: Plan, living: bool, restarted: bool, out: Output) ->
         out.note(
             f"at the node, when it runs: systemctl daemon-reload && systemctl enable --now {' '.join(units.NAMES)}"
         )
-    about_containerd = any(
-        one.path.suffix == ".toml" and "lazyfs/config" not in str(one.path) for one in planned.changes
-    )
-    if about_containerd and not (living and restarted):
+    if planned.about_containerd and not (living and restarted):
         out.note(
             "containerd reads its configuration at its next start: systemctl restart containerd (containers go on)"
         )

@@ -43,6 +43,7 @@ class Plan:
     notes: tuple[str, ...]
     wanted: Wanted
     changed_units: tuple[str, ...]
+    about_containerd: bool  # its configuration changes, which it reads at its next start
 
 
 def plan(node: Node, options: Options) -> Plan:
@@ -73,11 +74,11 @@ def plan(node: Node, options: Options) -> Plan:
         )
     for name in units.NAMES:
         wrote.append(changes.change(node, units.DIRECTORY / name, units.text(name, options.programs)))
-    for one in containerd_config.plan(node, options.containerd, wanted, major):
-        wrote.append(changes.change(node, one.path, one.text))
+    about_containerd = containerd_config.plan(node, options.containerd, wanted, major)
+    wrote += [changes.change(node, one.path, one.text) for one in about_containerd]
     found = tuple(one for one in wrote if one is not None)
     changed_units = tuple(one.path.name for one in found if one.path.parent == units.DIRECTORY)
-    return Plan(found, tuple(notes), wanted, changed_units)
+    return Plan(found, tuple(notes), wanted, changed_units, bool(about_containerd))
 
 
 def carry_out(node: Node, options: Options, planned: Plan) -> None:

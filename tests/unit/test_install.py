@@ -276,8 +276,11 @@ def test_systemd_is_told(root: Path, systemctl: Path) -> None:
     assert calls(systemctl) == ["daemon-reload", f"enable --now {both}"]
     assert install(root, "--yes") == 0
     assert calls(systemctl) == []
-    unit = root / "etc/systemd/system/lazyfs-snapshotter.service"
+    assert install(root, "--yes", "--restart-containerd") == 0
+    assert calls(systemctl) == []
+    unit, config = root / "etc/systemd/system/lazyfs-snapshotter.service", root / "etc/containerd/config.toml"
     unit.write_text("# old\n")
+    config.write_text(config.read_text().replace("lazyfs", "other"))
     assert install(root, "--yes", "--restart-containerd") == 0
     assert calls(systemctl) == [
         "daemon-reload", f"enable --now {both}", "restart lazyfs-snapshotter.service", "restart containerd.service",

@@ -184,8 +184,8 @@ def test_a_symlink_out_of_the_node_is_not_followed(tmp_path: Path) -> None:
         containerd_config.plan(Node(root), containerd_config.DEFAULT, WANTED)
 
 
-def test_what_to_write_by_hand_is_a_configuration() -> None:
+def test_what_to_write_by_hand_is_in_the_source_tree_too() -> None:
     for version in (2, 3):
-        assert (
-            tomllib.loads(containerd_config.by_hand(WANTED, version))["proxy_plugins"]["lazyfs"]["type"] == "snapshot"
-        )
+        example = (Path(__file__).parents[2] / "deploy" / f"containerd-v{version}.toml").read_text("utf-8")
+        assert example.endswith(containerd_config.by_hand(WANTED, version))
+        assert tomllib.loads(example)["proxy_plugins"]["lazyfs"]["type"] == "snapshot"
