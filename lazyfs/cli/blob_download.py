@@ -25,7 +25,7 @@ TOTAL_TIMEOUT = 6 * 3600.0  # seconds for one blob; a stalled server is noticed 
 _TRIES = 5  # of going on with a stream that broke off, without a byte between them
 _PAUSE = 0.5  # seconds before the second try; twice as long before each further one
 _END = 30.0  # seconds for ending a lease
-_STOP = 10.0  # seconds for threads to see that they are to stop
+_STOP = 2.0  # seconds for threads to see that they are to stop; a registry that is silent keeps them longer
 _OTHER_BYTES = re.compile(r"unexpected commit digest (sha256:[0-9a-f]{64})")  # containerd's words
 OnMoved = Callable[[int], None]  # told how many bytes further on in the blob we are
 
@@ -217,8 +217,11 @@ class Downloads:
     def stop(self) -> None:
         """Let what is under way break off, to be gone on with another time; waits a little for that."""
         self._stop.set()
-        for thread in self._threads:
-            thread.join(_STOP / max(1, len(self._threads)))
+        with self._lock:
+            threads = list(self._threads)
+        until = time.monotonic() + _STOP
+        for thread in threads:
+            thread.join(max(0.0, until - time.monotonic()))
 
     def _run(self) -> None:
         while True:
