@@ -17,6 +17,7 @@ from pathlib import Path
 
 from lazyfs.errors import DaemonFault, SnapshotInvalid
 from snapshotter.directories import Directories
+from snapshotter.labels import PARENT_CHAIN
 from snapshotter.model import GID_LABEL, UID_LABEL, Kind, Mount, Snapshot
 
 log = logging.getLogger(__name__)
@@ -46,6 +47,10 @@ class Overlay:
         lower = [*map(self.directories.fs, parents), *map(_check, lazy)]
         if snapshot.lazy is not None:  # staged: nothing is to be written, the layer is there
             return [Mount("bind", self.directories.fs(snapshot.number), ("ro", "rbind"))]
+        if not lower and not view and snapshot.labels.get(PARENT_CHAIN):
+            # Prepared apart from its parent (containerd 2.3 and newer, in parallel): who unpacks into a bind carries out
+            # whiteouts, though they must be kept; into an overlay's upper directory they are written down.
+            return [Mount("overlay", "overlay", self._upper(snapshot.number))]
         if not lower:
             source = self.directories.fs(snapshot.number)
             return [Mount("bind", source, (*mapped, "ro" if view else "rw", "rbind"))]
@@ -53,9 +58,11 @@ class Overlay:
             return [Mount("bind", lower[0], (*mapped, "ro", "rbind"))]
         upper: tuple[str, ...] = ()
         if not view:
-            number = snapshot.number
-            upper = (f"workdir={self.directories.work(number)}", f"upperdir={self.directories.fs(number)}")
+            upper = self._upper(snapshot.number)
         return [Mount("overlay", "overlay", (*mapped, *upper, "lowerdir=" + ":".join(lower), *self.options))]
+
+    def _upper(self, number: int) -> tuple[str, str]:
+        return f"workdir={self.directories.work(number)}", f"upperdir={self.directories.fs(number)}"
 
 
 def _check(directory: str) -> str:
