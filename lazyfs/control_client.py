@@ -265,11 +265,14 @@ def open_daemon(
     that needs no FUSE, because it shows nothing. Raise DaemonUnreachable, or what kept the daemon from starting
     (FuseUnavailable, StoreLocked, MountFailed …).
     """
-    with _reach(settings, solo, start, store_only) as daemon:
+    with reach_daemon(settings, solo, start=start, store_only=store_only) as daemon:
         yield daemon
 
 
-def _reach(settings: Settings, solo: Path | None, start: bool, store_only: bool) -> Daemon:
+def reach_daemon(
+    settings: Settings, solo: Path | None = None, *, start: bool = True, store_only: bool = False
+) -> Daemon:
+    """Return what `open_daemon` yields; the caller closes it."""
     path = socket_of(settings, solo, store_only=store_only)
     deadline = time.monotonic() + START_TIMEOUT
     while True:

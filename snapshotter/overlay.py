@@ -48,8 +48,8 @@ class Overlay:
         if snapshot.lazy is not None:  # staged: nothing is to be written, the layer is there
             return [Mount("bind", self.directories.fs(snapshot.number), ("ro", "rbind"))]
         if not lower and not view and snapshot.labels.get(PARENT_CHAIN):
-            # Prepared apart from its parent (containerd 2.3 and newer, in parallel): who unpacks into a bind carries out
-            # whiteouts, though they must be kept; into an overlay's upper directory they are written down.
+            # Prepared apart from its parent (containerd 2.3 and newer, in parallel): who unpacks into a bind carries
+            # out whiteouts, though they must be kept; into an overlay's upper directory they are written down.
             return [Mount("overlay", "overlay", self._upper(snapshot.number))]
         if not lower:
             source = self.directories.fs(snapshot.number)

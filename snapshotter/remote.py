@@ -15,12 +15,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from lazyfs.config import Settings
-from lazyfs.control_client import Daemon, open_daemon
+from lazyfs.control_client import Daemon, connect, reach_daemon
 from lazyfs.errors import DaemonFault, DaemonUnreachable, LazyfsError
 from snapshotter.model import LazyLayer, LazyPlace, Shown, Usage
 
 log = logging.getLogger(__name__)
 
+_COMING = 10.0  # seconds that a call waits for a daemon that systemd is bringing back
 _GREETING = 3.0  # seconds that calls which may need a login wait for a new daemon to be told of them
 _SLACK = 5.0  # seconds that a call may take beyond the deadline that the daemon was given
 _SHORT = 30.0  # seconds for calls that ask no registry
@@ -70,6 +71,7 @@ class Remote:
         self._greet = greet
         self._stop = threading.Event()
         self._lock = threading.Lock()
+        self._starting = threading.Lock()
         self._shown: dict[str, float] = {}  # chain → when it was last asked for (monotonic)
         self._guard: Daemon | None = None
         self._thread: threading.Thread | None = None
@@ -204,8 +206,21 @@ class Remote:
         self._call("set_logins", _SHORT, logins=logins)
 
     def _call(self, name: str, timeout: float, **args: Any) -> dict[str, Any]:
-        with open_daemon(self._settings, start=self._start) as daemon:
+        with self._connect() as daemon:
             return daemon.call(name, timeout=timeout, **args)
+
+    def _connect(self) -> Daemon:
+        """Connect; start a daemon where none runs, one thread for all, or wait for who keeps it. Blocking, bounded."""
+        deadline = time.monotonic() + _COMING
+        while True:
+            try:
+                return connect(self._settings.socket)
+            except DaemonUnreachable:
+                if not self._start and (time.monotonic() >= deadline or self._stop.wait(_RETRY[0])):
+                    raise
+            if self._start:
+                with self._starting:
+                    return reach_daemon(self._settings)
 
     # -- the watch
 
@@ -213,7 +228,7 @@ class Remote:
         failures = 0
         while not self._stop.is_set():
             try:
-                with open_daemon(self._settings, start=self._start) as guard:
+                with self._connect() as guard:
                     with self._lock:
                         self._guard = guard
                     if self._stop.is_set():
