@@ -61,7 +61,7 @@ class Daemon:
             self._socket.shutdown(socket.SHUT_RDWR)
 
     def wait_for_end(self) -> None:
-        """Return when the daemon has gone or `hang_up` was called. Blocking, without a deadline; for idle connections."""
+        """Return when the daemon has gone or `hang_up` was called. Blocking, no deadline: for idle ones."""
         with contextlib.suppress(OSError):
             self._socket.settimeout(None)
             while self._socket.recv(1 << 16):
