@@ -128,6 +128,7 @@ class LayerFiles:
         self._data: OwnedFd | None = None
         self._chunks: OwnedFd | None = None
         self._used_file: OwnedFd | None = None
+        self._closed = False
         self.flags = bytearray()
         self._used = array("I")
         self._open(create=shape is not None)
@@ -267,6 +268,8 @@ class LayerFiles:
         Raise OSError, or StoreLocked when the files had to be opened again and another process
         is removing them. At most IOV_MAX buffers. The caller holds `lock`.
         """
+        if self._closed:  # a fetch that ends late must not open them again: the layer may be on its way out
+            raise StoreLocked(f"layer {self.digest} was given back")
         if self._data is None or self._chunks is None:
             self._open(create=True)
             self._hold()
@@ -370,4 +373,5 @@ class LayerFiles:
     def close(self) -> None:
         """Let the files go; a thread that is still inside a read keeps them until it returns."""
         with self.lock:
+            self._closed = True
             self._data = self._chunks = self._used_file = None

@@ -28,7 +28,7 @@ T = TypeVar("T")
 _LOCAL_THREADS = 16  # jobs that need the disk alone
 _BUILDERS = 2  # tables built at a time, of small TOCs and of large ones
 _LARGE = 1 * MiB  # compressed bytes of a large one
-_SETTLE = 10.0  # seconds that whoever removes layers waits for the tables that are being built
+_SETTLE = 10.0  # seconds that whoever removes layers waits for what is still at work on them
 _LOOK = 0.02
 _REFUSED = 1000  # malformed TOCs remembered
 
@@ -109,10 +109,10 @@ class ChainLayers:
             self._promised[wanted.descriptor.digest] -= 1
 
     async def settle(self, digests: Iterable[str]) -> None:
-        """Wait until the layers that were promised among these are kept. A checkpoint, some seconds at most."""
+        """Wait until what was begun for these layers, and nobody waits for, has ended. A checkpoint, 10 s at most."""
         wanted = set(digests)
         with trio.move_on_after(_SETTLE):
-            while any(self._promised[digest] for digest in wanted):
+            while any(self._promised[one] for one in wanted) or wanted & (self._fillings.busy() - self._layers.held()):
                 await trio.sleep(_LOOK)
         self._promised = +self._promised
 

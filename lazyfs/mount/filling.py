@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 import logging
+from collections import Counter
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from functools import partial
@@ -60,11 +61,13 @@ class Fillings:
         self._quarantine = quarantine
         self._limiter = trio.CapacityLimiter(4)
         self._fillings: dict[str, _Filling] = {}
+        self._working: Counter[str] = Counter()  # tasks that have not ended yet, their threads being in a request
 
     def start(self, layer: ServedLayer) -> None:
         """Begin with a layer, unless that has been done. Doesn't wait."""
         if layer.digest not in self._fillings:
             filling = self._fillings[layer.digest] = _Filling()
+            self._working[layer.digest] += 1
             self._nursery.start_soon(guard, "background", partial(self._work, layer, filling))
 
     def stop(self, layer: ServedLayer) -> None:
@@ -72,6 +75,10 @@ class Fillings:
         filling = self._fillings.pop(layer.digest, None)
         if filling is not None:
             filling.scope.cancel()
+
+    def busy(self) -> frozenset[str]:
+        """Return the digests of layers that are worked on, even where nobody uses them any more. From any thread."""
+        return frozenset(list(self._working))
 
     def stop_all(self) -> None:
         """End all work. Doesn't wait."""
@@ -95,6 +102,9 @@ class Fillings:
         finally:
             filling.ended = True
             filling.idle.set()
+            self._working[layer.digest] -= 1
+            if not self._working[layer.digest]:
+                del self._working[layer.digest]
 
     async def _fill(self, layer: ServedLayer, filling: _Filling) -> None:
         if self._settings.prefetch and layer.table.landmark:

@@ -22,7 +22,9 @@ class NodeUses:
 
     def layers(self) -> frozenset[str]:
         """Return the digests of layers that a mount or a fetch has open. From any thread."""
-        return self._images.layers.held() if self._images is not None else frozenset()
+        if self._images is None:
+            return frozenset()
+        return self._images.layers.held() | self._images.fillings.busy()  # late work would make a removed layer anew
 
     def trees(self) -> frozenset[str]:
         """Return the keys of trees that are being served. From any thread."""
