@@ -70,6 +70,7 @@ class ChainLayers:
         self._local = trio.CapacityLimiter(_LOCAL_THREADS)
         self._builders = {large: trio.CapacityLimiter(_BUILDERS) for large in (False, True)}
         self._promised: Counter[str] = Counter()  # layers that are being kept ready in the background
+        self._promises: dict[str, tuple[object, str]] = {}  # what was said of them, and their diff IDs
         self._tails: SingleFlight[object, TocParts | str] = SingleFlight()
         self._refused: OrderedDict[tuple[object, ...], str] = OrderedDict()  # TOCs that are malformed, and why
 
@@ -98,8 +99,11 @@ class ChainLayers:
         wanted = await self._look(source, descriptor, diff_id)
         if wanted.parts is not None and not wanted.parts.doubtful and self.trusts(source):
             self._promised[descriptor.digest] += 1
+            self._promises[descriptor.digest] = _claims(descriptor), wanted.diff_id
             self._apart.begin(partial(self._fulfil, source, wanted))
             return None
+        if self.trusts(source) and self._promises.get(descriptor.digest) == (_claims(descriptor), wanted.diff_id):
+            return None  # as promised to somebody else just now
         return await self._apart.run(partial(self._hold, source, wanted), self.drop)
 
     async def _fulfil(self, source: ChainSource, wanted: Wanted) -> None:
@@ -107,6 +111,8 @@ class ChainLayers:
             await self._keep(await self._hold(source, wanted))
         finally:
             self._promised[wanted.descriptor.digest] -= 1
+            if not self._promised[wanted.descriptor.digest]:
+                self._promises.pop(wanted.descriptor.digest, None)
 
     async def settle(self, digests: Iterable[str]) -> None:
         """Wait until what was begun for these layers, and nobody waits for, has ended. A checkpoint, 10 s at most."""
