@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import trio
@@ -18,6 +17,7 @@ from lazyfs.mount.images import LayerFacts
 from lazyfs.mount.keeping import Keeping
 from lazyfs.mount.planting import Planting
 from lazyfs.mount.preparing import Prepared
+from lazyfs.mount.showing import Showing, Shown
 from lazyfs.oci import Descriptor
 
 log = logging.getLogger(__name__)
@@ -38,9 +38,14 @@ class Chain:
     id: str
     image: str
     manifest_digest: str
-    path: str
+    shown: Shown
     planted: Planted
     layers: tuple[LayerFacts, ...]  # base first
+
+    @property
+    def path(self) -> str:
+        """The directory that shows it."""
+        return self.shown.path
 
     @property
     def digests(self) -> list[str]:
@@ -63,14 +68,14 @@ class Chains:
         planting: Planting,
         forest: Forest,
         apart: Apart,
-        path_of: Callable[[Planted], str],
+        showing: Showing,
     ) -> None:
         self._layers = layers
         self._keeping = keeping
         self._planting = planting
         self._forest = forest
         self._apart = apart
-        self._path_of = path_of
+        self._showing = showing
         self._chains: dict[str, Chain] = {}
 
     def __len__(self) -> int:
@@ -97,7 +102,7 @@ class Chains:
             planted = await self._plant(source, prepared)
             facts = tuple(LayerFacts(one.layer, not one.reason, one.reason) for one in prepared)
             chain = Chain(
-                planted.name.decode(), str(source.reference), manifest_digest, self._path_of(planted), planted, facts
+                planted.name.decode(), str(source.reference), manifest_digest, await self._show(planted), planted, facts
             )
             return await self._record(chain)
         assert scope.cancelled_caught
@@ -110,7 +115,7 @@ class Chains:
         if chain is not None:
             log.info("chain let go", extra=fields(chain=chain.id, image=chain.image))
             with trio.CancelScope(shield=True):
-                await self._planting.release(chain.planted)
+                await self._take_back(chain.planted, chain.shown)
 
     def root(self, chain: Chain) -> Attributes:
         """Return the attributes of a chain's root directory."""
@@ -125,9 +130,21 @@ class Chains:
             known.image, known.manifest_digest = chain.image, chain.manifest_digest
         with trio.CancelScope(shield=True):
             if known is not chain:
-                await self._planting.release(chain.planted)
+                await self._take_back(chain.planted, chain.shown)
             await self._keeping.release(chain.digests)
         return known
+
+    async def _show(self, planted: Planted) -> Shown:
+        try:
+            return await self._showing.show(planted, None)
+        except BaseException:
+            with trio.CancelScope(shield=True):
+                await self._planting.release(planted)
+            raise
+
+    async def _take_back(self, planted: Planted, shown: Shown) -> None:
+        await self._showing.hide(planted, shown)
+        await self._planting.release(planted)
 
     async def _hold_all(self, source: ChainSource, layers: list[ChainLayer]) -> list[Prepared]:
         """Hold all layers, side by side, each once it may be used; or none."""
