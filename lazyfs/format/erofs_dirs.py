@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from array import array
 from bisect import bisect_right
+from itertools import pairwise
 from typing import Protocol
 
 from lazyfs.format.entry import Kind
@@ -142,7 +143,7 @@ class Directories:
         ends, entries, names = tree.name_end, self._entries, tree.names
         start, end = cuts[0], cuts[1]
         at = _SIZE * (end - start + 2)
-        parts = [
+        parts: list[bytes | bytearray | memoryview] = [
             DIRENT.pack(nid, at, FT_DIR) + DIRENT.pack(above, at + 1, FT_DIR),
             entries[_SIZE * start : _SIZE * end],
             b"...",
@@ -151,8 +152,8 @@ class Directories:
         if len(cuts) == 2:
             return b"".join(parts)
         blocks = [b"".join(parts)]
-        for start, end in zip(cuts[1:], cuts[2:], strict=False):
-            blocks.append(entries[_SIZE * start : _SIZE * end] + names[ends[start] : ends[end]])
+        for start, end in pairwise(cuts[1:]):
+            blocks.append(b"".join((entries[_SIZE * start : _SIZE * end], names[ends[start] : ends[end]])))
         return b"".join([*(block.ljust(BLOCK, b"\0") for block in blocks[:-1]), blocks[-1]])
 
     def _mixed_content(self, row: int, nid: int, above: int) -> bytes:

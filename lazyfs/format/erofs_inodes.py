@@ -8,7 +8,6 @@ nothing is done file by file, which makes the image of half a million files in u
 from __future__ import annotations
 
 import stat
-import struct
 from array import array
 from collections.abc import Sequence
 from itertools import compress
@@ -38,7 +37,7 @@ from lazyfs.format.erofs_layout import (
 from lazyfs.format.erofs_xattrs import NO_XATTRS, Xattrs, body_count
 from lazyfs.format.table import LayerTable
 
-_FILE_TYPE = {
+_FILE_TYPE: dict[int, int] = {
     Kind.DIR: stat.S_IFDIR, Kind.REG: stat.S_IFREG, Kind.SYMLINK: stat.S_IFLNK, Kind.CHAR: stat.S_IFCHR,
     Kind.BLOCK: stat.S_IFBLK, Kind.FIFO: stat.S_IFIFO,
 }  # fmt: skip
@@ -66,13 +65,12 @@ class Inodes:
         self._extents: list[tuple[int, int, int]] = []  # of each: place, see `_extent`
         self._body: dict[int, bytes] = {}  # row -> attributes
         self._bodies: dict[tuple[int, int], bytes] = {}
-        self._ordinary: list[tuple[list[int], list[int]]] = []  # by layer: rows, and their rows in the table
+        self._ordinary: list[tuple[list[int], Sequence[int]]] = []  # by layer: rows, and their rows in the table
         self.count = 0
         self.special_size = 0  # bytes
         self._place()
 
     def _place(self) -> None:
-        tree = self._tree
         self._sort_out()
         at = SLOT  # no inode has the number 0: readdir(3) takes it for a removed name
         for row in self._special:
@@ -117,7 +115,7 @@ class Inodes:
                 for row, xattr, size in zip(
                     rows, _pick(table.xattr, rows_of_table), _pick(table.size, rows_of_table), strict=True
                 )
-                if xattr and self._attributes(row, place, xattr) or size > _ALIKE
+                if (xattr and self._attributes(row, place, xattr)) or size > _ALIKE
             }
             if odd:
                 rows = [row for row in rows if row not in odd]
@@ -172,7 +170,7 @@ class Inodes:
             body = self._body.get(row, NO_XATTRS)
             head = INODE_BYTES + len(body)
             layout, union, size, rest = FLAT_PLAIN, 0, 0, b""
-            if kind == Kind.DIR or kind == Kind.SYMLINK:
+            if kind in (Kind.DIR, Kind.SYMLINK):
                 if kind == Kind.DIR:
                     content = self._directories.content(row, nids[row], nids[tree.parent[row]])
                 else:
@@ -220,7 +218,7 @@ class Inodes:
                 number += len(rows)
         return out
 
-    def _of_layer(self, layer: int, rows: list[int], sources: list[int], number: int) -> bytearray:
+    def _of_layer(self, layer: int, rows: list[int], sources: Sequence[int], number: int) -> bytearray:
         table, count = self._tables[layer], len(rows)
         model = bytearray(_STRIDE)
         INODE.pack_into(model, 0, CHUNKED << 1 | EXTENDED, 0, 0, 0, 0, CHUNK_FORMAT, 0, 0, 0, 0, 0, 0)
@@ -253,7 +251,7 @@ def check_devices(tables: Sequence[LayerTable]) -> list[int]:
     return sizes
 
 
-def _pick(column: Sequence[int] | memoryview, rows: list[int]) -> Sequence[int]:
+def _pick(column: Sequence[int] | memoryview, rows: Sequence[int]) -> Sequence[int]:
     """Return a column's items of these rows."""
     if len(rows) > 1:
         values = column.tolist() if isinstance(column, memoryview) and len(rows) > len(column) // 8 else column

@@ -25,6 +25,7 @@ __all__ = ["VERSION", "check", "device_layers", "write_erofs"]
 VERSION = 1
 _MAGIC = b"LZFEROFS"
 _HEAD = struct.Struct("<8sI4x32s32sQ")  # magic, version, digest of all with this field zero, key's digest, bytes
+_DIGEST_AT = 16  # bytes in front of the digest
 _READ = 1 << 20  # bytes
 
 
@@ -101,7 +102,7 @@ def check(path: Path, key: str) -> None:
                 raise TableInvalid(f"{path} is of another kind or version, or cut short")
             if key_digest != hashlib.sha256(key.encode()).digest():
                 raise TableInvalid(f"{path} is another tree's")
-            _HEAD.pack_into(front, 0, magic, version, b"", key_digest, size)
+            front[_DIGEST_AT : _DIGEST_AT + len(digest)] = bytes(len(digest))
             whole = hashlib.sha256(front)
             buffer = memoryview(bytearray(_READ))
             while got := handle.readinto(buffer):

@@ -36,7 +36,8 @@ class Xattrs:
     def body(self, pairs: Mapping[bytes, bytes]) -> bytes:
         """Return what follows an inode with these attributes: b"" where none is left. Raise TocInvalid for a value that
         EROFS can't hold."""
-        shared, own = [], []
+        shared: list[int] = []
+        own: list[bytes] = []
         for name, value in sorted(pairs.items()):
             entry = _entry(name, value)
             if entry and len(shared) < _MAX_SHARED:
@@ -64,14 +65,10 @@ def _entry(name: bytes, value: bytes) -> bytes:
     """Return an attribute as it is stored, a multiple of four bytes; b"" for one that is left out."""
     if name.startswith(DROPPED_XATTRS) or len(name) > _MAX_NAME:
         return b""
-    for prefix, number in _PREFIXES:
-        if name.startswith(prefix):
-            break
-    else:
-        return b""
+    prefix, number = next(((prefix, number) for prefix, number in _PREFIXES if name.startswith(prefix)), (b"", 0))
     rest = name[len(prefix) :]
-    is_acl = not prefix.endswith(b".")
-    if is_acl and (rest or not _is_acl(value)) or not is_acl and not rest:
+    is_fit = bool(rest) if prefix.endswith(b".") else not rest and _is_acl(value)
+    if not number or not is_fit:
         return b""
     if len(value) > _MAX_VALUE:
         raise TocInvalid(f"an extended attribute of {len(value)} bytes is more than EROFS holds")
