@@ -25,7 +25,9 @@ from lazyfs.units import KiB, MiB
 
 log = logging.getLogger(__name__)
 
-READ_AHEAD = 4 * MiB  # bytes
+# Bytes: what one FUSE request can have. Each is waited for by the reader, and more of them at once are slower
+# (measured: 0.4 to 1.2 GB/s at 4 MiB, 1.5 to 2.5 at 1 MiB).
+READ_AHEAD = 1 * MiB
 
 _SYS_MOVE_MOUNT, _SYS_FSOPEN, _SYS_FSCONFIG, _SYS_FSMOUNT = 429, 430, 431, 432  # on every architecture
 _CLOEXEC = 1  # FSOPEN_CLOEXEC and FSMOUNT_CLOEXEC

@@ -17,7 +17,7 @@ from lazyfs.container import mounts
 from lazyfs.errors import LazyfsError, MountFailed
 from lazyfs.format.entry import Chunk, Entry, Kind
 from lazyfs.format.erofs_write import write_erofs
-from lazyfs.format.table import FORM_PLAIN, LayerTable
+from lazyfs.format.table import FORM_PLAIN, PAGE, LayerTable
 from lazyfs.format.table_build import LayerFacts, build_table
 from lazyfs.mount import erofs_mount
 from lazyfs.mount.erofs_mount import Method
@@ -27,7 +27,7 @@ from lazyfs.tree import Tree, build_tree
 log = logging.getLogger(__name__)
 
 DEADLINE = 10.0  # seconds for all of it
-_WHOLE = PROBE_GOOD // 2  # bytes of the file that can be read from end to end; the next one begins there
+_WHOLE = 2 * PAGE  # bytes of the file that can be read from end to end; the next one, a read-ahead long, follows
 _KEY = "probe"
 
 
@@ -40,9 +40,9 @@ class Verdict:
 
 
 def probe(directory: Path, device: Path) -> Verdict:
-    """Try the driver. `directory` is empty and in the store, `device` the probe's file in the session. Blocking, for DEADLINE.
+    """Try the driver. `directory` is empty and in the store, `device` the probe's file in the session.
 
-    Everything is mounted by a thread in a mount namespace of its own, which goes with it, whatever happens.
+    Blocking, for DEADLINE at most. Everything is mounted by a thread in a mount namespace of its own, which goes with it, whatever happens.
     """
     found: list[Verdict] = []
 
@@ -109,7 +109,7 @@ def _try(image: Path, device: Path, place: Path, method: Method) -> None:
     erofs_mount.mount(image, [device], shown, method)
     if (shown / "whole").read_bytes() != b"\xff" * _WHOLE:
         raise MountFailed("a file has other bytes than its device")
-    _check_failing_read(shown / "half", device)
+    _check_failing_read(shown / "half")
     _overlay(shown, upper, work, merged)
     _overlay(merged, upper2, work2, merged2)
 
@@ -126,20 +126,18 @@ def _overlay(lower: Path, upper: Path, work: Path, merged: Path) -> None:
         raise MountFailed(f"an overlay above fails: {error.strerror}") from None
 
 
-def _check_failing_read(path: Path, device: Path) -> None:
-    """Read a file whose first pages are in the device's page cache and whose others can't be had."""
-    cached = os.open(device, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        os.posix_fadvise(cached, 0, 0, os.POSIX_FADV_RANDOM)
-        os.pread(cached, PROBE_GOOD, 0)
-    finally:
-        os.close(cached)
+def _check_failing_read(path: Path) -> None:
+    """Read a file whose last page can't be had: alone, and as the end of the largest read there is."""
     half = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
-        got = os.pread(half, PROBE_SIZE, 0)
-    except OSError:
-        return
+        for at, size in ((0, PROBE_SIZE), (PROBE_SIZE - _WHOLE - PAGE, PAGE)):
+            try:
+                got = os.pread(half, size, at)
+            except OSError:
+                continue
+            if got.strip(b"\xff") or at + len(got) > PROBE_GOOD - _WHOLE:
+                raise MountFailed("this kernel shows zeros where a read failed")
+        if os.pread(half, PAGE, 0) != b"\xff" * PAGE:
+            raise MountFailed("a file has other bytes than its device")
     finally:
         os.close(half)
-    if got.strip(b"\xff") or len(got) > PROBE_GOOD - _WHOLE:
-        raise MountFailed("this kernel shows zeros where a read failed")

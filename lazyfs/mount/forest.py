@@ -29,8 +29,8 @@ PROBE_ID = MASK - 1  # the file of the self-test
 DATA_ROW = MASK  # in place of a row: the layer's data space; no table has so many rows
 DATA_NAME = b".data"
 PROBE_NAME = b"probe"
-PROBE_SIZE = 64 << 10  # bytes
-PROBE_GOOD = 16 << 10  # bytes of it that can be read; reads of the others fail
+PROBE_SIZE = (1 << 20) + 2 * PAGE  # bytes
+PROBE_GOOD = PROBE_SIZE - PAGE  # bytes of it that can be read; reads of the last page fail
 
 FILE_TYPE = {
     Kind.DIR: stat.S_IFDIR,

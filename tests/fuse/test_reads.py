@@ -5,11 +5,14 @@ from __future__ import annotations
 import gzip
 import hashlib
 
+import pytest
+
 from tests.helpers.blobs import zstd_chunked_layer
 from tests.helpers.daemon import Node, add, pattern
 from tests.helpers.fake_registry import FakeRegistry
 from tests.helpers.tars import file, tar_of, whiteout
 
+pytestmark = pytest.mark.parametrize("driver", ["fuse", "erofs"])
 BIG = pattern(5_300_001)
 CHUNK = 1 << 20
 
@@ -56,6 +59,7 @@ with open(a[0], "rb") as handle, mmap.mmap(handle.fileno(), 0, prot=mmap.PROT_RE
     assert node.python(code, tree / "big") == [BIG[-3:].hex(), hashlib.sha256(BIG).hexdigest()]
 
 
+@pytest.mark.parametrize("driver", ["fuse"])  # EROFS has no O_DIRECT over files
 def test_direct(node: Node, registry: FakeRegistry) -> None:
     tree = node.mount(big_image(registry))
     done = node.tool("dd", f"if={tree / 'big'}", "iflag=direct", "bs=65536", "status=none")
