@@ -49,7 +49,14 @@ def test_attributes(node: Node, registry: FakeRegistry, driver: str) -> None:
     )
     tree = node.mount(add(registry, "attributes", layer))
     mode, uid, gid, size, mtime, nlink, _, blocks = node.python(LSTAT, tree / "f")
-    assert (stat.S_IMODE(mode), uid, gid, size, nlink, blocks) == (0o2751, 3_000_000, 7, 5, 2, 8 if driver == "erofs" else 1)
+    assert (stat.S_IMODE(mode), uid, gid, size, nlink, blocks) == (
+        0o2751,
+        3_000_000,
+        7,
+        5,
+        2,
+        8 if driver == "erofs" else 1,
+    )
     assert mtime == 1_500_000_000_123_456_789
     assert stat.S_IMODE(node.python(LSTAT, tree / "d")[0]) == 0o1777
     assert node.python("print(json.dumps(os.readlink(a[0])))", tree / "l") == "d/nowhere"

@@ -167,9 +167,7 @@ def test_loop_devices_do_where_files_do_not(node: Node, registry: FakeRegistry) 
         "import sys\nfrom pathlib import Path\nfrom lazyfs.mount.erofs_mount import Method, mount\n"
         "mount(Path(sys.argv[1]), [Path(sys.argv[2])], Path(sys.argv[3]), Method.LOOPS)"
     )
-    done = node.finish(
-        node.spawn([sys.executable, "-c", code, str(image), str(_data(node, device)), str(target)]), 20
-    )
+    done = node.finish(node.spawn([sys.executable, "-c", code, str(image), str(_data(node, device)), str(target)]), 20)
     assert done.returncode == 0, done.stderr
     try:
         assert node.read(target / "big") == BIG
