@@ -169,6 +169,9 @@ class Collector:
         images = {image.number: image for image in unused}
         images |= {image.number: image for image in self._store.images_settled(now - int(_PULLED * _NS))}
         used = self._store.layers_referenced()
+        # A layer above those of an image that are still used, of a pull that may be under way: again when it is not.
+        young = (image for image in self._store.images_settled(now) if image.number not in images)
+        done.left = done.left or any(layer.digest not in used for image in young for layer in image.layers)
         gone = {layer.digest for image in images.values() for layer in image.layers} - used
         if gone:
             self._forget()

@@ -121,6 +121,10 @@ class Extraction:
         if ours:
             try:
                 found = self._resolve(asked.image, asked.manifest_digest)
+                if not all(one.ready for one in found.layers):
+                    # What was fetched for layers that won't be lazy now is given back with the image's record.
+                    layers = tuple(one.layer for one in found.layers)
+                    self._number(LazyImage(0, asked.image, found.manifest_digest, layers))
                 known.since = time.monotonic()
                 known.answer.set_result(found)
             except BaseException as error:
