@@ -214,6 +214,14 @@ class PodNode:
                 return False
         return True
 
+    def connected(self) -> bool:
+        """Whether containerd has found the snapshotter (again): it waits up to three seconds between attempts."""
+        try:
+            self.ctr("snapshots", "--snapshotter", self.snapshotter, "ls")
+        except real.ToolFailed:
+            return False
+        return True
+
     def start_containerd(self) -> None:
         """Start containerd and wait until CRI answers."""
         config = self.place / "config.toml"
