@@ -325,13 +325,15 @@ class PodNode:
     # -- giving back
 
     def clear(self) -> None:
-        """Remove all pods and images, of all namespaces, and run containerd's garbage collector."""
+        """Remove all pods, images and leases of broken pulls, in all namespaces, and run containerd's collector."""
         for pod in self.cri.pods():
             self.cri.remove_pod(pod)
         for namespace in self.ctr("namespaces", "ls", "-q").split():
             names = self.ctr("images", "ls", "-q", namespace=namespace).split()
             if names:
                 self.ctr("images", "rm", *names, namespace=namespace)
+            for lease in self.ctr("leases", "ls", "-q", namespace=namespace).split():
+                self.ctr("leases", "delete", lease, namespace=namespace)
         self.collect()
 
     def collect(self) -> None:
