@@ -121,7 +121,7 @@ _EXPORTS = '[proxy_plugins.lazyfs.exports]\nroot = "{root}"\n'
 class PodNode:
     """The three processes and their directories. `settings` are LAZYFS_… without the prefix, over QUICK.
 
-    `binaries` is a directory of another containerd's programs (containerd, its shim, ctr, runc).
+    $LAZYFS_TEST_CONTAINERD is a directory of a containerd 2's programs (containerd, its shim, ctr), to be used instead.
     """
 
     def __init__(
@@ -130,13 +130,13 @@ class PodNode:
         pause: str,
         *,
         snapshotter: str = "lazyfs",
-        binaries: Path | None = None,
         **settings: str,
     ) -> None:
         self.place = place
         self.pause = pause
         self.snapshotter = snapshotter
-        self.binaries = binaries
+        other = os.environ.get("LAZYFS_TEST_CONTAINERD")
+        self.binaries = Path(other) if other else None
         self.settings = {**QUICK, **settings}
         self.root = place / "l"  # lazyfs's own, short: 128 directories of it go into one page of mount options
         self.run_dir = place / "r"
