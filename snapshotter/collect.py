@@ -7,10 +7,9 @@ fails (the daemon is away, the disk errs) is done by the next look.
 from __future__ import annotations
 
 import logging
-import shutil
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Set
 from dataclasses import dataclass, field
 
 from lazyfs.errors import LazyfsError
@@ -22,6 +21,7 @@ log = logging.getLogger(__name__)
 
 _FIRST = 0.05  # seconds from a wake to the look: removals come in rows
 _AGAIN = 6.0  # seconds until what was too fresh, or failed, is looked at again
+_SELDOM = 120.0  # seconds between looks that fail again and again
 _FRESH = 2.0  # seconds for which an image without a snapshot may be about to get one
 _PULLED = 60.0  # seconds in which a pull that has begun prepares its other lazy layers
 _NS = 1_000_000_000
@@ -43,7 +43,7 @@ class Collected:
 class Collector:
     """Looks, in a thread of its own or in the caller's. Thread-safe; one look at a time.
 
-    `note` is told of every look that did something or failed; `forget` is called before layers are removed.
+    `note` is told of every look that did something or failed; `forget` is told which layers go, before they do.
     """
 
     def __init__(
@@ -52,7 +52,7 @@ class Collector:
         directories: Directories,
         remote: Remote,
         note: Callable[[Collected], None],
-        forget: Callable[[], None],
+        forget: Callable[[Set[str]], None],
     ) -> None:
         self._store = store
         self._directories = directories
@@ -96,32 +96,36 @@ class Collector:
     # -- the thread
 
     def _loop(self) -> None:
+        again: float | None = None
+        failures = 0
         while True:
-            self._wanted.wait()
+            self._wanted.wait(again)  # who removes something does not wait for what is left of other things
             if self._stop.wait(_FIRST):
                 return
             self._wanted.clear()
-            left = True
+            left = failed = True
             try:
                 with self._looking:
-                    left = self._look(time.monotonic() + 3600).left
+                    found = self._look(time.monotonic() + 3600)
+                left, failed = found.left, bool(found.failed)
             except Exception:
                 log.exception("a look for what is not used any more broke")
-            if left:
-                if self._stop.wait(_AGAIN):
-                    return
-                self._wanted.set()
+            failures = failures + 1 if failed else 0
+            again = min(_AGAIN * 2 ** max(0, min(failures, 8) - 1), _SELDOM) if left else None
 
     # -- a look
 
     def _look(self, deadline: float) -> Collected:
         done = Collected()
-        for step in (self._chains, self._strays, self._layers):
-            if time.monotonic() > deadline:
-                done.left = True
-                break
+        # Directories first: they need no daemon. Layers last, and only once all chains were looked at: those of a chain
+        # that is still shown are kept by the daemon, and their image must not be forgotten before.
+        for steps in ((self._strays,), (self._chains, self._layers)):
             try:
-                step(done)
+                for step in steps:
+                    if time.monotonic() > deadline:
+                        done.left = True
+                        break
+                    step(done)
             except LazyfsError as error:
                 log.warning("something is not given back yet: %s", error)
                 done.failed, done.left = str(error), True
@@ -139,7 +143,7 @@ class Collector:
         for chain, layers in shown.items():
             if layers in used:
                 continue
-            if self._remote.hide(chain):
+            if self._remote.hide(chain, layers):
                 done.chains += 1
             else:
                 done.left = True
@@ -148,14 +152,13 @@ class Collector:
     def _strays(self, done: Collected) -> None:
         names = self._directories.names()  # before the numbers: what is made meanwhile must not look unused
         for name in self._directories.strays(names, self._store.numbers()):
-            path = self._directories.top / name
             try:
-                shutil.rmtree(path)
+                self._directories.clear(name)
             except FileNotFoundError:
                 continue
             except OSError as error:
                 # EBUSY: somebody still has it mounted, whatever containerd said.
-                log.warning("the directory %s stays for now: %s", path, error.strerror)
+                log.warning("the directory %s stays for now: %s", self._directories.top / name, error.strerror or error)
                 done.left = True
                 continue
             done.directories += 1
@@ -174,7 +177,7 @@ class Collector:
         done.left = done.left or any(layer.digest not in used for image in young for layer in image.layers)
         gone = {layer.digest for image in images.values() for layer in image.layers} - used
         if gone:
-            self._forget()
+            self._forget(gone)
             removed, kept, freed = self._remote.remove_layers(sorted(gone))
             done.layers += len(removed)
             done.freed += freed

@@ -9,6 +9,7 @@ import contextlib
 import errno
 import itertools
 import os
+import re
 import shutil
 import stat
 import time
@@ -104,6 +105,20 @@ class Directories:
         """Remove a directory that was made and is not needed; what can't be removed is found by `strays` later."""
         shutil.rmtree(self.top / name, ignore_errors=True)
 
+    def clear(self, name: str) -> None:
+        """Remove what lies under a name that no snapshot has. Raise OSError; EBUSY for what has a mount in it."""
+        path = self.top / name
+        inside = os.fsencode(self.top.resolve() / name) + b"/"
+        with open("/proc/self/mountinfo", "rb") as mounts:
+            # A mount that somebody made in a snapshot's directory shows other files there, which nobody gave us.
+            for line in mounts:
+                if (_unescaped(line.split(b" ", 5)[4]) + b"/").startswith(inside):
+                    raise OSError(errno.EBUSY, "something is mounted in it")
+        if stat.S_ISDIR(os.lstat(path).st_mode):
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+
     def names(self) -> list[str]:
         """Return the names of all that lies here. Raise StoreBroken."""
         try:
@@ -121,6 +136,11 @@ class Directories:
             for name in names
             if not name.startswith(self._run) and not (name.isdecimal() and name.isascii() and int(name) in numbers)
         ]
+
+
+def _unescaped(path: bytes) -> bytes:
+    """Return a path as mountinfo means it: blanks and backslashes stand there as octal digits."""
+    return re.sub(rb"\\([0-7]{3})", lambda found: bytes([int(found[1], 8) & 0xFF]), path)
 
 
 def _translated(error: OSError, what: str) -> StoreError:
