@@ -21,7 +21,7 @@ log = logging.getLogger(__name__)
 
 _FIRST = 0.05  # seconds from a wake to the look: removals come in rows
 _AGAIN = 6.0  # seconds until what was too fresh, or failed, is looked at again
-_SELDOM = 120.0  # seconds between looks that fail again and again
+_SELDOM = 120.0  # seconds between looks that fail again and again, or at what others use for now
 _FRESH = 2.0  # seconds for which an image without a snapshot may be about to get one
 _PULLED = 60.0  # seconds in which a pull that has begun prepares its other lazy layers
 _NS = 1_000_000_000
@@ -36,6 +36,7 @@ class Collected:
     layers: int = 0
     freed: int = 0
     left: bool = False
+    kept: bool = False  # others use, or pinned, what no snapshot needs
     failed: str = ""
     shown: set[str] = field(default_factory=set)  # layers of chains that nobody uses and that are not hidden yet
 
@@ -103,15 +104,15 @@ class Collector:
             if self._stop.wait(_FIRST):
                 return
             self._wanted.clear()
-            left = failed = True
+            left, kept, failed = True, False, True
             try:
                 with self._looking:
                     found = self._look(time.monotonic() + 3600)
-                left, failed = found.left, bool(found.failed)
+                left, kept, failed = found.left, found.kept, bool(found.failed)
             except Exception:
                 log.exception("a look for what is not used any more broke")
             failures = failures + 1 if failed else 0
-            again = min(_AGAIN * 2 ** max(0, min(failures, 8) - 1), _SELDOM) if left else None
+            again = min(_AGAIN * 2 ** max(0, min(failures, 8) - 1), _SELDOM) if left else _SELDOM if kept else None
 
     # -- a look
 
@@ -182,6 +183,9 @@ class Collector:
             done.layers += len(removed)
             done.freed += freed
             for digest, why in kept.items():
-                log.info("layer %s stays: %s", digest, why)
+                log.debug("layer %s stays: %s", digest, why)
+            done.kept = bool(kept)
+            # Its record is what has such a layer looked at again.
+            unused = [image for image in unused if kept.keys().isdisjoint(layer.digest for layer in image.layers)]
         for image in unused:
             self._store.drop_image(image.number)

@@ -89,6 +89,7 @@ class Remote:
         self._guard: Daemon | None = None
         self._thread: threading.Thread | None = None
         self._greeted = threading.Event()  # the daemon that is there knows the node's logins
+        self._meetings = 0  # daemons met
         self.restarts = 0  # daemons met after the first one
 
     # -- life
@@ -322,19 +323,20 @@ class Remote:
         log.info("connected to lazyfsd: pid=%s version=%s", guard.greeting.get("pid"), guard.greeting.get("lazyfsd"))
         self._greet(self)
         self._greeted.set()
+        self._meetings += 1
         # Side by side, each within its own deadline: a registry that is gone holds up nobody else's images.
         pools: dict[str, ThreadPoolExecutor] = {}
         for place in self._in_use():
             host = _host(place.image.reference)
             if host not in pools:
                 pools[host] = ThreadPoolExecutor(_RESTORING, "restore")
-            pools[host].submit(self._restore, place)
+            pools[host].submit(self._restore, place, self._meetings)
         for pool in pools.values():
             pool.shutdown(wait=False)
 
-    def _restore(self, place: LazyPlace) -> None:
-        if self._stop.is_set():
-            return
+    def _restore(self, place: LazyPlace, meeting: int) -> None:
+        if self._stop.is_set() or meeting != self._meetings:
+            return  # a newer daemon is told anew
         try:
             self.show(place)
         except LazyfsError as error:
