@@ -18,6 +18,7 @@ from lazyfs.mount.images import LayerFacts
 from lazyfs.mount.keeping import Keeping
 from lazyfs.mount.planting import Planting
 from lazyfs.mount.preparing import Prepared
+from lazyfs.mount.reachable import Reachable
 from lazyfs.oci import Descriptor
 
 log = logging.getLogger(__name__)
@@ -60,6 +61,7 @@ class Chains:
         self,
         layers: ChainLayers,
         keeping: Keeping,
+        reachable: Reachable,
         planting: Planting,
         forest: Forest,
         apart: Apart,
@@ -67,6 +69,7 @@ class Chains:
     ) -> None:
         self._layers = layers
         self._keeping = keeping
+        self._reachable = reachable
         self._planting = planting
         self._forest = forest
         self._apart = apart
@@ -90,10 +93,18 @@ class Chains:
     async def mount(self, source: ChainSource, manifest_digest: str, layers: list[ChainLayer]) -> Chain:
         """Show the tree of these layers, base first, and hold it until `unmount`. A checkpoint, until the deadline.
 
-        Raise RegistryTimeout when that passes, else as `Layers.hold` and `ChainLayers.await_trust`.
+        Raise RegistryTimeout when that passes, ImageIncomplete where bytes of them can't be had, else as `Layers.hold`
+        and `ChainLayers.await_trust`.
         """
         with trio.move_on_after(max(0.0, source.deadline - time.monotonic())) as scope:
             prepared = await self._hold_all(source, layers)
+            try:
+                await self._reachable.check(source, [one.layer for one in prepared])
+            except BaseException:
+                with trio.CancelScope(shield=True):
+                    for one in prepared:
+                        await self._layers.drop(one)
+                raise
             planted = await self._plant(source, prepared)
             facts = tuple(LayerFacts(one.layer, not one.reason, one.reason) for one in prepared)
             chain = Chain(
