@@ -22,6 +22,7 @@ from snapshotter.store import Store
 
 log = logging.getLogger(__name__)
 
+_USAGES = 10_000  # layers whose usage is remembered
 CLEANUP = 60.0  # seconds that a Cleanup may take; what is left is done in the background
 
 
@@ -43,6 +44,7 @@ class Snapshotter:
         self._extraction = extraction
         self._chains = chains
         self._collector = collector
+        self._usages: dict[str, Usage] = {}  # of lazy layers, as they were last known
 
     # -- making
 
@@ -110,12 +112,17 @@ class Snapshotter:
         if snapshot.lazy is not None:
             if snapshot.kind != Kind.COMMITTED:
                 return recorded
+            digest = snapshot.lazy.layer.digest
             try:
-                return self._chains.usage([snapshot.lazy.layer.digest])
+                found = self._chains.usage([digest])
             except LazyfsError as error:
                 # Asked for all snapshots every few seconds: a daemon that is away is told of elsewhere.
                 log.debug("the usage of %s is what was known of it: %s", key, error)
-                return recorded
+                return self._usages.get(digest, recorded)
+            if len(self._usages) >= _USAGES:
+                self._usages.clear()
+            self._usages[digest] = found
+            return found
         return self._measure(snapshot) if snapshot.kind == Kind.ACTIVE else recorded
 
     def cleanup(self) -> None:

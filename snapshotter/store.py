@@ -246,13 +246,6 @@ class Store(ImageStore):
             )
             return _get(connection, key)
 
-    def set_usage(self, key: str, usage: Usage) -> None:
-        """Record what a snapshot takes; nothing happens when it is gone."""
-        with self._transaction() as connection:
-            connection.execute(
-                "UPDATE snapshots SET size = ?, inodes = ? WHERE key = ?", (usage.size, usage.inodes, key)
-            )
-
 
 def open_readonly(path: Path) -> ReasonStore:
     """Open the store to read reasons, beside the snapshotter; close it. Raise StoreBroken, also where there is none."""

@@ -222,6 +222,8 @@ def test_a_daemon_that_is_away_leaves_nothing_behind(calls: Snapshotter, others:
     others.error = None
     assert calls.usage(CHAINS[0]) == Usage(1000, 3)
     calls.prepare("c", CHAINS[0], {})
+    others.error = DaemonUnreachable("lazyfsd went away")
+    assert calls.usage(CHAINS[0]) == Usage(1000, 3), "what was last known of it"
 
 
 def test_one_who_waits_for_a_registry_holds_up_nobody(calls: Snapshotter, others: Others) -> None:
