@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Set
 from dataclasses import dataclass, field
 
-from lazyfs.errors import LazyfsError
+from lazyfs.errors import DaemonUnreachable, LazyfsError
 from snapshotter.directories import Directories
 from snapshotter.remote import Remote
 from snapshotter.store import Store
@@ -36,6 +36,7 @@ class Collected:
     layers: int = 0
     freed: int = 0
     left: bool = False
+    stuck: bool = False  # a directory can't be removed
     kept: bool = False  # others use, or pinned, what no snapshot needs
     failed: str = ""
     shown: set[str] = field(default_factory=set)  # layers of chains that nobody uses and that are not hidden yet
@@ -108,7 +109,7 @@ class Collector:
             try:
                 with self._looking:
                     found = self._look(time.monotonic() + 3600)
-                left, kept, failed = found.left, found.kept, bool(found.failed)
+                left, kept, failed = found.left, found.kept, found.stuck or bool(found.failed)
             except Exception:
                 log.exception("a look for what is not used any more broke")
             failures = failures + 1 if failed else 0
@@ -144,7 +145,15 @@ class Collector:
         for chain, layers in shown.items():
             if layers in used:
                 continue
-            if self._remote.hide(chain, layers):
+            hidden = False
+            try:
+                hidden = self._remote.hide(chain, layers)
+            except DaemonUnreachable:
+                raise  # so it would be with the others, each after its own wait
+            except LazyfsError as error:
+                log.warning("the chain %s stays for now: %s", chain, error)
+                done.failed = str(error)
+            if hidden:
                 done.chains += 1
             else:
                 done.left = True
@@ -154,15 +163,25 @@ class Collector:
         names = self._directories.names()  # before the numbers: what is made meanwhile must not look unused
         for name in self._directories.strays(names, self._store.numbers()):
             try:
-                self._directories.clear(name)
+                self._directories.check_free(name)
+                for each in self._set_aside(name):
+                    self._directories.clear(each)
             except FileNotFoundError:
                 continue
             except OSError as error:
                 # EBUSY: somebody still has it mounted, whatever containerd said.
                 log.warning("the directory %s stays for now: %s", self._directories.top / name, error.strerror or error)
-                done.left = True
+                done.left = done.stuck = True
                 continue
             done.directories += 1
+
+    def _set_aside(self, name: str) -> list[str]:
+        """Take a stray from its number, which may be given again; return its name then, none when it was. OSError."""
+        if not (name.isdecimal() and name.isascii()) or str(int(name)) != name:
+            return [name]
+        names: list[str] = []
+        self._store.unless_used(int(name), lambda: names.append(self._directories.set_aside(int(name))))
+        return names
 
     def _layers(self, done: Collected) -> None:
         now = time.time_ns()

@@ -107,6 +107,14 @@ def test_directories_without_a_record_go(scene: Scene, tmp_path: Path) -> None:
     assert scene.noted[-1].directories == 5 and not scene.noted[-1].left
 
 
+def test_a_number_that_was_given_again_meanwhile_is_no_stray(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
+    number = scene.snapshot("container")
+    # As if it had been listed while an earlier one failed to be recorded.
+    monkeypatch.setattr(scene.directories, "strays", lambda names, numbers: [str(number)])
+    scene.look()
+    assert (scene.directories.top / str(number) / "fs").is_dir()
+
+
 def test_nothing_is_deleted_through_a_mount(scene: Scene, scratch: Path) -> None:
     number = scene.snapshot("removed")
     scene.store.remove("removed")
@@ -189,6 +197,25 @@ def test_a_step_that_fails_stops_no_other_and_is_done_by_the_next_look(scene: Sc
     scene.look()
     assert (scene.daemon.removed, scene.daemon.chains) == ([sha(1)], {})
     assert scene.store.images_unreferenced() == []
+
+
+def test_a_chain_that_stays_keeps_no_other(scene: Scene) -> None:
+    keys = [*scene.lazily(image("one", 1), 1), *scene.lazily(image("two", 2), 1)]
+    for key in keys:
+        scene.show(key)
+        scene.store.remove(key)
+
+    def unmount(args: dict[str, Any]) -> dict[str, Any]:
+        if args["chain"] == "0001":
+            raise DaemonFault("lazyfsd failed")
+        scene.daemon.chains.pop(args["chain"])
+        return {}
+
+    scene.daemon.answers["unmount_chain"] = unmount
+    scene.look()
+    assert (scene.daemon.chains, scene.daemon.removed) == ({"0001": [sha(1)]}, [sha(2)])
+    assert [one.layers[0].digest for one in scene.store.images_unreferenced()] == [sha(1)]
+    assert scene.noted[-1].failed and scene.noted[-1].left
 
 
 def test_without_a_daemon_directories_go_all_the_same(scene: Scene) -> None:
