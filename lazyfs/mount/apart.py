@@ -93,7 +93,7 @@ class Apart:
             if not persist:
                 job.scope.cancel()
             for value in job.value:
-                self._nursery.start_soon(give_back, value)
+                self._nursery.start_soon(self._give_back, give_back, value)
             raise
         if job.error is not None:
             raise job.error
@@ -117,5 +117,12 @@ class Apart:
         if job.given_up and give_back is not None:
             with trio.CancelScope(shield=True):
                 for value in job.value:
-                    await give_back(value)
+                    await self._give_back(give_back, value)
         job.done.set()
+
+    @staticmethod
+    async def _give_back(give_back: Callable[[T], Awaitable[None]], value: T) -> None:
+        try:
+            await give_back(value)
+        except Exception:  # the daemon and its readers go on
+            log.exception("what nobody waits for could not be given back")

@@ -31,6 +31,9 @@ _LARGE = 1 * MiB  # compressed bytes of a large one
 _SETTLE = 10.0  # seconds that whoever removes layers waits for what is still at work on them
 _LOOK = 0.02
 _WAITING = 64 * MiB  # bytes of TOCs that wait for their table to be built; more are fetched again when it is their turn
+_PERSISTENT = (
+    1024  # layers of a host that come even where nobody waits for them any more: calls are made again and again
+)
 _REFUSED = 1000  # malformed TOCs remembered
 
 
@@ -74,6 +77,7 @@ class ChainLayers:
         self._promises: dict[str, tuple[object, str]] = {}  # what was said of them, and their diff IDs
         self._tails: SingleFlight[object, TocParts | str] = SingleFlight()
         self._waiting = 0
+        self._persistent: Counter[str] = Counter()  # layers that come whoever waits for them, by host
         self._refused: OrderedDict[tuple[object, ...], str] = OrderedDict()  # TOCs that are malformed, and why
 
     async def hold(
@@ -86,9 +90,20 @@ class ChainLayers:
         wanted = await self._look(source, descriptor, diff_id)
         # A layer of a chain that is to be shown is needed sooner or later: what can't come in time comes for the next
         # call, which else would begin anew for ever.
-        persist = source.largest is None
+        host = source.repository.host
+        persist = source.largest is None and self._persistent[host] < _PERSISTENT
         give_back = self._keep if persist else self.drop
-        return await self._apart.run(partial(self._hold, source, wanted), give_back, persist=persist)
+
+        async def hold() -> Prepared:
+            self._persistent[host] += persist
+            try:
+                return await self._hold(source, wanted)
+            finally:
+                self._persistent[host] -= persist
+                if not self._persistent[host]:
+                    del self._persistent[host]
+
+        return await self._apart.run(hold, give_back, persist=persist)
 
     async def promise(
         self, source: ChainSource, descriptor: Descriptor, diff_id: Callable[[], Awaitable[str]]

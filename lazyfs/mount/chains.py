@@ -107,9 +107,12 @@ class Chains:
                 raise
             planted = await self._plant(source, prepared)
             facts = tuple(LayerFacts(one.layer, not one.reason, one.reason) for one in prepared)
-            chain = Chain(
-                planted.name.decode(), str(source.reference), manifest_digest, self._path_of(planted), planted, facts
-            )
+            try:
+                path = self._path_of(planted)
+            except LazyfsError:
+                await self._planting.release(planted)
+                raise
+            chain = Chain(planted.name.decode(), str(source.reference), manifest_digest, path, planted, facts)
             return await self._record(chain)
         assert scope.cancelled_caught
         host = source.reference.host
