@@ -54,7 +54,10 @@ def start_postgres(node: PodNode, pod: Pod, image: str, name: str = "postgres") 
     container = node.cri.start(pod, name, image, postgres_command())
 
     def answers() -> bool:
-        assert node.cri.state(container).name == "RUNNING", node.cri.log(name)
+        if "ready to accept connections" not in node.cri.log(name):  # a look at a file; a query is a process in there
+            assert node.cri.state(container).name in ("CREATED", "RUNNING"), node.cri.log(name)
+            time.sleep(0.3)
+            return False
         return node.cri.run(container, *query("select 6*7")).out == "42\n"
 
     return answers
