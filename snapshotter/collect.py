@@ -7,13 +7,12 @@ fails (the daemon is away, the disk errs) is done by the next look.
 from __future__ import annotations
 
 import logging
-import shutil
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Set
 from dataclasses import dataclass, field
 
-from lazyfs.errors import LazyfsError
+from lazyfs.errors import DaemonUnreachable, LazyfsError
 from snapshotter.directories import Directories
 from snapshotter.remote import Remote
 from snapshotter.store import Store
@@ -22,6 +21,7 @@ log = logging.getLogger(__name__)
 
 _FIRST = 0.05  # seconds from a wake to the look: removals come in rows
 _AGAIN = 6.0  # seconds until what was too fresh, or failed, is looked at again
+_SELDOM = 120.0  # seconds between looks that fail again and again, or at what others use for now
 _FRESH = 2.0  # seconds for which an image without a snapshot may be about to get one
 _PULLED = 60.0  # seconds in which a pull that has begun prepares its other lazy layers
 _NS = 1_000_000_000
@@ -36,6 +36,8 @@ class Collected:
     layers: int = 0
     freed: int = 0
     left: bool = False
+    stuck: bool = False  # a directory can't be removed
+    kept: bool = False  # others use, or pinned, what no snapshot needs
     failed: str = ""
     shown: set[str] = field(default_factory=set)  # layers of chains that nobody uses and that are not hidden yet
 
@@ -43,7 +45,7 @@ class Collected:
 class Collector:
     """Looks, in a thread of its own or in the caller's. Thread-safe; one look at a time.
 
-    `note` is told of every look that did something or failed; `forget` is called before layers are removed.
+    `note` is told of every look that did something or failed; `forget` is told which layers go, before they do.
     """
 
     def __init__(
@@ -52,7 +54,7 @@ class Collector:
         directories: Directories,
         remote: Remote,
         note: Callable[[Collected], None],
-        forget: Callable[[], None],
+        forget: Callable[[Set[str]], None],
     ) -> None:
         self._store = store
         self._directories = directories
@@ -96,32 +98,36 @@ class Collector:
     # -- the thread
 
     def _loop(self) -> None:
+        again: float | None = None
+        failures = 0
         while True:
-            self._wanted.wait()
+            self._wanted.wait(again)  # who removes something does not wait for what is left of other things
             if self._stop.wait(_FIRST):
                 return
             self._wanted.clear()
-            left = True
+            left, kept, failed = True, False, True
             try:
                 with self._looking:
-                    left = self._look(time.monotonic() + 3600).left
+                    found = self._look(time.monotonic() + 3600)
+                left, kept, failed = found.left, found.kept, found.stuck or bool(found.failed)
             except Exception:
                 log.exception("a look for what is not used any more broke")
-            if left:
-                if self._stop.wait(_AGAIN):
-                    return
-                self._wanted.set()
+            failures = failures + 1 if failed else 0
+            again = min(_AGAIN * 2 ** max(0, min(failures, 8) - 1), _SELDOM) if left else _SELDOM if kept else None
 
     # -- a look
 
     def _look(self, deadline: float) -> Collected:
         done = Collected()
-        for step in (self._chains, self._strays, self._layers):
-            if time.monotonic() > deadline:
-                done.left = True
-                break
+        # Directories first: they need no daemon. Layers last, and only once all chains were looked at: those of a chain
+        # that is still shown are kept by the daemon, and their image must not be forgotten before.
+        for steps in ((self._strays,), (self._chains, self._layers)):
             try:
-                step(done)
+                for step in steps:
+                    if time.monotonic() > deadline:
+                        done.left = True
+                        break
+                    step(done)
             except LazyfsError as error:
                 log.warning("something is not given back yet: %s", error)
                 done.failed, done.left = str(error), True
@@ -139,7 +145,15 @@ class Collector:
         for chain, layers in shown.items():
             if layers in used:
                 continue
-            if self._remote.hide(chain):
+            hidden = False
+            try:
+                hidden = self._remote.hide(chain, layers)
+            except DaemonUnreachable:
+                raise  # so it would be with the others, each after its own wait
+            except LazyfsError as error:
+                log.warning("the chain %s stays for now: %s", chain, error)
+                done.failed = str(error)
+            if hidden:
                 done.chains += 1
             else:
                 done.left = True
@@ -148,17 +162,26 @@ class Collector:
     def _strays(self, done: Collected) -> None:
         names = self._directories.names()  # before the numbers: what is made meanwhile must not look unused
         for name in self._directories.strays(names, self._store.numbers()):
-            path = self._directories.top / name
             try:
-                shutil.rmtree(path)
+                self._directories.check_free(name)
+                for each in self._set_aside(name):
+                    self._directories.clear(each)
             except FileNotFoundError:
                 continue
             except OSError as error:
                 # EBUSY: somebody still has it mounted, whatever containerd said.
-                log.warning("the directory %s stays for now: %s", path, error.strerror)
-                done.left = True
+                log.warning("the directory %s stays for now: %s", self._directories.top / name, error.strerror or error)
+                done.left = done.stuck = True
                 continue
             done.directories += 1
+
+    def _set_aside(self, name: str) -> list[str]:
+        """Take a stray from its number, which may be given again; return its name then, none when it was. OSError."""
+        if not (name.isdecimal() and name.isascii()) or str(int(name)) != name:
+            return [name]
+        names: list[str] = []
+        self._store.unless_used(int(name), lambda: names.append(self._directories.set_aside(int(name))))
+        return names
 
     def _layers(self, done: Collected) -> None:
         now = time.time_ns()
@@ -169,13 +192,19 @@ class Collector:
         images = {image.number: image for image in unused}
         images |= {image.number: image for image in self._store.images_settled(now - int(_PULLED * _NS))}
         used = self._store.layers_referenced()
+        # A layer above those of an image that are still used, of a pull that may be under way: again when it is not.
+        young = (image for image in self._store.images_settled(now) if image.number not in images)
+        done.left = done.left or any(layer.digest not in used for image in young for layer in image.layers)
         gone = {layer.digest for image in images.values() for layer in image.layers} - used
         if gone:
-            self._forget()
+            self._forget(gone)
             removed, kept, freed = self._remote.remove_layers(sorted(gone))
             done.layers += len(removed)
             done.freed += freed
             for digest, why in kept.items():
-                log.info("layer %s stays: %s", digest, why)
+                log.debug("layer %s stays: %s", digest, why)
+            done.kept = bool(kept)
+            # Its record is what has such a layer looked at again.
+            unused = [image for image in unused if kept.keys().isdisjoint(layer.digest for layer in image.layers)]
         for image in unused:
             self._store.drop_image(image.number)

@@ -9,6 +9,7 @@ import contextlib
 import errno
 import itertools
 import os
+import re
 import shutil
 import stat
 import time
@@ -90,7 +91,7 @@ class Directories:
         place = self.top / str(number)
         try:
             if os.path.lexists(place):  # a crash or a full disk took the record of whoever was to have it
-                os.rename(place, self.top / f"{_GONE}{number}-{time.time_ns():x}")
+                self.set_aside(number)
             os.rename(self.top / name, place)
         except OSError as error:
             raise _translated(error, f"the snapshot's directory {place}") from None
@@ -103,6 +104,29 @@ class Directories:
     def discard(self, name: str) -> None:
         """Remove a directory that was made and is not needed; what can't be removed is found by `strays` later."""
         shutil.rmtree(self.top / name, ignore_errors=True)
+
+    def set_aside(self, number: int) -> str:
+        """Move a number's directory out of the way, and return its new name. Raise OSError."""
+        name = f"{_GONE}{number}-{time.time_ns():x}"
+        os.rename(self.top / str(number), self.top / name)
+        return name
+
+    def check_free(self, name: str) -> None:
+        """Raise OSError (EBUSY) when something is mounted in what lies under a name."""
+        inside = os.fsencode(self.top.resolve() / name) + b"/"
+        with open("/proc/self/mountinfo", "rb") as mounts:
+            # A mount that somebody made in a snapshot's directory shows other files there, which nobody gave us.
+            for line in mounts:
+                if (_unescaped(line.split(b" ", 5)[4]) + b"/").startswith(inside):
+                    raise OSError(errno.EBUSY, "something is mounted in it")
+
+    def clear(self, name: str) -> None:
+        """Remove what lies under a name that no snapshot has and where nothing is mounted. Raise OSError."""
+        path = self.top / name
+        if stat.S_ISDIR(os.lstat(path).st_mode):
+            shutil.rmtree(path)
+        else:
+            path.unlink()
 
     def names(self) -> list[str]:
         """Return the names of all that lies here. Raise StoreBroken."""
@@ -121,6 +145,11 @@ class Directories:
             for name in names
             if not name.startswith(self._run) and not (name.isdecimal() and name.isascii() and int(name) in numbers)
         ]
+
+
+def _unescaped(path: bytes) -> bytes:
+    """Return a path as mountinfo means it: blanks and backslashes stand there as octal digits."""
+    return re.sub(rb"\\([0-7]{3})", lambda found: bytes([int(found[1], 8) & 0xFF]), path)
 
 
 def _translated(error: OSError, what: str) -> StoreError:

@@ -6,11 +6,12 @@ what can't be lazy is pulled in the ordinary way, and the reason is recorded.
 
 from __future__ import annotations
 
+import itertools
 import logging
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Set
 from concurrent.futures import Future
 from dataclasses import dataclass
 
@@ -66,7 +67,7 @@ class Extraction:
         self._known: OrderedDict[tuple[str, str], _Known] = OrderedDict()
 
     def offer(self, key: str, parent: str, labels: Mapping[str, str]) -> LazyOffer | None:
-        """Return the lazy snapshot that stands for this layer, None where it must be downloaded. Raise StoreError."""
+        """Return the lazy snapshot that stands for this layer, None where it must be downloaded."""
         began = time.monotonic()
         asked = told.read(labels, parent)
         if isinstance(asked, Unsaid):
@@ -92,16 +93,19 @@ class Extraction:
             reason = f"layer {under.layer.digest[:19]}… below it is not lazy: {under.reason}"
             self._decide(key, asked.image, found.layer.digest, Outcome.BELOW_NOT_LAZY, reason, began)
             return None
-        layers = tuple(one.layer for one in chain.layers)
-        image = self._number(LazyImage(0, asked.image, chain.manifest_digest, layers))
+        image = LazyImage(0, asked.image, chain.manifest_digest, tuple(one.layer for one in chain.layers))
         outcome = Outcome.LAZY if found.lazy else Outcome.SMALL
         self._decide(key, asked.image, found.layer.digest, outcome, found.reason, began)
         return LazyOffer(image, index, dict(labels), staged=asked.parallel and asked.staged)
 
-    def forget(self) -> None:
-        """Forget all answers: layers were removed, or the daemon is another one."""
+    def forget(self, gone: Set[str]) -> None:
+        """Forget the answers that promise one of these layers (blob digests): they are about to be removed.
+
+        An answer that says why an image can't be lazy stays, or each of its layers would ask its registry again.
+        """
         with self._lock:
-            self._known.clear()
+            for key in [key for key, known in self._known.items() if _promises(known, gone)]:
+                del self._known[key]
 
     # -- parts
 
@@ -121,6 +125,10 @@ class Extraction:
         if ours:
             try:
                 found = self._resolve(asked.image, asked.manifest_digest)
+                # Once an image, not once a layer. What was fetched for layers that no snapshot will stand for is given
+                # back with this record.
+                layers = tuple(one.layer for one in found.layers)
+                self._number(LazyImage(0, asked.image, found.manifest_digest, layers))
                 known.since = time.monotonic()
                 known.answer.set_result(found)
             except BaseException as error:
@@ -141,6 +149,16 @@ def _is_old(known: _Known, now: float) -> bool:
     if known.answer.exception() is not None or not all(one.ready for one in known.answer.result().layers):
         return now - known.since > _BAD
     return now - known.since > _GOOD
+
+
+def _promises(known: _Known, gone: Set[str]) -> bool:
+    """Tell whether an answer offers one of these layers. One that is not there yet may."""
+    if not known.answer.done():
+        return True
+    if known.answer.exception() is not None:
+        return False
+    offered = itertools.takewhile(lambda one: one.ready, known.answer.result().layers)
+    return any(one.layer.digest in gone for one in offered)
 
 
 def _find(chain: ResolvedChain, asked: Asked) -> int | None:

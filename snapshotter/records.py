@@ -30,6 +30,20 @@ class ImageRecord:
     users: tuple[str, ...]  # keys of the active snapshots and views that stand on them
 
 
+@dataclass(frozen=True, slots=True)
+class LayerRecord:
+    """What the records say of one layer under all images. `reasons`: the latest first; `ready`: chain IDs."""
+
+    reasons: tuple[Reason, ...]
+    ready: frozenset[str]  # of the lazy snapshots whose top it is
+
+    def nearest(self, chain_id: str) -> Reason | None:
+        """Return the latest decision on this layer in this place of an image, else of one that is about itself."""
+        exact = [one for one in self.reasons if chain_id and _chain_id(one.key) == chain_id]
+        own = [one for one in self.reasons if one.lazy or classify(one.reason) is not Outcome.BELOW_NOT_LAZY]
+        return next(iter([*exact, *own, *self.reasons]), None)
+
+
 class Records(ImageStore):
     """The store's file, for looking. Every method blocks on the local disk and raises StoreBroken."""
 
@@ -78,6 +92,20 @@ class Records(ImageStore):
             tuple(committed),
             tuple(_users(snapshots, set(committed))),
         )
+
+    def layers(self) -> dict[str, LayerRecord]:
+        """Return what became of each layer, by blob digest, whichever image it was decided for."""
+        ready: dict[str, set[str]] = {}
+        for one in self.snapshots():
+            if one.lazy is not None and one.kind is Kind.COMMITTED:
+                ready.setdefault(one.lazy.layer.digest, set()).add(one.lazy.layer.chain_id)
+        decided: dict[str, list[Reason]] = {digest: [] for digest in ready}
+        for reason in self.reasons():
+            if reason.layer:
+                decided.setdefault(reason.layer, []).append(reason)
+        return {
+            digest: LayerRecord(tuple(reasons), frozenset(ready.get(digest, ()))) for digest, reasons in decided.items()
+        }
 
 
 def open_records(path: Path) -> Records:

@@ -9,13 +9,16 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+from lazyfs import reference as references
 from lazyfs.config import Settings
-from lazyfs.control_client import Daemon, connect, reach_daemon
+from lazyfs.control_client import START_TIMEOUT, Daemon, connect, reach_daemon
 from lazyfs.errors import DaemonFault, DaemonUnreachable, LazyfsError
 from snapshotter.model import LazyLayer, LazyPlace, Shown, Usage
 
@@ -26,7 +29,9 @@ _GREETING = 3.0  # seconds that calls which may need a login wait for a new daem
 _SLACK = 5.0  # seconds that a call may take beyond the deadline that the daemon was given
 _SHORT = 30.0  # seconds for calls that ask no registry
 _DIGESTS = 1000  # of one call; a message has at most 1 MiB
-_RESTORING = 8  # chains brought back at once
+_RESTORING = 4  # chains of one registry brought back at once
+_QUICK = 5.0  # seconds for what is asked of every snapshot again and again
+_SILENT = 5.0  # seconds after a daemon that did not even greet, in which nobody who can do without it waits for it
 _RETRY = (0.2, 0.5, 1.0, 2.0, 5.0)  # seconds between attempts to reach a daemon that has gone
 _SETTLE = 5.0  # seconds for which a chain that was just shown counts as used, whatever the records say
 
@@ -50,6 +55,9 @@ class ResolvedChain:
     layers: tuple[ResolvedLayer, ...]
 
 
+Layers = tuple[str, ...]  # blob digests, base first: what a chain is
+
+
 class Remote:
     """Calls to the node's daemon. Thread-safe; every call blocks, within its deadline, and raises LazyfsErrors.
 
@@ -71,11 +79,17 @@ class Remote:
         self._greet = greet
         self._stop = threading.Event()
         self._lock = threading.Lock()
+        self._turn = threading.Condition()  # of who shows a chain and who hides it
+        self._showing: Counter[Layers] = Counter()  # who is asking for a chain now
+        self._shown: dict[Layers, float] = {}  # when it was last asked for (monotonic)
+        self._hiding: set[Layers] = set()
         self._starting = threading.Lock()
-        self._shown: dict[str, float] = {}  # chain → when it was last asked for (monotonic)
+        self._failed: tuple[float, LazyfsError] | None = None  # the last start of a daemon, when that failed
+        self._silent = -_SILENT  # when a daemon last did not answer (monotonic)
         self._guard: Daemon | None = None
         self._thread: threading.Thread | None = None
         self._greeted = threading.Event()  # the daemon that is there knows the node's logins
+        self._meetings = 0  # daemons met
         self.restarts = 0  # daemons met after the first one
 
     # -- life
@@ -135,18 +149,19 @@ class Remote:
         """Have the tree of a chain shown, until `hide`. Blocking, `chain_timeout`; complete chains need no network."""
         deadline = self._settings.chain_timeout
         self._greeted.wait(_GREETING)
-        answer = self._call(
-            "mount_chain",
-            deadline + _SLACK,
-            image=place.image.reference,
-            manifest_digest=place.image.manifest_digest,
-            layers=[_layer(one) for one in place.layers],
-            deadline=deadline,
-            access=None,
-        )
+        with self._asking(tuple(one.digest for one in place.layers)):
+            answer = self._call(
+                "mount_chain",
+                deadline + _SLACK,
+                image=place.image.reference,
+                manifest_digest=place.image.manifest_digest,
+                layers=[_layer(one) for one in place.layers],
+                deadline=deadline,
+                access=None,
+            )
         try:
             root = answer["root"]
-            shown = Shown(
+            return Shown(
                 str(answer["chain"]),
                 tuple(str(path) for path in answer["lowerdirs"]),
                 int(root["mode"]),
@@ -155,33 +170,59 @@ class Remote:
             )
         except (KeyError, TypeError, ValueError) as error:
             raise DaemonFault(f"lazyfsd's answer to mount_chain lacks something: {error!r}") from None
-        with self._lock:
-            self._shown[shown.chain] = time.monotonic()
-        return shown
 
-    def shown(self) -> dict[str, tuple[str, ...]]:
+    @contextmanager
+    def _asking(self, layers: Layers) -> Iterator[None]:
+        """Keep a chain from being hidden while it is asked for and for a moment after, until the records name it."""
+        with self._turn:
+            if not self._turn.wait_for(lambda: layers not in self._hiding, _SHORT):
+                raise DaemonUnreachable("lazyfsd does not let a chain go that is wanted again", hint="see its log")
+            self._showing[layers] += 1
+        try:
+            yield
+        finally:
+            with self._turn:
+                now = time.monotonic()
+                self._showing[layers] -= 1
+                if not self._showing[layers]:
+                    del self._showing[layers]
+                self._shown = {one: when for one, when in self._shown.items() if now - when < _SETTLE}
+                self._shown[layers] = now
+
+    def shown(self) -> dict[str, Layers]:
         """Return the chains that the daemon shows, with their layers' digests from the base up."""
-        found: dict[str, tuple[str, ...]] = {}
+        found: dict[str, Layers] = {}
         more, after = True, ""
         while more:
             answer = self._call("chains", _SHORT, after=after)
-            page = {str(one["chain"]): tuple(one["layers"]) for one in answer.get("chains", [])}
+            try:
+                page = {str(one["chain"]): tuple(map(str, one["layers"])) for one in answer.get("chains", [])}
+            except (KeyError, TypeError) as error:
+                raise DaemonFault(f"lazyfsd's answer to chains lacks something: {error!r}") from None
             found |= page
             more, after = answer.get("more") is True and bool(page), max(page, default="")
         return found
 
-    def hide(self, chain: str) -> bool:
-        """Have a chain shown no more. False, and nothing done: somebody asked for it a moment ago."""
-        with self._lock:
-            if time.monotonic() - self._shown.get(chain, -_SETTLE) < _SETTLE:
+    def hide(self, chain: str, layers: Layers) -> bool:
+        """Have a chain of these layers shown no more. False, and nothing done: somebody asks for it or just did."""
+        with self._turn:
+            asked = time.monotonic() - self._shown.get(layers, -_SETTLE) < _SETTLE
+            if asked or self._showing[layers] or layers in self._hiding:
                 return False
-            self._shown.pop(chain, None)
-        self._call("unmount_chain", _SHORT, chain=chain)
+            self._hiding.add(layers)
+        try:
+            self._call("unmount_chain", _SHORT, chain=chain)
+        finally:
+            with self._turn:
+                self._hiding.discard(layers)
+                self._turn.notify_all()
         return True
 
     def usage(self, digests: Sequence[str]) -> Usage:
-        """Return what these layers hold on this disk together."""
-        found = self._call("layer_usage", _SHORT, digests=list(digests)).get("usage", {})
+        """Return what these layers hold on this disk together. It waits for no daemon that is away, and starts none."""
+        if not self._greeted.is_set() or time.monotonic() - self._silent < _SILENT:
+            raise DaemonUnreachable("lazyfsd is not there to say what layers take")
+        found = self._call("layer_usage", _QUICK, digests=list(digests)).get("usage", {})
         try:
             return Usage(
                 sum(int(one["size"]) for one in found.values()), sum(int(one["inodes"]) for one in found.values())
@@ -196,9 +237,12 @@ class Remote:
         freed, wanted = 0, list(digests)
         for first in range(0, len(wanted), _DIGESTS):
             answer = self._call("remove_layers", _SHORT * 2, digests=wanted[first : first + _DIGESTS])
-            removed += answer.get("removed", [])
-            kept |= answer.get("kept", {})
-            freed += int(answer.get("freed", 0))
+            try:
+                removed += answer.get("removed", [])
+                kept |= answer.get("kept", {})
+                freed += int(answer.get("freed", 0))
+            except (TypeError, ValueError) as error:
+                raise DaemonFault(f"lazyfsd's answer to remove_layers lacks something: {error!r}") from None
         return removed, kept, freed
 
     def set_logins(self, logins: list[dict[str, str]]) -> None:
@@ -206,21 +250,46 @@ class Remote:
         self._call("set_logins", _SHORT, logins=logins)
 
     def _call(self, name: str, timeout: float, **args: Any) -> dict[str, Any]:
+        deadline = time.monotonic() + timeout
         with self._connect() as daemon:
-            return daemon.call(name, timeout=timeout, **args)
+            try:
+                return daemon.call(name, timeout=timeout, **args)
+            except DaemonUnreachable as error:
+                if error.hint or self._stop.is_set():  # it is there, and too slow
+                    raise
+                log.info("lazyfsd went away during %s: the next one is asked", name)
+        with self._connect() as daemon:
+            return daemon.call(name, timeout=max(_SLACK, deadline - time.monotonic()), **args)
 
     def _connect(self) -> Daemon:
         """Connect; start a daemon where none runs, one thread for all, or wait for who keeps it. Blocking, bounded."""
-        deadline = time.monotonic() + _COMING
+        began = time.monotonic()
         while True:
             try:
                 return connect(self._settings.socket)
-            except DaemonUnreachable:
-                if not self._start and (time.monotonic() >= deadline or self._stop.wait(_RETRY[0])):
+            except DaemonUnreachable as error:
+                if error.hint:  # one is there and says nothing: no second one may be started, and waiting won't help
+                    self._silent = time.monotonic()
+                    raise
+                if not self._start and (time.monotonic() >= began + _COMING or self._stop.wait(_RETRY[0])):
                     raise
             if self._start:
-                with self._starting:
-                    return reach_daemon(self._settings)
+                return self._begin(began)
+
+    def _begin(self, began: float) -> Daemon:
+        """Start a daemon, or wait for the thread that does, since `began`; what fails for it fails for all who wait."""
+        if not self._starting.acquire(timeout=START_TIMEOUT):
+            raise DaemonUnreachable("lazyfsd is being started and does not come", hint="see its log")
+        try:
+            if self._failed is not None and self._failed[0] >= began:
+                raise self._failed[1].with_traceback(None)
+            return reach_daemon(self._settings)
+        except LazyfsError as error:
+            if self._failed is None or self._failed[1] is not error:
+                self._failed = time.monotonic(), error
+            raise
+        finally:
+            self._starting.release()
 
     # -- the watch
 
@@ -254,22 +323,31 @@ class Remote:
         log.info("connected to lazyfsd: pid=%s version=%s", guard.greeting.get("pid"), guard.greeting.get("lazyfsd"))
         self._greet(self)
         self._greeted.set()
-        places = list(self._in_use())
-        if not places:
-            return
-        # Side by side, each within its own deadline: one registry that is gone holds up nobody.
-        pool = ThreadPoolExecutor(_RESTORING, "restore")
-        for place in places:
-            pool.submit(self._restore, place)
-        pool.shutdown(wait=False)
+        self._meetings += 1
+        # Side by side, each within its own deadline: a registry that is gone holds up nobody else's images.
+        pools: dict[str, ThreadPoolExecutor] = {}
+        for place in self._in_use():
+            host = _host(place.image.reference)
+            if host not in pools:
+                pools[host] = ThreadPoolExecutor(_RESTORING, "restore")
+            pools[host].submit(self._restore, place, self._meetings)
+        for pool in pools.values():
+            pool.shutdown(wait=False)
 
-    def _restore(self, place: LazyPlace) -> None:
-        if self._stop.is_set():
-            return
+    def _restore(self, place: LazyPlace, meeting: int) -> None:
+        if self._stop.is_set() or meeting != self._meetings:
+            return  # a newer daemon is told anew
         try:
             self.show(place)
         except LazyfsError as error:
             log.error("a chain of %s is not shown again: %s", place.image.reference, error)
+
+
+def _host(reference: str) -> str:
+    try:
+        return references.parse(reference).host
+    except LazyfsError:
+        return ""
 
 
 def _layer(one: LazyLayer) -> dict[str, Any]:

@@ -39,7 +39,9 @@ from snapshotter.store import Store
 log = logging.getLogger("snapshotter.server")  # also when it is run as __main__
 
 DATABASE = "snapshots.db"
-THREADS = 64  # many more than containerd asks at once, so that calls which wait for a registry hold up no others
+# Threads of calls that may wait for a registry, begun when they are needed; the others have threads of their own. Fewer
+# than the daemon takes connections: each of these has one.
+THREADS = 192
 GRACE = 5.0  # seconds that calls under way have when the process is asked to end
 _MAX_MESSAGE = 16 << 20  # bytes; containerd's own bound
 _FILES = 65536  # open files wanted

@@ -9,6 +9,7 @@ import contextlib
 import logging
 import time
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NoReturn, TypeVar
 
 import grpc
@@ -23,8 +24,10 @@ from snapshotter.status import INTERNAL, code_of, message_of
 log = logging.getLogger(__name__)
 
 SERVICE = "containerd.services.snapshots.v1.Snapshots"
+_AT_ONCE = 16  # calls that wait for the local disk alone
 _BATCH = 100  # snapshots in one answer of List
 _NANO = 10**9
+_LOCAL = ("Commit", "Remove", "Stat", "Update", "List")  # they ask nobody; the others may wait for the daemon
 _QUIET = frozenset({grpc.StatusCode.ALREADY_EXISTS, grpc.StatusCode.NOT_FOUND})  # part of every day
 
 NoteCall = Callable[[str, str, float], None]  # (method, gRPC's name of the code, seconds)
@@ -44,6 +47,8 @@ class Service:
         """`note` is told of each call's end."""
         self._snapshotter = snapshotter
         self._note = note
+        # Threads of their own: whatever a registry or a daemon does to the other calls, these are answered.
+        self._quick = ThreadPoolExecutor(_AT_ONCE, "quick")
 
     def handler(self) -> grpc.GenericRpcHandler[Any, Any]:
         """Return what a gRPC server needs to offer the service."""
@@ -58,12 +63,16 @@ class Service:
             "Usage": (self._usage, messages.UsageRequest),
             "Cleanup": (self._cleanup, messages.CleanupRequest),
         }
+        guarded: dict[str, Any] = {name: _guarded(name, call, self._note) for name, (call, _) in one.items()}
+        guarded["List"] = _guarded_stream("List", self._list, self._note)
+        for name in _LOCAL:
+            guarded[name].experimental_thread_pool = self._quick
         methods: dict[str, grpc.RpcMethodHandler[Any, Any]] = {
-            name: grpc.unary_unary_rpc_method_handler(_guarded(name, call, self._note), question.FromString, _wire)
-            for name, (call, question) in one.items()
+            name: grpc.unary_unary_rpc_method_handler(guarded[name], question.FromString, _wire)
+            for name, (_, question) in one.items()
         }
         methods["List"] = grpc.unary_stream_rpc_method_handler(
-            _guarded_stream("List", self._list, self._note), messages.ListSnapshotsRequest.FromString, _wire
+            guarded["List"], messages.ListSnapshotsRequest.FromString, _wire
         )
         return grpc.method_handlers_generic_handler(SERVICE, methods)
 

@@ -11,7 +11,7 @@ import logging
 import time
 from collections.abc import Iterable, Mapping, Sequence
 
-from lazyfs.errors import LazyfsError, SnapshotExists, SnapshotInvalid, SnapshotUnfit
+from lazyfs.errors import LazyfsError, SnapshotExists, SnapshotInvalid, SnapshotUnfit, StoreError
 from snapshotter import filters, rows
 from snapshotter.directories import Directories, Owner
 from snapshotter.disk_usage import disk_usage
@@ -22,6 +22,7 @@ from snapshotter.store import Store
 
 log = logging.getLogger(__name__)
 
+_USAGES = 10_000  # layers whose usage is remembered
 CLEANUP = 60.0  # seconds that a Cleanup may take; what is left is done in the background
 
 
@@ -43,6 +44,7 @@ class Snapshotter:
         self._extraction = extraction
         self._chains = chains
         self._collector = collector
+        self._usages: dict[str, Usage] = {}  # of lazy layers, as they were last known
 
     # -- making
 
@@ -80,7 +82,7 @@ class Snapshotter:
             raise SnapshotExists(name, f"there is a snapshot {name!r} already")
         usage = Usage()
         if snapshot.kind == Kind.ACTIVE and snapshot.lazy is None:
-            usage = disk_usage(self._directories.fs(snapshot.number))
+            usage = self._measure(snapshot)
         self._store.commit(name, key, labels, usage, parent)
 
     # -- the rest
@@ -110,21 +112,31 @@ class Snapshotter:
         if snapshot.lazy is not None:
             if snapshot.kind != Kind.COMMITTED:
                 return recorded
+            digest = snapshot.lazy.layer.digest
             try:
-                return self._chains.usage([snapshot.lazy.layer.digest])
+                found = self._chains.usage([digest])
             except LazyfsError as error:
                 # Asked for all snapshots every few seconds: a daemon that is away is told of elsewhere.
                 log.debug("the usage of %s is what was known of it: %s", key, error)
-                return recorded
-        if snapshot.kind == Kind.ACTIVE:
-            return disk_usage(self._directories.fs(snapshot.number))
-        return recorded
+                return self._usages.get(digest, recorded)
+            if len(self._usages) >= _USAGES:
+                self._usages.clear()
+            self._usages[digest] = found
+            return found
+        return self._measure(snapshot) if snapshot.kind == Kind.ACTIVE else recorded
 
     def cleanup(self) -> None:
         """Give back now what nobody refers to."""
         self._collector.run(time.monotonic() + CLEANUP)
 
     # -- parts
+
+    def _measure(self, snapshot: Snapshot) -> Usage:
+        try:
+            return disk_usage(self._directories.fs(snapshot.number))
+        except StoreError:
+            self._store.get(snapshot.key)  # removed meanwhile: that is what the caller is told
+            raise
 
     def _check(self, key: str, labels: Mapping[str, str]) -> None:
         """Refuse what can't be before any work is done for it."""
@@ -181,8 +193,9 @@ class Snapshotter:
         root = mapped_root(labels)
         if root is not None:
             owner = Owner(owner.mode, *root)
-        made = self._directories.make(owner, work=kind == Kind.ACTIVE)
+        made = ""
         try:
+            made = self._directories.make(owner, work=kind == Kind.ACTIVE)
             snapshot = self._store.create(
                 key,
                 parent,
@@ -193,7 +206,10 @@ class Snapshotter:
                 staged=staged,
             )
         except BaseException:
-            self._directories.discard(made)
+            if made:
+                self._directories.discard(made)
+            if lowerdirs:
+                self._collector.wake()  # a chain is shown for nothing
             raise
         return self._overlay.mounts(snapshot, numbers, lowerdirs)
 

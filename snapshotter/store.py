@@ -88,6 +88,19 @@ class Store(ImageStore):
         found = self._rows("SELECT number FROM snapshots WHERE image IS NULL OR kind != ?", (Kind.COMMITTED,))
         return {int(number) for (number,) in found}
 
+    def unless_used(self, number: int, act: Callable[[], None]) -> bool:
+        """Act while no snapshot has this number's directory, and none can get it. False, and nothing done: one has.
+
+        `act` may wait for nothing. Numbers of records that failed are given again.
+        """
+        with self._lock:
+            used = self._rows(
+                "SELECT 1 FROM snapshots WHERE number = ? AND (image IS NULL OR kind != ?)", (number, Kind.COMMITTED)
+            )
+            if not used:
+                act()
+            return not used
+
     # -- changing
 
     def create(
@@ -245,13 +258,6 @@ class Store(ImageStore):
                 (rows.pack_labels(after), self._now(), key),
             )
             return _get(connection, key)
-
-    def set_usage(self, key: str, usage: Usage) -> None:
-        """Record what a snapshot takes; nothing happens when it is gone."""
-        with self._transaction() as connection:
-            connection.execute(
-                "UPDATE snapshots SET size = ?, inodes = ? WHERE key = ?", (usage.size, usage.inodes, key)
-            )
 
 
 def open_readonly(path: Path) -> ReasonStore:

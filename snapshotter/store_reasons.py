@@ -15,10 +15,13 @@ class ReasonStore(StoreFile):
     def note_reason(
         self, image: str, layer_digest: str, key: str, reason: str, lazy: bool, when: int | None = None
     ) -> None:
-        """Record what became of a layer; `when` in nanoseconds since the epoch, None: now."""
+        """Record what became of a layer; `when` in nanoseconds since the epoch, None: now.
+
+        It is on the disk with the next thing that is recorded: a power cut may take it, which a Prepare won't wait for.
+        """
         # An error's sentence may hold a file name that is no Unicode; SQLite refuses it.
         texts = [text[:_MAX_TEXT].encode("utf-8", "replace").decode() for text in (image, layer_digest, key, reason)]
-        with self._transaction() as connection:
+        with self._transaction(durable=False) as connection:
             number = connection.execute(
                 "INSERT INTO reasons (image, layer, key, reason, lazy, time) VALUES (?, ?, ?, ?, ?, ?)",
                 (*texts, lazy, self._now() if when is None else when),

@@ -123,8 +123,9 @@ class Catalog(ImageCatalog):
         ]
 
     def set_verified(self, digest: str) -> None:
-        """Note that a layer's whole check has passed."""
+        """Note that a layer's whole check has passed; what was said against it before was a false claim's doing."""
         self._set(digest, "verified", 1)
+        self._set(digest, "quarantine", "")
 
     def set_quarantine(self, digest: str, reason: str) -> None:
         """Note that a layer was found false; nothing may be read from it. An empty reason lifts that."""
@@ -141,8 +142,9 @@ class Catalog(ImageCatalog):
     def remove_layer(self, digest: str) -> None:
         """Forget where a layer's chunks are, and the layer; a pin and a quarantine are kept. So is its number."""
         with self._transaction() as connection:
-            keys = (f"layer:{digest}", f"layer:{digest}:plain")
-            for (number,) in connection.execute("SELECT number FROM numbers WHERE key IN (?, ?)", keys).fetchall():
+            keys = (f"layer:{digest}", f"layer:{digest}:", f"layer:{digest};")  # ";" comes behind ":"
+            found = connection.execute("SELECT number FROM numbers WHERE key = ? OR (key >= ? AND key < ?)", keys)
+            for (number,) in found.fetchall():
                 self._forget_places(connection, int(number))
             connection.execute(
                 "DELETE FROM layers WHERE digest = ? AND quarantine = '' AND digest NOT IN (SELECT digest FROM pinned)",

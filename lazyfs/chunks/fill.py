@@ -18,7 +18,7 @@ from lazyfs.chunks.frames import needed, prove_frame, read_exactly
 from lazyfs.chunks.layer import Check, ServedLayer
 from lazyfs.chunks.remote import MAX_FRAMES, Remote
 from lazyfs.chunks.schedule import Priority, Scheduler
-from lazyfs.errors import DiffIdMismatch, FrameInvalid, LazyfsError, TocMismatch, TrustError
+from lazyfs.errors import DiffIdMismatch, FrameInvalid, LazyfsError, RegistryError, TocMismatch, TrustError
 from lazyfs.units import KiB, MiB
 
 log = logging.getLogger(__name__)
@@ -59,6 +59,7 @@ class Filler:
         pause = _PAUSE
         layer.reopen()
         while True:
+            repository = layer.repository
             try:
                 if layer.check is not None:
                     await self._check(layer, layer.check)
@@ -73,17 +74,21 @@ class Filler:
                 if layer.check is not None and isinstance(error, (TrustError, FrameInvalid)):
                     senders = [] if _is_proof(error) else layer.blame(error.message)
                     said = f"{error.message} (sent by {', '.join(senders)})" if senders else error.message
-                    if layer.check.restarts and (_is_proof(error) or layer.agreed()):
+                    others = 0 if _is_proof(error) else len(layer.others)
+                    if layer.check.restarts > others and (_is_proof(error) or layer.agreed()):
                         layer.pardon()
                         return said
                     log.warning("the whole check begins again: layer=%s error=%s", layer.digest, said)
                     restarts = layer.check.restarts
                     layer.check.restart()
-                    if restarts < 2 * layer.sources:
+                    layer.turn(repository)
+                    if restarts < 2 * layer.sources + others:
                         continue
                     # Some source never got to send all of it alone: what it would say is worth waiting for.
                     pause = _LONG_PAUSE
                 layer.trouble = error
+                if isinstance(error, RegistryError):
+                    layer.turn(repository)
                 log.warning("fill paused for %.0f s: layer=%s error=%s", pause, layer.digest, error)
             await trio.sleep(pause)
             pause = min(2 * pause, _LONG_PAUSE)

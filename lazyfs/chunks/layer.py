@@ -13,7 +13,10 @@ from lazyfs.format.table import FORM_PLAIN, NO_FRAME, LayerTable
 from lazyfs.oci import Descriptor
 from lazyfs.registry.health import Health
 from lazyfs.registry.mirrored import MirroredRepository
+from lazyfs.registry.offline import OfflineRepository
 from lazyfs.registry.repository import Repository
+
+_OTHERS = 3  # further sources that are remembered
 
 
 class Check:
@@ -53,6 +56,7 @@ class ServedLayer:
     quarantine: str = ""  # why nothing may be read any more
     users: int = 0  # trees that hold the layer
     bytes_by_priority: list[int] = field(default_factory=lambda: [0, 0, 0])  # compressed bytes fetched
+    others: list[Repository] = field(default_factory=list)  # where else the blob is, as other images say
     refill: Callable[[], object] | None = None  # fetches a plain layer again, whole; blocking
     trouble: LazyfsError | None = None  # why the last request failed; None: bytes came since
 
@@ -78,6 +82,28 @@ class ServedLayer:
         """How many hosts the layer's bytes may come from."""
         repository = self.repository
         return len(repository.hosts) if isinstance(repository, MirroredRepository) else 1
+
+    def come_from(self, repository: Repository, origin: str) -> None:
+        """Take the blob from where whoever mounts it now takes it. The source before stays for when this one fails."""
+        before = [self.repository, *self.others]
+        self.others = [
+            one
+            for one in before
+            if (one.host, one.name) != (repository.host, repository.name) and not isinstance(one, OfflineRepository)
+        ][:_OTHERS]
+        self.repository, self.origin = repository, origin
+
+    def turn(self, failed: Repository) -> bool:
+        """Turn to where else the blob is, after a failure of `failed`. False: there is nowhere else.
+
+        Images of several registries share a layer: one that does not answer must not stop those of the others.
+        """
+        if not self.others:
+            return False
+        if failed is self.repository:  # else somebody has turned already
+            self.others.append(self.repository)
+            self.repository = self.others.pop(0)
+        return True
 
     def limited_for(self) -> float:
         """Return for how many seconds the host wants to be left alone by whoever can wait, 0 when it doesn't say so."""

@@ -19,7 +19,7 @@ from lazyfs.chunks.crowds import STRETCH, Crowds
 from lazyfs.chunks.frames import Fetched, fetch_frames, needed
 from lazyfs.chunks.layer import ServedLayer
 from lazyfs.chunks.schedule import Priority, Scheduler, Ticket
-from lazyfs.errors import DaemonFault, LazyfsError, ReadDeadline
+from lazyfs.errors import DaemonFault, LazyfsError, ReadDeadline, RegistryError
 from lazyfs.format.table import NO_FRAME
 from lazyfs.registry.repository import Repository
 from lazyfs.units import KiB, MiB
@@ -296,15 +296,18 @@ class Remote:
             if tries:
                 # A ticket serves one run.
                 fetch.ticket = self._scheduler.ticket(layer.host, fetch.priority)
+            repository = layer.repository
             try:
                 layer.ensure_readable()
                 fetched = await self._scheduler.run(fetch.ticket, self._job(layer, fetch, left, end))
             except LazyfsError as error:
                 self._on_error(error)
                 layer.trouble = error
+                turned = isinstance(error, RegistryError) and layer.turn(repository)
+                lasting = not error.temporary and not (turned and tries < len(layer.others))
                 asked = float(getattr(error, "retry_after", 0.0))
                 wait = (asked or _BACKOFF[min(tries, len(_BACKOFF) - 1)]) * random.uniform(1.0, 1.2)
-                if not error.temporary or time.monotonic() + wait >= end:
+                if lasting or time.monotonic() + wait >= end:
                     return error
                 log.info("fetch failed, again in %.1f s: layer=%s error=%s", wait, layer.digest, error)
                 fetch.hurry = trio.Event()
@@ -313,7 +316,7 @@ class Remote:
             else:
                 sample = fetched.sample
                 self._scheduler.observe(layer.host, sample.first_byte, sample.size, sample.seconds)
-                self._blame(layer, fetch, fetched)
+                self._blame(layer, fetch, fetched, repository)
             tries += 1
         return None
 
@@ -335,7 +338,7 @@ class Remote:
 
         return job
 
-    def _blame(self, layer: ServedLayer, fetch: _Fetch, fetched: Fetched) -> None:
+    def _blame(self, layer: ServedLayer, fetch: _Fetch, fetched: Fetched, repository: Repository) -> None:
         """Give up frames that came with wrong bytes too often; the others in the same request go on."""
         for frame, error in fetched.damaged.items():
             flight = fetch.flights.get(frame)
@@ -343,7 +346,8 @@ class Remote:
                 continue  # it was here before, and came along because it lies between others
             self._on_error(error)
             flight.tries += 1
-            if flight.tries >= max(_DAMAGED_TRIES, layer.sources + 1):
+            layer.turn(repository)
+            if flight.tries >= max(_DAMAGED_TRIES, layer.sources + 1) + len(layer.others):
                 layer.pardon()
                 flight.error = error
                 self._forget(layer, fetch, frame)

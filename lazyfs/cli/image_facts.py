@@ -6,7 +6,7 @@ Each of the three may be missing; none is started for it.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +18,7 @@ from snapshotter.reasons import ADVICE, Outcome, classify
 if TYPE_CHECKING:
     from lazyfs.cli.output import Output
     from lazyfs.config import Settings
-    from snapshotter.records import ImageRecord, Records
+    from snapshotter.records import ImageRecord, LayerRecord, Records
 
 _HEX = re.compile(r"(?:sha256:)?[0-9a-f]{6,64}")
 
@@ -172,6 +172,9 @@ def _one(name: str, sources: Sources) -> ImageFacts:
             _add_mounted(facts, mount["layers"])
     for record in records:
         _add_record(facts, record)
+    if sources.records is not None and any(layer.state == "unknown" for layer in facts.layers):
+        chains = {layer.digest: layer.chain_id for one in records if one.image for layer in one.image.layers}
+        _add_others(facts, sources.records.layers(), chains)
     for each in facts.layers:
         _add_held(each, sources.layers.get(each.digest))
         if each.quarantine:
@@ -209,6 +212,23 @@ def _add_record(facts: ImageFacts, record: ImageRecord) -> None:
         layer = facts.layer(digest)
         if layer.state == "unknown":
             layer.state = "lazy"
+
+
+def _add_others(facts: ImageFacts, known: Mapping[str, LayerRecord], chains: Mapping[str, str]) -> None:
+    """Tell of layers that came with another image: containerd asks for a layer that is there never again."""
+    for layer in facts.layers:
+        found = known.get(layer.digest)
+        if layer.state != "unknown" or found is None:
+            continue
+        chain = chains.get(layer.digest, "")
+        reason = found.nearest(chain)
+        if chain in found.ready or (not chain and found.ready) or (reason is not None and reason.lazy):
+            layer.state = "small" if reason is not None and reason.lazy and reason.reason else "lazy"
+        elif reason is not None:
+            layer.state, layer.reason_class = "fallback", classify(reason.reason).value
+        if reason is not None:
+            layer.decided = reason.when / 1e9
+            layer.reason = reason.reason if layer.state != "lazy" else ""
 
 
 def _add_held(layer: LayerFacts, held: dict[str, Any] | None) -> None:

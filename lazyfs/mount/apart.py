@@ -20,6 +20,7 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 _HOST_THREADS = 64  # requests to one host at a time, those that nobody waits for any more included
+_WHOLE = 16  # of them, layers fetched in full: threads for these are the node's, not the host's
 _HOSTS = 256  # hosts remembered while nothing is under way
 
 
@@ -29,15 +30,15 @@ class Links:
     def __init__(self) -> None:
         self._limiters: dict[str, trio.CapacityLimiter] = {}
 
-    def limiter(self, host: str) -> trio.CapacityLimiter:
+    def limiter(self, host: str, threads: int = _HOST_THREADS) -> trio.CapacityLimiter:
         """Return the limit of what is asked of a host at a time."""
         if len(self._limiters) >= _HOSTS and host not in self._limiters:
             self._limiters = {name: one for name, one in self._limiters.items() if one.borrowed_tokens}
-        return self._limiters.setdefault(host, trio.CapacityLimiter(_HOST_THREADS))
+        return self._limiters.setdefault(host, trio.CapacityLimiter(threads))
 
     def whole(self, host: str) -> trio.CapacityLimiter:
         """Return the limit of a host's layers that are fetched in full at a time, to be held by a task."""
-        return self.limiter(f"whole layers of {host}")
+        return self.limiter(f"whole layers of {host}", _WHOLE)
 
     async def ask(self, host: str, request: Callable[[], T]) -> T:
         """Return what `request` returns, from a thread that is left behind when we are cancelled. A checkpoint."""
@@ -92,7 +93,7 @@ class Apart:
             if not persist:
                 job.scope.cancel()
             for value in job.value:
-                self._nursery.start_soon(give_back, value)
+                self._nursery.start_soon(self._give_back, give_back, value)
             raise
         if job.error is not None:
             raise job.error
@@ -116,5 +117,12 @@ class Apart:
         if job.given_up and give_back is not None:
             with trio.CancelScope(shield=True):
                 for value in job.value:
-                    await give_back(value)
+                    await self._give_back(give_back, value)
         job.done.set()
+
+    @staticmethod
+    async def _give_back(give_back: Callable[[T], Awaitable[None]], value: T) -> None:
+        try:
+            await give_back(value)
+        except Exception:  # the daemon and its readers go on
+            log.exception("what nobody waits for could not be given back")

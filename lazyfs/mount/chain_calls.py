@@ -125,8 +125,8 @@ class ChainCalls:
         }
 
     async def _remove(self, wanted: list[str]) -> dict[str, Any]:
+        await self._layers.settle(wanted)  # by itself: what hangs of some layers must not keep others from going
         async with self._removing:
-            await self._layers.settle(wanted)
             await self._keeping.release(wanted)
             done = await self._in_thread(partial(self._clearing.remove_layers, wanted))
         return {"removed": done.layers, "kept": done.kept, "freed": done.freed}

@@ -30,6 +30,10 @@ _BUILDERS = 2  # tables built at a time, of small TOCs and of large ones
 _LARGE = 1 * MiB  # compressed bytes of a large one
 _SETTLE = 10.0  # seconds that whoever removes layers waits for what is still at work on them
 _LOOK = 0.02
+_WAITING = 64 * MiB  # bytes of TOCs that wait for their table to be built; more are fetched again when it is their turn
+_PERSISTENT = (
+    1024  # layers of a host that come even where nobody waits for them any more: calls are made again and again
+)
 _REFUSED = 1000  # malformed TOCs remembered
 
 
@@ -72,6 +76,8 @@ class ChainLayers:
         self._promised: Counter[str] = Counter()  # layers that are being kept ready in the background
         self._promises: dict[str, tuple[object, str]] = {}  # what was said of them, and their diff IDs
         self._tails: SingleFlight[object, TocParts | str] = SingleFlight()
+        self._waiting = 0
+        self._persistent: Counter[str] = Counter()  # layers that come whoever waits for them, by host
         self._refused: OrderedDict[tuple[object, ...], str] = OrderedDict()  # TOCs that are malformed, and why
 
     async def hold(
@@ -84,9 +90,20 @@ class ChainLayers:
         wanted = await self._look(source, descriptor, diff_id)
         # A layer of a chain that is to be shown is needed sooner or later: what can't come in time comes for the next
         # call, which else would begin anew for ever.
-        persist = source.largest is None
+        host = source.repository.host
+        persist = source.largest is None and self._persistent[host] < _PERSISTENT
         give_back = self._keep if persist else self.drop
-        return await self._apart.run(partial(self._hold, source, wanted), give_back, persist=persist)
+
+        async def hold() -> Prepared:
+            self._persistent[host] += persist
+            try:
+                return await self._hold(source, wanted)
+            finally:
+                self._persistent[host] -= persist
+                if not self._persistent[host]:
+                    del self._persistent[host]
+
+        return await self._apart.run(hold, give_back, persist=persist)
 
     async def promise(
         self, source: ChainSource, descriptor: Descriptor, diff_id: Callable[[], Awaitable[str]]
@@ -97,7 +114,10 @@ class ChainLayers:
         after all is remembered; its layer is then fetched in full when it is to be shown.
         """
         wanted = await self._look(source, descriptor, diff_id)
+        if self._waiting > _WAITING and wanted.parts is not None:
+            wanted = replace(wanted, parts=TocParts({}, doubtful=True))
         if wanted.parts is not None and not wanted.parts.doubtful and self.trusts(source):
+            self._waiting += wanted.parts.size
             self._promised[descriptor.digest] += 1
             self._promises[descriptor.digest] = _claims(descriptor), wanted.diff_id
             self._apart.begin(partial(self._fulfil, source, wanted))
@@ -110,8 +130,10 @@ class ChainLayers:
         try:
             await self._keep(await self._hold(source, wanted))
         finally:
+            self._waiting -= wanted.parts.size if wanted.parts is not None else 0
             self._promised[wanted.descriptor.digest] -= 1
             if not self._promised[wanted.descriptor.digest]:
+                del self._promised[wanted.descriptor.digest]
                 self._promises.pop(wanted.descriptor.digest, None)
 
     async def settle(self, digests: Iterable[str]) -> None:
@@ -120,7 +142,6 @@ class ChainLayers:
         with trio.move_on_after(_SETTLE):
             while any(self._promised[one] for one in wanted) or wanted & (self._fillings.busy() - self._layers.held()):
                 await trio.sleep(_LOOK)
-        self._promised = +self._promised
 
     async def _look(self, source: ChainSource, descriptor: Descriptor, diff_id: Callable[[], Awaitable[str]]) -> Wanted:
         """Fetch a layer's TOC, unless nothing of it is missing. Raise TooLarge and what is known against the layer."""
@@ -134,6 +155,8 @@ class ChainLayers:
                 parts = None
             elif parts is None:
                 parts = await self._fetch_parts(source, descriptor)
+        elif parts is None:
+            parts = TocParts({}, doubtful=True)  # whoever makes it ready may fail: then we ask our own registry
         if not isinstance(parts, str):
             return replace(wanted, parts=parts)
         if source.largest is not None and descriptor.size > source.largest:

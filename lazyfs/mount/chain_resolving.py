@@ -103,7 +103,7 @@ class ChainResolver:
         self, source: ChainSource, layer: Descriptor, diff_id: Callable[[], Awaitable[str]], outcome: Outcome
     ) -> None:
         try:
-            with trio.move_on_after(source.deadline - time.monotonic()):
+            with trio.move_on_after(max(0.0, source.deadline - time.monotonic())):
                 outcome.reason = "its TOC was not here in time"
                 prepared = await self._layers.promise(source, layer, diff_id)
                 if prepared is None:

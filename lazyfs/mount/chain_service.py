@@ -20,6 +20,7 @@ from lazyfs.mount.forest import Forest
 from lazyfs.mount.images import Images
 from lazyfs.mount.keeping import Keeping
 from lazyfs.mount.preparing import Preparer
+from lazyfs.mount.reachable import Reachable
 from lazyfs.mount.resolving import Pull
 from lazyfs.mount.showing import Showing
 from lazyfs.reference import Reference
@@ -52,12 +53,13 @@ def serve_chains(
     keeping = Keeping(images.layers)
     layers = ChainLayers(images.layers, images.fillings, preparer, keeping, apart, links)
     documents = ChainDocuments(census.catalog, images.resolver, links)
-    chains = Chains(layers, keeping, images.planting, forest, apart, showing)
+    reachable = Reachable(links, census)
+    chains = Chains(layers, keeping, reachable, images.planting, forest, apart, showing)
     clearing = Clearing(census, release=donors.close)
 
     def open_repository(reference: Reference, access: Access | None) -> Repository:
         pull = Pull.NEVER if settings.offline else Pull.NEWER
-        return images.open(reference, None, pull, access, images.on_hop)
+        return images.open(reference, None, pull, access, reachable.noting(reference.host, images.on_hop))
 
     resolver = ChainResolver(documents, layers, keeping)
     calls = ChainCalls(open_repository, resolver, chains, layers, keeping, census.store, clearing, rest)

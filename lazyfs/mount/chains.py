@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import trio
 
-from lazyfs.errors import LazyfsError, RegistryTimeout
+from lazyfs.errors import LazyfsError, RegistryTimeout, UsageError
 from lazyfs.log import fields
 from lazyfs.mount.apart import Apart
 from lazyfs.mount.chain_layers import ChainLayers, ChainSource
@@ -17,6 +17,7 @@ from lazyfs.mount.images import LayerFacts
 from lazyfs.mount.keeping import Keeping
 from lazyfs.mount.planting import Planting
 from lazyfs.mount.preparing import Prepared
+from lazyfs.mount.reachable import Reachable
 from lazyfs.mount.showing import Showing, Shown
 from lazyfs.oci import Descriptor
 
@@ -65,6 +66,7 @@ class Chains:
         self,
         layers: ChainLayers,
         keeping: Keeping,
+        reachable: Reachable,
         planting: Planting,
         forest: Forest,
         apart: Apart,
@@ -72,6 +74,7 @@ class Chains:
     ) -> None:
         self._layers = layers
         self._keeping = keeping
+        self._reachable = reachable
         self._planting = planting
         self._forest = forest
         self._apart = apart
@@ -95,15 +98,22 @@ class Chains:
     async def mount(self, source: ChainSource, manifest_digest: str, layers: list[ChainLayer]) -> Chain:
         """Show the tree of these layers, base first, and hold it until `unmount`. A checkpoint, until the deadline.
 
-        Raise RegistryTimeout when that passes, else as `Layers.hold` and `ChainLayers.await_trust`.
+        Raise RegistryTimeout when that passes, ImageIncomplete where bytes of them can't be had, else as `Layers.hold`
+        and `ChainLayers.await_trust`.
         """
         with trio.move_on_after(max(0.0, source.deadline - time.monotonic())) as scope:
             prepared = await self._hold_all(source, layers)
+            try:
+                await self._reachable.check(source, [one.layer for one in prepared])
+            except BaseException:
+                with trio.CancelScope(shield=True):
+                    for one in prepared:
+                        await self._layers.drop(one)
+                raise
             planted = await self._plant(source, prepared)
             facts = tuple(LayerFacts(one.layer, not one.reason, one.reason) for one in prepared)
-            chain = Chain(
-                planted.name.decode(), str(source.reference), manifest_digest, await self._show(planted), planted, facts
-            )
+            shown = await self._show(planted)
+            chain = Chain(planted.name.decode(), str(source.reference), manifest_digest, shown, planted, facts)
             return await self._record(chain)
         assert scope.cancelled_caught
         host = source.reference.host
@@ -136,6 +146,8 @@ class Chains:
 
     async def _show(self, planted: Planted) -> Shown:
         try:
+            if self._showing.elsewhere:
+                raise UsageError("this daemon shows no chains: ask the node's own")
             return await self._showing.show(planted, None)
         except BaseException:
             with trio.CancelScope(shield=True):

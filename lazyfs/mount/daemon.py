@@ -14,6 +14,7 @@ import os
 import resource
 import signal
 import sys
+import threading
 from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial
@@ -65,6 +66,7 @@ _FILES = 65536  # open files wanted; about four a layer
 _M_ARENA_MAX = -8  # mallopt(3)
 _STOPS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 _LAST_WORDS = 0.1  # seconds
+_LAST_REQUESTS = 3.0  # seconds for requests under way, once nothing is shown any more
 _SWITCH = 0.0005  # seconds after which a thread gives up the interpreter: a waiting read is worth more than throughput
 
 
@@ -82,6 +84,8 @@ class Daemon:
         self._scope = trio.CancelScope()
         self._stop = trio.Event()  # a client asked for the end
         self._signalled = False
+        self._last = threading.Timer(_LAST_REQUESTS, _end_now)
+        self._last.daemon = True
 
     def hold_signals(self) -> None:
         """Keep the signals that end the daemon from killing it while it starts or takes its mounts down."""
@@ -107,6 +111,7 @@ class Daemon:
                 store.close()
         finally:
             catalog.close()
+            self._last.cancel()
 
     @property
     def _alone(self) -> bool:
@@ -200,6 +205,7 @@ class Daemon:
                         await images.close()
                 if session is not None:
                     session.close()
+                self._last.start()
                 nursery.cancel_scope.cancel()
 
     async def _parts(self, session: Session | None, server: ControlServer, mounted: Mounted, showing: Showing) -> None:
@@ -323,6 +329,13 @@ def _metrics(
     from lazyfs.mount.metrics import DaemonMetrics  # not at the start, which is measured in milliseconds
 
     return DaemonMetrics(report, requests, catalog, chains)
+
+
+def _end_now() -> None:
+    """End the process under threads that a registry holds: the next daemon wants the store. A crash loses no more."""
+    log.info("ending while requests are under way")
+    logging.shutdown()
+    os._exit(0)
 
 
 def _fail(daemon: Daemon | None, group: BaseExceptionGroup[Exception]) -> None:

@@ -72,7 +72,7 @@ class Donors:
 
     def _try_open(self, number: int) -> LayerStore | None:
         key = self._catalog.key_of(number) or ""
-        digest = key.removeprefix("layer:").removesuffix(":plain")
+        digest = ":".join(key.split(":")[1:3])
         source = self._store.source(digest) if key.startswith("layer:") else None
         if source is None or source.quarantine or not source.verified:
             return None

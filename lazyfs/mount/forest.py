@@ -41,6 +41,8 @@ FILE_TYPE = {
     Kind.FIFO: stat.S_IFIFO,
 }
 
+_LINK_MODE = 0o777  # Linux gives symlinks no other, whatever their tar header says
+
 
 class NoSuchName(Exception):
     """A name, node or attribute that does not exist. Carries the errno: an answer, not a failure."""
@@ -260,7 +262,7 @@ class Forest:
         owner = self._squash
         return Attributes(
             node,
-            FILE_TYPE[kind] | table.mode[row],
+            FILE_TYPE[kind] | (_LINK_MODE if kind == Kind.SYMLINK else table.mode[row]),
             nlink,
             table.uid[row] if owner is None else owner.uid,
             table.gid[row] if owner is None else owner.gid,

@@ -132,6 +132,7 @@ class Images:
         self._pool = ThreadPoolExecutor(_THREADS, "documents")
         self.resolver = resolver(self._pool)
         self._limiter = trio.CapacityLimiter(_THREADS)
+        self._verdicts = trio.CapacityLimiter(2)  # at once: whoever prepares the layer anew must find it
         whole = WholeLayers(scheduler, preparer.unpacking.lines)
         self.layers = Layers(preparer, self.fillings, memory, whole, self._limiter)
         self.planting = Planting(settings.root / "trees", forest, scheduler, self.fillings, preparer, self.layers.drop)
@@ -249,9 +250,8 @@ class Images:
         log.error("quarantined: %s", reason, extra=fields(layer=layer.digest))
         layer.quarantine = reason
         self._memory.forget_layer(layer.number)
-        self._nursery.start_soon(
-            guard, "quarantine", partial(self._in_thread, partial(self._preparer.set_quarantine, layer, reason))
-        )
+        note = partial(self._preparer.set_quarantine, layer, reason)
+        self._nursery.start_soon(guard, "quarantine", partial(trio.to_thread.run_sync, note, limiter=self._verdicts))
         self.fillings.finish_check(layer)
 
     def trees_held(self) -> frozenset[str]:

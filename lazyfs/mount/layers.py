@@ -3,23 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from functools import partial
 from typing import TypeVar
 
 import trio
 
+from lazyfs import oci
 from lazyfs.chunks.layer import ServedLayer
 from lazyfs.chunks.memory import MemoryCache
 from lazyfs.chunks.schedule import Priority
 from lazyfs.chunks.single_flight import SingleFlight
-from lazyfs.errors import LayerQuarantined, RegistryError
+from lazyfs.errors import LayerQuarantined, LazyfsError
 from lazyfs.mount.filling import Fillings
-from lazyfs.mount.preparing import Prepared, Preparer, TooLarge, Wanted
+from lazyfs.mount.preparing import Prepared, Preparer, TooLarge, Wanted, toc_claims
 from lazyfs.mount.whole_layers import WholeLayers
+from lazyfs.oci import Descriptor
 from lazyfs.registry.offline import OfflineRepository
 from lazyfs.registry.repository import Repository
 
 T = TypeVar("T")
+
+_CLOSERS = 4  # threads that close layers: never those that wait for a registry, or one that hangs holds up who lets go
 
 
 class Layers:
@@ -38,11 +43,13 @@ class Layers:
         self._memory = memory
         self._whole = whole
         self._limiter = limiter
+        self._closers = trio.CapacityLimiter(_CLOSERS)
         self._held: dict[str, Prepared] = {}
         self._preparing: SingleFlight[str, Prepared] = SingleFlight()
-        self._bounds: dict[
-            str, tuple[object, ...]
-        ] = {}  # of the layers being prepared: from where, how long, how large
+        # Layers that were found false and are still shown, while the same blob is there under its true diff ID.
+        self._parted: dict[ServedLayer, int] = {}  # with the number that tells them apart
+        # Of the layers being prepared: under which claims, from where, how long, how large.
+        self._bounds: dict[str, tuple[object, ...]] = {}
         self.fetched = [0 for _ in Priority]  # compressed bytes of layers that have gone
 
     # -- what is held; from any thread
@@ -88,33 +95,50 @@ class Layers:
                     continue  # its last user went while we waited
             layer = prepared.layer
             layer.users += 1
-            if layer.diff_id == wanted.diff_id and not layer.quarantine:
+            if _fits(layer, wanted):
                 if not isinstance(repository, OfflineRepository):
-                    layer.repository, layer.origin = repository, wanted.origin
+                    layer.come_from(repository, wanted.origin)
                 return prepared
-            # Somebody mounts the same blob under another diff ID: one of the two is false. The check tells which.
+            # Somebody mounts the same blob under another diff ID or TOC: one of both is false. The check tells which.
             try:
-                if layer.check is not None:
+                if layer.check is not None and not layer.quarantine:
                     self._fillings.start(layer)  # nothing checks a layer that no tree shows yet
                 await self._fillings.until_checked(layer)
-                if layer.quarantine:
+                if layer.quarantine and not self._part(layer, wanted):
                     raise LayerQuarantined(digest, layer.quarantine)
-                raise LayerQuarantined(digest, f"its diff ID is {layer.diff_id}, not {wanted.diff_id}")
+                if not layer.quarantine and not _fits(layer, wanted):
+                    raise LayerQuarantined(digest, f"its diff ID is {layer.diff_id}, not {wanted.diff_id}")
             finally:
                 with trio.CancelScope(shield=True):
                     await self.drop([layer])
 
+    def _part(self, layer: ServedLayer, wanted: Wanted) -> bool:
+        """Leave a false layer to those who show it, where the blob may be true under another diff ID or from elsewhere.
+
+        Else whoever keeps a false claim shown would keep honest images from starting. The same TOC only: its table is
+        the one that the store has open.
+        """
+        same_claims = layer.diff_id == wanted.diff_id and layer.origin == wanted.origin
+        if same_claims or wanted.whole or _told(layer.descriptor) != _told(wanted.descriptor):
+            return False
+        held = self._held.get(layer.digest)
+        if held is not None and held.layer is layer:
+            del self._held[layer.digest]
+            self._fillings.stop(layer)
+            self._parted[layer] = held.beside
+        return True
+
     async def _prepared(
         self, repository: Repository, wanted: Wanted, say: Callable[[str], None], limiter: trio.CapacityLimiter
     ) -> Prepared | None:
-        """Prepare a layer, or wait for whoever does. None: that one failed of its own bounds, which are not ours."""
+        """Prepare a layer, or wait for whoever does. None: that one failed of bounds or claims that are not ours."""
         digest = wanted.descriptor.digest
-        ours = (repository.host, wanted.largest, wanted.deadline)
+        ours = (repository.host, wanted.largest, wanted.deadline, wanted.diff_id, _told(wanted.descriptor))
         theirs = self._bounds.get(digest, ours)
         try:
             with self._whole.wanting(digest):
                 return await self._preparing.run(digest, partial(self._prepare, repository, wanted, say, limiter, ours))
-        except (TooLarge, RegistryError):
+        except (TooLarge, LazyfsError):
             if theirs == ours:
                 raise
             return None
@@ -129,6 +153,8 @@ class Layers:
     ) -> Prepared:
         digest = wanted.descriptor.digest
         alive = partial(self._whole.keep_alive, digest)
+        taken = {number for layer, number in self._parted.items() if layer.digest == digest}
+        wanted = replace(wanted, beside=min(set(range(len(taken) + 1)) - taken))
         job = partial(self._preparer.prepare, repository, wanted, say, alive)
         self._bounds[digest] = bounds
         try:
@@ -146,11 +172,27 @@ class Layers:
         for layer in layers:
             layer.users -= 1
             if layer.users == 0:
-                self._held.pop(layer.digest, None)
+                held = self._held.get(layer.digest)
+                if held is not None and held.layer is layer:
+                    del self._held[layer.digest]
+                    self._fillings.stop(layer)
+                self._parted.pop(layer, None)
                 self.fetched = [sum(pair) for pair in zip(self.fetched, layer.bytes_by_priority, strict=True)]
-                self._fillings.stop(layer)
                 self._memory.forget_layer(layer.number)
                 if layer.check is not None:
                     layer.check.spool.close()
                 with trio.CancelScope(shield=True):  # or the layers behind this one would be held for good
-                    await trio.to_thread.run_sync(layer.store.close, limiter=self._limiter)
+                    await trio.to_thread.run_sync(layer.store.close, limiter=self._closers)
+
+
+def _fits(layer: ServedLayer, wanted: Wanted) -> bool:
+    """Tell whether a layer in use is what an image wants. One that was not checked yet must be of the same TOC."""
+    if layer.quarantine or layer.diff_id != wanted.diff_id:
+        return False
+    return layer.verified or toc_claims(layer.descriptor) == toc_claims(wanted.descriptor)
+
+
+def _told(descriptor: Descriptor) -> tuple[object, ...]:
+    """Return all that an image says of a layer's TOC."""
+    found = sorted((name, value) for name, value in descriptor.annotations.items() if name in oci.TOC_ANNOTATIONS)
+    return descriptor.size, descriptor.media_type, tuple(found)

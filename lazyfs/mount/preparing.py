@@ -12,6 +12,7 @@ from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import NoReturn
 
 from lazyfs.child import Builder
 from lazyfs.chunks.catalog import Catalog
@@ -48,6 +49,8 @@ log = logging.getLogger(__name__)
 _LARGE_TAIL = 8 * MiB  # bytes; larger ones are fetched when their layer's turn comes
 _LARGE_TOC = 16 * MiB  # bytes of JSON; larger ones take a gigabyte to turn into a table
 _LARGE_AT_ONCE = 2
+_BUILT_AT_ONCE = 8  # tables
+_DECODED_AT_ONCE = 4  # TOCs held against their digest: a small one may swell to 150 MiB
 _LOST_NAMES = (b"\xef\xbf\xbd", b"\\ufffd", b"\\uFFFD")  # U+FFFD in JSON
 
 # What a layer's `source` file calls its form.
@@ -76,11 +79,15 @@ class TocParts:
 
 @dataclass(frozen=True, slots=True)
 class Prepared:
-    """A layer that can be served. `reason`: why it is not lazy, empty when it is. `key` names its table's content."""
+    """A layer that can be served. `reason`: why it is not lazy, empty when it is. `key` names its table's content.
+
+    `beside` tells it apart from others of the same blob, which are false and still shown.
+    """
 
     layer: ServedLayer
     reason: str
     key: str
+    beside: int = 0
 
 
 class TooLarge(Exception):
@@ -103,6 +110,7 @@ class Wanted:
     whole: str = ""  # why it has to be fetched in full, where that is known; then its TOC isn't looked at
     largest: int | None = None  # bytes of a blob that may be fetched whole; None: any
     deadline: float | None = None  # of the requests for it
+    beside: int = 0  # as `Prepared` has it
 
 
 class Preparer:
@@ -113,6 +121,8 @@ class Preparer:
         self._catalog = catalog
         self._settings = settings
         self.builder = Builder()
+        self._building = threading.BoundedSemaphore(_BUILT_AT_ONCE)
+        self._decoding = threading.BoundedSemaphore(_DECODED_AT_ONCE)
         self._large = threading.BoundedSemaphore(_LARGE_AT_ONCE)
         self.unpacking = Unpacking(store, settings.host_connections, self.builder.warm)
 
@@ -157,9 +167,9 @@ class Preparer:
         """
         digest = wanted.descriptor.digest
         known = self._store.source(digest)
-        if known is None or not self.has_table(digest):
+        if known is None:
             return False
-        return self._usable(known, wanted, self._toc_source(wanted.descriptor))
+        return self._usable(known, wanted, self._toc_source(wanted.descriptor)) and self.has_table(digest)
 
     def fetch_parts(self, repository: Repository, descriptor: Descriptor, deadline: float) -> TocParts | str:
         """Fetch what holds a layer's TOC and hold the TOC against its digest; a text says why it can't be lazy.
@@ -173,10 +183,28 @@ class Preparer:
         if found.size > _LARGE_TAIL:
             return TocParts({}, doubtful=True)
         parts: Parts = {}
+
+        def read() -> Toc | NotLazy:
+            parts.clear()
+            while True:
+                try:
+                    with self._decoding:
+                        return read_toc(
+                            found, lambda blob_offset, size: parts.get(blob_offset) or _lack(blob_offset, size)
+                        )
+                except _Lacking as lacking:
+                    # Not with the others' turn in hand: this host may hang.
+                    if sum(map(len, parts.values())) + lacking.size > _LARGE_TAIL:
+                        raise
+                    data = _fetch(repository, found.blob_digest, lacking.blob_offset, lacking.size, deadline)
+                    parts[lacking.blob_offset] = data
+
         try:
-            toc = _read_parts(repository, found, parts, deadline)
+            toc = read_again(repository, found.blob_digest, read, (DigestMismatch, FormatError))
         except FormatError as error:
             return error.message
+        except _Lacking:
+            return TocParts({}, doubtful=True)
         if isinstance(toc, NotLazy):
             return toc.reason
         # Names that could not be written are the one fault that honest converters' TOCs have.
@@ -214,10 +242,9 @@ class Preparer:
 
     def _usable(self, known: LayerSource, wanted: Wanted, found: TocSource | NotLazy) -> bool:
         """Tell whether the stored table may serve this image's claims. Raise when the claims are known to be false."""
-        same_claims = known.diff_id == wanted.diff_id and _toc_claims(known.descriptor) == _toc_claims(
-            wanted.descriptor
-        )
-        if known.quarantine and same_claims:
+        same_claims = known.diff_id == wanted.diff_id and toc_claims(known.descriptor) == toc_claims(wanted.descriptor)
+        # What another registry sent may be false where this one's is true.
+        if known.quarantine and same_claims and known.origin == wanted.origin:
             raise LayerQuarantined(wanted.descriptor.digest, known.quarantine)
         if known.verified and known.diff_id != wanted.diff_id:
             raise DiffIdMismatch(wanted.descriptor.digest, wanted.diff_id, known.diff_id)
@@ -279,7 +306,7 @@ class Preparer:
             "payload_end": toc.payload_end,
         }
         try:
-            with self._large if len(toc.raw) > _LARGE_TOC else nullcontext():
+            with self._large if len(toc.raw) > _LARGE_TOC else nullcontext(), self._building:
                 self.builder.run({"tables": [job]})
         except FormatError:
             _discard(directory)
@@ -333,7 +360,8 @@ class Preparer:
     ) -> Prepared:
         digest = wanted.descriptor.digest
         plain = table.form == FORM_PLAIN
-        number = self._catalog.number(f"layer:{digest}:plain" if plain else f"layer:{digest}")
+        beside = f":{wanted.beside}" if wanted.beside else ""
+        number = self._catalog.number(f"layer:{digest}:plain" if plain else f"layer:{digest}{beside}")
         try:
             self._catalog.add_layer(digest, wanted.descriptor.size, table.data_size)
         except StoreFull as error:  # a full disk must not keep an image from starting
@@ -356,8 +384,9 @@ class Preparer:
             served.check = Check(begin, Spool(self._store.path(digest)))
             if tail:
                 served.check.spool.put(served.extents - 1, table.payload_end, tail)
-        form = "plain" if plain else _toc_claims(known.descriptor)
-        return Prepared(served, reason, f"{digest} {form} {VERSION}")
+        # Not the tree of a false layer either: whoever says something else of a blob must get another one.
+        form = "plain" if plain else f"{toc_claims(known.descriptor)} {wanted.diff_id}{beside}"
+        return Prepared(served, reason, f"{digest} {form} {VERSION}", wanted.beside)
 
     def _refill(self, served: ServedLayer) -> None:
         """Fetch a plain layer again, because chunks of it were evicted or damaged. Blocking."""
@@ -379,19 +408,26 @@ class Preparer:
 
     def set_verified(self, served: ServedLayer) -> None:
         """Remember that a layer has passed its whole check. Blocking."""
-        self._update(served, verified=True, quarantine="")
-        self._catalog.set_verified(served.digest)
+        if self._update(served, verified=True, quarantine=""):
+            self._catalog.set_verified(served.digest)
 
     def set_quarantine(self, served: ServedLayer, reason: str) -> None:
         """Remember that a layer is false, and drop its chunks. Blocking."""
-        self._update(served, verified=False, quarantine=reason)
-        self._catalog.set_quarantine(served.digest, reason)
+        if self._update(served, verified=False, quarantine=reason):
+            self._catalog.set_quarantine(served.digest, reason)
         served.store.forget()
 
-    def _update(self, served: ServedLayer, *, verified: bool, quarantine: str) -> None:
-        known = self._store.source(served.digest)
-        if known is not None:
+    def _update(self, served: ServedLayer, *, verified: bool, quarantine: str) -> bool:
+        """Write down a verdict. False: the layer has gone, or the blob is known under other claims meanwhile."""
+        with self._store.borrow(served.digest) as files:  # or a removal at the same moment would leave the verdict here
+            known = self._store.source(served.digest) if files is not None else None
+            if known is None or (known.diff_id, toc_claims(known.descriptor)) != (
+                served.diff_id,
+                toc_claims(served.descriptor),
+            ):
+                return False
             self._store.set_source(served.digest, dataclasses.replace(known, verified=verified, quarantine=quarantine))
+        return True
 
 
 def _read_parts(
@@ -414,6 +450,17 @@ def _read_parts(
     return read_again(repository, found.blob_digest, read, (DigestMismatch, FormatError))
 
 
+class _Lacking(Exception):
+    """A range of a blob that a TOC lies in, and that is not here yet."""
+
+    def __init__(self, blob_offset: int, size: int) -> None:
+        self.blob_offset, self.size = blob_offset, size
+
+
+def _lack(blob_offset: int, size: int) -> NoReturn:
+    raise _Lacking(blob_offset, size)
+
+
 def _discard(directory: Path) -> None:
     """Leave nothing of a layer that could not be made: what has no chunks would pass for one being fetched."""
     if not (directory / "table").exists():
@@ -427,6 +474,7 @@ def _fetch(repository: Repository, digest: str, blob_offset: int, size: int, dea
         return read_exactly(stream, size)
 
 
-def _toc_claims(descriptor: Descriptor) -> str:
+def toc_claims(descriptor: Descriptor) -> str:
+    """Return what an image promises of a layer's TOC: its digest, or that of its compressed bytes."""
     told = descriptor.annotations
     return told.get(TOC_DIGEST) or told.get(GITHUB_ZSTD_CHECKSUM) or told.get(ZSTD_CHECKSUM) or ""

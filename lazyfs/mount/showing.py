@@ -76,7 +76,7 @@ class Showing:
         self._settings = settings
         self._ensure_image = ensure_image
         self._fuse_path = fuse_path
-        self._elsewhere = elsewhere
+        self.elsewhere = elsewhere
         self._verdict: Verdict | None = None
         self._testing = trio.Lock()
         self._places: dict[str, _Place] = {}
@@ -87,14 +87,14 @@ class Showing:
     @property
     def wants_images(self) -> bool:
         """Tell whether trees will be shown by erofs, as far as that is known."""
-        if self._elsewhere or self._settings.driver == Driver.FUSE:
+        if self.elsewhere or self._settings.driver == Driver.FUSE:
             return False
         return self._verdict is None or self._verdict.method is not None
 
     def choice(self) -> tuple[str, str]:
         """Return the driver of new mounts and the reason, as far as it is known. Doesn't block."""
-        if self._elsewhere:
-            return Driver.FUSE, self._elsewhere
+        if self.elsewhere:
+            return Driver.FUSE, self.elsewhere
         if self._settings.driver == Driver.FUSE:
             return Driver.FUSE, "the settings say so"
         if self._verdict is None:
@@ -147,10 +147,10 @@ class Showing:
         path = self._fuse_path(planted)  # refuses where nothing is shown
         if asked == Driver.FUSE:
             return Shown(path, Driver.FUSE, "it was asked for" if wanted else "the settings say so")
-        if self._elsewhere:
+        if self.elsewhere:
             if asked == Driver.EROFS:
-                raise MountFailed(f"the driver erofs can't be used: {self._elsewhere}", hint="use --driver fuse")
-            return Shown(path, Driver.FUSE, self._elsewhere)
+                raise MountFailed(f"the driver erofs can't be used: {self.elsewhere}", hint="use --driver fuse")
+            return Shown(path, Driver.FUSE, self.elsewhere)
         verdict = await self.test()
         reason = verdict.reason
         if verdict.method is not None:

@@ -224,6 +224,58 @@ def test_an_image_that_declares_another_ones_diff_ids(node: Node, registry: Fake
         assert node.read(shown(chain) / "file1") == pattern(150_000, 1)
 
 
+@pytest.mark.parametrize("by", ["its diff ID", "its registry"])
+def test_a_layer_that_is_shown_as_a_false_one_is_there_for_honest_images(
+    node: Node, registry: FakeRegistry, by: str
+) -> None:
+    node.settings["BACKGROUND"] = "1"
+    blob = lazy(1)
+    with FakeRegistry() as other, running(node) as client:
+        if by == "its registry":
+            liar = add(other, "liar", blob)
+            other.fault(Fault.FLIP, path=blob.digest, after=1)  # its TOC is right
+        else:
+            liar = add(other, "liar", blob, rootfs={"type": "layers", "diff_ids": [of(b"false")]})
+        good = add(registry, "honest", blob)
+        records = told(liar, [of(b"false") if by == "its diff ID" else blob.diff_id])
+        false = client.mount(liar, records)
+        until(lambda: node.layer()["quarantine"], "the check finds it false", 60)
+        honest = client.mount(good, told(good, [blob.diff_id]))
+        assert honest["chain"] != false["chain"]
+        assert node.read(shown(honest) / "file1") == pattern(150_000, 1)
+        assert "Input/output error" in node.read_fails(shown(false) / "file1")
+        client.call("unmount_chain", chain=false["chain"])
+        assert node.read(shown(honest) / "file1") == pattern(150_000, 1)
+        until(lambda: node.layer()["verified"], "the honest one passes")
+        assert client.mount(good, told(good, [blob.diff_id])) == honest
+        client.call("unmount_chain", chain=honest["chain"])
+        assert remove(client, told(good, [blob.diff_id]))["kept"] == {}
+        assert left(node) == []
+
+
+def test_a_layer_of_two_registries_outlives_one_of_them(node: Node, registry: FakeRegistry) -> None:
+    node.settings["ANSWER_TIMEOUT"] = "1"
+    blob = lazy(1)
+    with FakeRegistry() as other, running(node) as client:
+        here, there = add(registry, "here", blob, lazy(2)), add(other, "there", blob, lazy(3))
+        first = client.mount(here, client.resolve(here))
+        last = client.mount(there, client.resolve(there))
+        other.fault(Fault.BLACK_HOLE)
+        assert node.read(shown(first) / "file1") == pattern(150_000, 1)
+        assert node.read(shown(last) / "file1") == pattern(150_000, 1)
+
+
+def test_the_daemon_ends_while_a_registry_hangs(node: Node, registry: FakeRegistry) -> None:
+    node.settings |= {"ANSWER_TIMEOUT": "60", "BACKGROUND": "1"}
+    image = add(registry, "app", lazy(1), plain("small", 500), lazy(2))
+    registry.fault(Fault.BLACK_HOLE, path="/blobs/")
+    with running(node) as client:
+        with pytest.raises(RegistryTimeout):
+            client.mount(image, told(image, [of(b"1"), of(b"2"), of(b"3")]), deadline=0.5)
+        with pytest.raises(RegistryTimeout):
+            client.resolve(image, deadline=0.5)
+
+
 def test_a_toc_that_is_none(node: Node, registry: FakeRegistry) -> None:
     def edit(toc: dict[str, Any]) -> None:
         toc["entries"].append({"name": "../../etc/passwd", "type": "reg", "size": 0})

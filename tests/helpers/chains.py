@@ -10,6 +10,7 @@ from typing import Any
 
 from lazyfs import oci
 from lazyfs.control_client import Daemon, connect
+from lazyfs.errors import DaemonUnreachable
 from tests.helpers.daemon import Node, until
 from tests.helpers.fake_registry import AddedImage
 
@@ -26,12 +27,21 @@ def running(node: Node) -> Iterator[Snapshotter]:
     with open(node.run_dir / "lazyfsd.log", "ab") as log:
         process = node.spawn([sys.executable, *words], out=log)
     try:
-        until(lambda: path.exists() or process.poll() is not None, "the daemon listens")
+        until(lambda: listens(path) or process.poll() is not None, "the daemon listens")
         with Snapshotter(path) as client:
             yield client
     finally:
         process.terminate()
         process.wait(20)
+
+
+def listens(path: Path) -> bool:
+    """Tell whether a daemon answers: its socket has a name a moment before."""
+    try:
+        connect(path).close()
+    except DaemonUnreachable:
+        return False
+    return True
 
 
 class Snapshotter:

@@ -121,7 +121,7 @@ _EXPORTS = '[proxy_plugins.lazyfs.exports]\nroot = "{root}"\n'
 class PodNode:
     """The three processes and their directories. `settings` are LAZYFS_… without the prefix, over QUICK.
 
-    `binaries` is a directory of another containerd's programs (containerd, its shim, ctr, runc).
+    $LAZYFS_TEST_CONTAINERD is a directory of a containerd 2's programs (containerd, its shim, ctr), to be used instead.
     """
 
     def __init__(
@@ -130,13 +130,13 @@ class PodNode:
         pause: str,
         *,
         snapshotter: str = "lazyfs",
-        binaries: Path | None = None,
         **settings: str,
     ) -> None:
         self.place = place
         self.pause = pause
         self.snapshotter = snapshotter
-        self.binaries = binaries
+        other = os.environ.get("LAZYFS_TEST_CONTAINERD")
+        self.binaries = Path(other) if other else None
         self.settings = {**QUICK, **settings}
         self.root = place / "l"  # lazyfs's own, short: 128 directories of it go into one page of mount options
         self.run_dir = place / "r"
@@ -212,6 +212,14 @@ class PodNode:
                 probe.connect(str(self.socket))
             except OSError:
                 return False
+        return True
+
+    def connected(self) -> bool:
+        """Whether containerd has found the snapshotter (again): it waits up to three seconds between attempts."""
+        try:
+            self.ctr("snapshots", "--snapshotter", self.snapshotter, "ls")
+        except real.ToolFailed:
+            return False
         return True
 
     def start_containerd(self) -> None:
@@ -317,13 +325,15 @@ class PodNode:
     # -- giving back
 
     def clear(self) -> None:
-        """Remove all pods and images, of all namespaces, and run containerd's garbage collector."""
+        """Remove all pods, images and leases of broken pulls, in all namespaces, and run containerd's collector."""
         for pod in self.cri.pods():
             self.cri.remove_pod(pod)
         for namespace in self.ctr("namespaces", "ls", "-q").split():
             names = self.ctr("images", "ls", "-q", namespace=namespace).split()
             if names:
                 self.ctr("images", "rm", *names, namespace=namespace)
+            for lease in self.ctr("leases", "ls", "-q", namespace=namespace).split():
+                self.ctr("leases", "delete", lease, namespace=namespace)
         self.collect()
 
     def collect(self) -> None:

@@ -140,7 +140,7 @@ def _write_packages(archive: tarfile.TarFile, packages: Sequence[str], done: set
 def _made(name: str, *, mode: int = 0o755, link: str = "", owner: tuple[int, int] = (0, 0)) -> tarfile.TarInfo:
     member = tarfile.TarInfo(name)
     member.type = tarfile.SYMTYPE if link else tarfile.DIRTYPE
-    member.mode, member.linkname, member.mtime = mode, link, _MTIME
+    member.mode, member.linkname, member.mtime = 0o777 if link else mode, link, _MTIME
     member.uid, member.gid = owner
     return member
 
@@ -229,7 +229,7 @@ _PAUSE = "#include <signal.h>\n#include <unistd.h>\nstatic void end(int n) { _ex
     "int main(void) { signal(SIGTERM, end); signal(SIGINT, end); for (;;) pause(); }\n"  # fmt: skip
 
 
-def _pause_layer(place: Path) -> bytes:
+def pause_layer(place: Path) -> bytes:
     """Return the gzip layer of an image with one static program, which waits for a signal."""
     source, program = place / "pause.c", place / "pause"
     source.write_text(_PAUSE)
@@ -306,7 +306,7 @@ def _build(place: Path) -> None:
         own = [package for package in _with_needs(packages, known) if package not in base]
         _write_service(tars[name], own, done, name)
     images: dict[str, list[bytes | Path]] = {name: [tars["base"], tars[name]] for name in PACKAGES}
-    images["pause"] = [_pause_layer(place)]
+    images["pause"] = [pause_layer(place)]
     commands = {name: ["/bin/sh"] for name in PACKAGES} | {"pause": ["/pause"]}
     layout = place / "layout"
     _write_layout(layout, images, commands)

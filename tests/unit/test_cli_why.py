@@ -18,6 +18,7 @@ from snapshotter.metrics import Metrics
 from snapshotter.model import REF_LABEL, Kind, LazyImage, LazyLayer, Usage
 from snapshotter.noting import Noting
 from snapshotter.reasons import ADVICE, Outcome, classify
+from snapshotter.records import open_records
 from snapshotter.store import Store
 
 IMAGE = "docker://r.test/app:1"
@@ -116,6 +117,26 @@ def test_the_latest_decision_counts(store: Store, capsys: pytest.CaptureFixture[
         note(Decision(OTHER, sha("d"), "k", outcome, reason, 0.1))
     (found,) = told(capsys, OTHER)["images"][0]["layers"]
     assert (found["reason"], found["reason_class"]) == ("the registry wants a login", "login")
+
+
+def test_a_layer_that_came_with_another_image_has_its_reason(store: Store) -> None:
+    """containerd asks once for a layer: what was decided then holds for every image that has it."""
+    pulled(store)  # a is lazy, b small, c plain, in this order
+    note = Noting(store, Metrics())
+    below = f"layer {sha('c')[:19]}… below it is not lazy: it has no TOC"
+    note(Decision(OTHER, sha("e"), f"k8s/9/extract-7 {sha('e')}", Outcome.BELOW_NOT_LAZY, below, 0.1))
+    # The same layer elsewhere in an image, where the one below it was in the way: that says nothing of itself.
+    note(Decision("docker://r.test/third:1", sha("c"), f"k/8/extract-7 {sha('7')}", Outcome.BELOW_NOT_LAZY, below, 0.1))
+    images = [{"references": [OTHER], "digest": sha("8"), "layers": [sha(each) for each in "abcde"]}]
+    records = open_records(store.path)
+    try:
+        (image,) = image_facts.gather(OTHER, image_facts.Sources(records, images, {}, []))
+    finally:
+        records.close()
+    assert [(one.state, one.reason_class) for one in image.layers] == [
+        ("lazy", ""), ("small", ""), ("fallback", "no_toc"), ("fallback", "registry"), ("fallback", "below_not_lazy"),
+    ]  # fmt: skip
+    assert image.layers[2].advice == ADVICE[Outcome.NO_TOC] and image.layers[2].decided
 
 
 @pytest.mark.parametrize(

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import os
+import sqlite3
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import grpc
@@ -18,8 +20,10 @@ from lazyfs.errors import (
     SnapshotExists,
     SnapshotMissing,
     SnapshotUnfit,
+    StoreBroken,
     StoreFull,
 )
+from snapshotter import schema, server, snapshotter
 from snapshotter.directories import Directories
 from snapshotter.model import REF_LABEL, Kind, LazyImage, LazyLayer, LazyOffer, LazyPlace, Mount, Shown, Usage
 from snapshotter.overlay import Overlay
@@ -218,6 +222,8 @@ def test_a_daemon_that_is_away_leaves_nothing_behind(calls: Snapshotter, others:
     others.error = None
     assert calls.usage(CHAINS[0]) == Usage(1000, 3)
     calls.prepare("c", CHAINS[0], {})
+    others.error = DaemonUnreachable("lazyfsd went away")
+    assert calls.usage(CHAINS[0]) == Usage(1000, 3), "what was last known of it"
 
 
 def test_one_who_waits_for_a_registry_holds_up_nobody(calls: Snapshotter, others: Others) -> None:
@@ -324,3 +330,89 @@ def test_over_the_socket_errors_have_codes_and_bugs_no_details(scratch: Path, ot
         with pytest.raises(Refused) as caught:
             client.prepare("k", "", {"label": "x" * 4096})
         assert caught.value.code is grpc.StatusCode.INVALID_ARGUMENT
+
+
+def test_over_the_socket_what_asks_nobody_is_answered_whoever_waits(
+    scratch: Path, others: Others, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All threads of the calls that may wait for a daemon do wait for it; the collection of garbage goes on."""
+
+    def connect(settings: Settings, store: Store, directories: Directories) -> Collaborators:
+        return Collaborators(others, others, others)
+
+    monkeypatch.setattr(server, "THREADS", 2)
+    with serving(scratch, connect) as client, ThreadPoolExecutor(2) as pool:
+        with pytest.raises(Refused):
+            client.prepare("k", "", {REF_LABEL: CHAINS[0]})
+        client.prepare("p", "")
+        both, release = threading.Barrier(3), threading.Event()
+        others.meanwhile = lambda: (both.wait(20), release.wait(20))
+        waiting = [pool.submit(client.prepare, key, CHAINS[0]) for key in ("one", "two")]
+        try:
+            both.wait(20)
+            client.commit("c", "p")
+            assert client.update("c", {"a": "b"}).labels == {"a": "b"} == client.stat("c").labels
+            client.remove("c")
+            assert list(client.list()) == [CHAINS[0]]
+            assert not any(one.done() for one in waiting)
+        finally:
+            release.set()
+        assert [one.result(20)[0].type for one in waiting] == ["overlay"] * 2
+
+
+def test_over_the_socket_a_locked_file_may_be_asked_again(scratch: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(schema, "BUSY_TIMEOUT", 0.05)
+    with serving(scratch) as client:
+        client.prepare("p", "")
+        with contextlib.closing(sqlite3.connect(scratch / "r" / "snapshots.db", isolation_level=None)) as holder:
+            holder.execute("BEGIN IMMEDIATE")
+            for call in (
+                lambda: client.prepare("more", ""),
+                lambda: client.commit("c", "p"),
+                lambda: client.remove("p"),
+            ):
+                with pytest.raises(Refused, match="is locked by another process") as caught:
+                    call()
+                assert caught.value.code is grpc.StatusCode.UNAVAILABLE and "\n" not in caught.value.message
+            assert list(client.list()) == ["p"], "looking needs no lock"
+        client.commit("c", "p")
+
+
+def test_over_the_socket_a_full_disk_is_called_so(scratch: Path) -> None:
+    with tmpfs(scratch / "disk", 2 << 20) as disk, serving(disk) as client:
+        client.prepare("p", "")
+        with open(disk / "filler", "wb", buffering=0) as sink, pytest.raises(OSError, match="No space"):
+            while True:
+                sink.write(b"x" * 4096)
+        with pytest.raises(Refused) as caught:
+            for number in range(400):
+                client.prepare(f"more{number}", "", {"l": "x" * 4000})
+        assert caught.value.code is grpc.StatusCode.RESOURCE_EXHAUSTED and "free some space" in caught.value.message
+        with pytest.raises(Refused) as caught:
+            for number in range(400):
+                client.commit(f"c{number}", "p" if not number else f"more{number - 1}", {"l": "x" * 4000})
+        assert caught.value.code is grpc.StatusCode.RESOURCE_EXHAUSTED and "\n" not in caught.value.message
+        for key in client.list():
+            client.remove(key)
+
+
+def test_a_chain_that_was_shown_in_vain_is_looked_at(calls: Snapshotter, others: Others) -> None:
+    extract_lazily(calls, 0, "")
+    others.meanwhile = lambda: calls.remove(CHAINS[0])
+    with pytest.raises(SnapshotMissing):
+        calls.prepare("c", CHAINS[0], {})
+    assert others.woken == 2, "once for the removal, and once for the chain"
+
+
+def test_one_that_is_removed_while_it_is_measured_is_missing(
+    calls: Snapshotter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def measure(directory: str) -> Usage:
+        calls.remove("p")
+        raise StoreBroken(f"{directory} can't be read")
+
+    monkeypatch.setattr(snapshotter, "disk_usage", measure)
+    for call in (lambda: calls.usage("p"), lambda: calls.commit("c", "p", {})):
+        calls.prepare("p", "", {})
+        with pytest.raises(SnapshotMissing):
+            call()

@@ -178,6 +178,23 @@ def test_a_registry_that_hangs_is_asked_once_a_pull_and_again_later(monkeypatch:
     assert scene.offer(cri(0)) == 0
 
 
+def test_what_is_about_to_be_removed_is_promised_to_nobody() -> None:
+    scene = Scene(chain(True, True, False))
+    assert scene.offer(cri(0)) == 0
+    scene.extraction.forget({BLOBS[2], "sha256:" + "77" * 32})  # it was never promised
+    assert scene.offer(cri(1)) == 1 and len(scene.daemon.asked) == 1
+    scene.extraction.forget({BLOBS[1]})
+    scene.daemon.answer = chain(True, False, False)
+    assert scene.offer(cri(1)) is None and len(scene.daemon.asked) == 2
+
+
+def test_why_an_image_is_not_lazy_is_asked_once_whatever_is_collected_meanwhile() -> None:
+    scene = Scene(chain(False, True, True))
+    assert scene.offer(cri(0)) is None
+    scene.extraction.forget(set(BLOBS))  # what was fetched for the upper ones is given back during the pull
+    assert scene.offer(cri(1)) is None and len(scene.daemon.asked) == 1
+
+
 @pytest.mark.parametrize(
     "wrong", [{told.SNAPSHOT_REF: "sha256:" + "ee" * 32}, {told.LAYER_DIGEST: BLOBS[1]}, {told.SNAPSHOT_REF: "x"}]
 )
