@@ -42,7 +42,8 @@ class Verdict:
 def probe(directory: Path, device: Path) -> Verdict:
     """Try the driver. `directory` is empty and in the store, `device` the probe's file in the session.
 
-    Blocking, for DEADLINE at most. Everything is mounted by a thread in a mount namespace of its own, which goes with it, whatever happens.
+    Blocking, for DEADLINE at most. Everything is mounted by a thread in a mount namespace of its own, which goes with
+    it, whatever happens.
     """
     found: list[Verdict] = []
 
