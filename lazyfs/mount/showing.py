@@ -56,7 +56,6 @@ class _Place:
 
     users: int
     lock: trio.Lock
-    mounted: bool = False
 
 
 class Showing:
@@ -199,10 +198,8 @@ class Showing:
         place.users += 1
         try:
             async with place.lock:
-                if not place.mounted:
-                    mount = partial(self._mount, planted, target, method)
-                    await trio.to_thread.run_sync(mount, limiter=self._limiter)
-                    place.mounted = True
+                mount = partial(self._mount, planted, target, method)
+                await trio.to_thread.run_sync(mount, limiter=self._limiter)
         except BaseException:
             with trio.CancelScope(shield=True):
                 await self._let_go(key, place)
@@ -218,11 +215,13 @@ class Showing:
                 await trio.to_thread.run_sync(
                     erofs_mount.unmount, self._settings.shown / key, limiter=self._limiter
                 )  # fmt: skip
-                place.mounted = False
                 if not place.users:
                     del self._places[key]
 
     def _mount(self, planted: Planted, target: Path, method: erofs_mount.Method) -> None:
+        found = mounts.top_at(os.fsencode(target))
+        if found is not None and found.kind == "erofs":
+            return  # somebody else's, still there
         image, layers = self._ensure_image(planted)
         try:
             target.mkdir(mode=0o700, parents=True, exist_ok=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,8 @@ import pytest
 import trio
 
 from lazyfs.config import Settings
+from lazyfs.container import mounts
+from lazyfs.container.mounts import MountPoint
 from lazyfs.errors import MountFailed, UsageError
 from lazyfs.mount import erofs_mount, erofs_probe
 from lazyfs.mount.erofs_mount import Method
@@ -32,6 +35,11 @@ def made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, Pat
             raise MountFailed("no such thing")
         done.append(("mount", target, method))
 
+    def top_at(directory: bytes) -> MountPoint | None:
+        here = [kind for kind, target, _ in done if os.fsencode(target) == directory]
+        return MountPoint(1, "0:1", b"/", directory, "erofs", b"", "") if here[-1:] == ["mount"] else None
+
+    monkeypatch.setattr(mounts, "top_at", top_at)
     monkeypatch.setattr(erofs_mount, "mount", mount)
     monkeypatch.setattr(erofs_mount, "unmount", lambda target: done.append(("unmount", target, None)))
     return done
@@ -106,3 +114,6 @@ async def test_one_mount_for_all_users_until_the_last_goes(make: Make, made: lis
     assert [kind for kind, *_ in made] == ["mount", "unmount"]
     await one.show(PLANTED, None)
     assert [kind for kind, *_ in made] == ["mount", "unmount", "mount"]
+    made.append(("unmount", made[-1][1], None))  # by somebody else
+    await one.show(PLANTED, None)
+    assert made[-1][0] == "mount"
