@@ -212,8 +212,8 @@ class _Rows:
                     row += 1
         count = len(lives)
         col = self._col
-        for name, code in ROW_COLUMNS.items():
-            col[name] = array(code, bytes(array(code).itemsize * count))
+        for column, code in ROW_COLUMNS.items():
+            col[column] = array(code, bytes(array(code).itemsize * count))
         col["parent"], col["nlink"] = array("I", parents), array("I", [1]) * count
         flags, first_child, child_count, nlink = (col[n] for n in ("flags", "first_child", "child_count", "nlink"))
         at = 1
