@@ -137,9 +137,9 @@ def main() -> int:
                 for mine in (True, False) if pair % 2 else (False, True):
                     (ours if mine else theirs).append(seconds(what, lazy if mine else native))
             line = {what: round(ours[-1] / theirs[-1], 3) for what, (ours, theirs) in took.items()}
-            print(json.dumps({"what": "warm, lazy to native", "pair": pair, **line}), flush=True)
-        after = calls(directory, store)
-        asked = {name: count - before.get(name, 0) for name, count in after.items() if count != before.get(name, 0)}
+            after = calls(directory, store)
+            asked = {name: count - before.get(name, 0) for name, count in after.items() if count != before.get(name, 0)}
+            print(json.dumps({"what": "warm, lazy to native", "pair": pair, **line, "asked": asked}), flush=True)
         medians = {
             what: {
                 "lazy_s": round(statistics.median(ours), 4),
