@@ -70,7 +70,8 @@ for _ in range(4): os.wait()
 """
 _IMPORT = """
 for _ in range(5):
-    subprocess.run(["chroot", root, "python3", "-c", "import argparse, pickle, random, subprocess, tempfile, traceback"], check=True)
+    line = "import argparse, pickle, random, subprocess, tempfile, traceback"
+    subprocess.run(["chroot", root, "python3", "-c", line], check=True)
 """
 OPERATIONS = {
     "walk and lstat": _WALK,

@@ -48,8 +48,7 @@ def made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, Pat
 @pytest.fixture
 def make(tmp_path: Path, made: list[Any], monkeypatch: pytest.MonkeyPatch) -> Make:
     def one(verdict: Verdict, driver: str = "auto", elsewhere: str = "", image: str = "image") -> Showing:
-        tests: list[Path] = []
-        monkeypatch.setattr(erofs_probe, "probe", lambda directory, device: tests.append(directory) or verdict)
+        monkeypatch.setattr(erofs_probe, "probe", lambda directory, device: verdict)
         settings = Settings(tmp_path / "root", tmp_path / "run", driver=driver)
         settings.root.mkdir(exist_ok=True)
         return Showing(settings, lambda planted: (Path(image), [3, 5]), lambda planted: "/fuse", elsewhere)
