@@ -59,7 +59,8 @@ def connect(settings: Settings, store: Store, directories: Directories, *, start
     scrapes = metrics.serve(settings.snapshotter_metrics_address)
     remote.start()
     collector.start()
-    ends = (collector.close, remote.close) if scrapes is None else (collector.close, remote.close, scrapes.close)
+    # The daemon first: a look under way would wait for one that isn't there.
+    ends = (remote.close, collector.close) if scrapes is None else (remote.close, collector.close, scrapes.close)
     return Collaborators(extraction, remote, collector, ends, tuple(handlers), metrics.note_call)
 
 

@@ -261,9 +261,10 @@ def test_pulls_leave_the_servers_threads_to_the_snapshots(line: Line) -> None:
 
 
 def test_the_daemon_knows_the_login_before_containerd_knows_of_the_pull(
-    line: Line, caplog: pytest.LogCaptureFixture
+    line: Line, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    caplog.set_level(logging.DEBUG)
+    monkeypatch.setattr(logging.getLogger("snapshotter"), "propagate", True)  # another test may have set up logging
+    caplog.set_level(logging.DEBUG, "snapshotter")
     known: list[list[dict[str, str]]] = []
 
     def behaviour(name: str, request: bytes, context: grpc.ServicerContext) -> bytes:
