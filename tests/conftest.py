@@ -7,6 +7,7 @@ the workers of a session share.
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
 import signal
@@ -32,6 +33,18 @@ _MARKS = {
     "faults": "breaks networks, disks and processes on purpose",
     "slow": "takes more than ten seconds",
 }
+
+
+@pytest.fixture(autouse=True)
+def logging_as_it_was() -> Iterator[None]:
+    """Take away what a test's entry point set up: its handlers write to a stream that ends with the test."""
+    loggers = [logging.getLogger(name) for name in ("lazyfs", "indexer", "snapshotter")]
+    before = [(logger.level, logger.propagate, list(logger.handlers)) for logger in loggers]
+    yield
+    for logger, (level, propagate, handlers) in zip(loggers, before, strict=True):
+        logger.setLevel(level)
+        logger.propagate = propagate
+        logger.handlers[:] = handlers
 
 
 def pytest_configure(config: pytest.Config) -> None:
