@@ -87,7 +87,7 @@ def add_driver(parser: argparse.ArgumentParser) -> None:
         "--driver",
         choices=("auto", "erofs", "fuse"),
         default=None,
-        help="how the files reach the kernel; otherwise what the settings say, which is auto: erofs where it works",
+        help="how the files reach the kernel; otherwise what the settings say, which is fuse",
     )
 
 

@@ -13,7 +13,7 @@ from tests.helpers.daemon import Node
 @pytest.fixture
 def driver() -> str:
     """How trees reach the kernel; a test that is to run with others parametrises it."""
-    return "auto"
+    return "fuse"
 
 
 @pytest.fixture

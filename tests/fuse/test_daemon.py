@@ -89,7 +89,7 @@ def test_killed_daemon(node: Node, registry: FakeRegistry) -> None:
     dead, again = node.mount(image), node.mount(image)
     node.kill()
     words = node.read_fails(dead / "f")
-    assert "Input/output error" in words
+    assert "not connected" in words or "connection abort" in words  # the kernel's words for a request under way
     node.umount(dead)
     fresh = node.mount(image)  # cleans up what the killed one left
     assert node.read(fresh / "f") == DATA
