@@ -1,10 +1,11 @@
-"""The short-lived process that turns TOCs into layer tables and tables into a tree.
+"""The short-lived process that turns TOCs into layer tables, tables into a tree, and a tree into an EROFS image.
 
 Parsing half a million entries takes hundreds of megabytes; a process that ends gives them back, a daemon does not. It
 gets jobs as JSON objects on standard input, one a line, and answers each with one on standard output:
 
     {"tables": [{"toc": PATH, "out": PATH, "form": N, "blob_size": N, "payload_end": N}],
-     "tree": {"tables": [PATH], "out": PATH}}
+     "tree": {"tables": [PATH], "out": PATH},
+     "erofs": {"tree": PATH, "tables": [PATH], "key": TREE_KEY, "out": PATH}}
     {"ok": true}    or    {"error": {"class": "TocInvalid", "message": "…"}}
 """
 
@@ -185,7 +186,7 @@ def _perform(job: dict[str, Any]) -> None:
     from lazyfs.format.table import LayerTable
     from lazyfs.format.table_build import LayerFacts, build_table
     from lazyfs.format.toc import parse_toc
-    from lazyfs.tree import build_tree
+    from lazyfs.tree import Tree, build_tree
 
     for task in job.get("tables", ()):
         raw = Path(task["toc"]).read_bytes()
@@ -195,6 +196,12 @@ def _perform(job: dict[str, Any]) -> None:
     tree = job.get("tree")
     if tree:
         build_tree(Path(tree["out"]), [LayerTable(Path(path)) for path in tree["tables"]])
+    erofs = job.get("erofs")
+    if erofs:
+        from lazyfs.format.erofs_write import write_erofs
+
+        tables = [LayerTable(Path(path)) for path in erofs["tables"]]
+        write_erofs(Path(erofs["out"]), Tree(Path(erofs["tree"])), tables, erofs["key"])
 
 
 def limit(what: int, amount: int) -> None:

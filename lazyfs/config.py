@@ -16,6 +16,7 @@ from typing import Any
 from lazyfs.errors import UsageError
 from lazyfs.units import GiB, MiB, parse_size
 
+_CHOICES = {"driver": {word: word for word in ("auto", "erofs", "fuse")}}
 _SIZES = frozenset({"store_size", "memory_size", "small_layer"})
 
 
@@ -30,6 +31,7 @@ class Settings:
     read_timeout: float = 300.0  # a read fails with EIO after this; 0: never
     connect_timeout: float = 5.0
     answer_timeout: float = 30.0  # from a request to its first byte, and between two reads of a body
+    driver: str = "fuse"  # how trees reach the kernel: "fuse", "erofs", or "auto": erofs where it works
     offline: bool = False  # ask no registry: only images that are whole on this node can be mounted
     prefetch: bool = True  # fetch up to the landmark after a mount
     background: bool = True  # fill and verify whole layers after a mount
@@ -54,6 +56,11 @@ class Settings:
     @property
     def socket(self) -> Path:
         return self.run / "lazyfsd.sock"
+
+    @property
+    def shown(self) -> Path:
+        """Where trees are mounted by the erofs driver, each under its name."""
+        return self.run / "erofs"
 
     @property
     def session(self) -> Path:
@@ -104,7 +111,7 @@ def _coerce(name: str, value: Any, where: str) -> Any:
         elif kind == "float":
             good = float(value)
         elif kind == "str":
-            good = str(value)
+            good = _CHOICES[name][str(value)] if name in _CHOICES else str(value)
         else:
             good = tuple(str(v) for v in (value if isinstance(value, list) else str(value).split(",")))
     except (ValueError, KeyError, TypeError):

@@ -13,6 +13,7 @@ from __future__ import annotations
 import hashlib
 from array import array
 from collections.abc import Sequence
+from itertools import accumulate
 from pathlib import Path
 
 from lazyfs.errors import TableInvalid, TocInvalid
@@ -24,6 +25,9 @@ MAGIC = b"LZFTREE\0"
 VERSION = 2
 _MAX_SYMLINKS = 40  # the kernel's own limit for one path
 _MAX_FOLLOWED = 10_000_000  # parts of symlinks' targets walked for one chain: seconds, where sane ones need none
+_SHIFT = 32  # bits of a row in a leaf
+_MASK = (1 << _SHIFT) - 1
+_DIR, _HARDLINK, _WHITEOUT = int(Kind.DIR), int(Kind.HARDLINK), int(Kind.WHITEOUT)
 _COLUMNS = {"parent": "I", "kind": "B", "layer": "H", "source": "I", "nlink": "I", "own": "B", "inode": "I",
             "first_child": "I", "child_count": "I"}  # fmt: skip
 
@@ -71,19 +75,20 @@ class Tree(Names):
 
 
 class _Dir:
-    """A directory while layers are applied. Leaves are (layer, row) tuples: half a million of them must fit."""
+    """A directory while layers are applied. Leaves are numbers, layer << 32 | row: half a million of them must fit."""
 
-    __slots__ = ("children", "layer", "parent", "row")
+    __slots__ = ("at", "children", "layer", "parent", "row")
 
     def __init__(self, layer: int, row: int, parent: _Dir | None) -> None:
         self.layer = layer
         self.row = row
         self.parent = parent
-        self.children: dict[bytes, _Dir | tuple[int, int]] = {}
+        self.children: dict[bytes, _Dir | int] = {}
+        self.at = 0  # row in the tree, in the end
 
 
 def build_tree(path: Path, tables: Sequence[LayerTable]) -> None:
-    """Merge `tables` (base first, at least one) and write the tree to `path`. Blocking, about 3 µs a row.
+    """Merge `tables` (base first, at least one) and write the tree to `path`. Blocking, about 1.5 µs a row.
 
     Raise StoreFull or StoreBroken when the file can't be written, TocInvalid for a layer that no unpack could apply.
     """
@@ -104,19 +109,25 @@ class _Chain:
     def apply(self, number: int) -> None:
         """Unpack one layer over what the lower ones left."""
         table = self._tables[number]
-        if not table.flags[0] & FLAG_IMPLICIT:
+        flags, kinds, ends = table.flags, bytes(table.kind), table.name_end.tolist()
+        first_child, child_count = table.first_child, table.child_count
+        names, leaf = bytes(table.names), number << _SHIFT
+        if not flags[0] & FLAG_IMPLICIT:
             self.root.layer, self.root.row = number, 0
         todo: list[tuple[_Dir, int]] = [(self.root, 0)]
         while todo:
             here, row = todo.pop()
-            if table.flags[row] & FLAG_OPAQUE:
-                here.children.clear()
-            for child in table.children(row):
-                name, kind = table.name(child), table.kind[child]
-                if kind == Kind.WHITEOUT:
-                    here.children.pop(name, None)
-                elif kind != Kind.DIR:
-                    here.children[name] = (number, child)
+            children = here.children
+            if flags[row] & FLAG_OPAQUE:
+                children.clear()
+            first = first_child[row]
+            for child in range(first, first + child_count[row]):
+                kind = kinds[child]
+                name = names[ends[child] : ends[child + 1]]
+                if kind == _WHITEOUT:
+                    children.pop(name, None)
+                elif kind != _DIR:
+                    children[name] = leaf | child
                 else:
                     todo.append((self._directory(here, name, number, child), child))
 
@@ -125,7 +136,7 @@ class _Chain:
         flags = self._tables[number].flags[row]
         found = None if flags & FLAG_REPLACES else here.children.get(name)
         implicit = bool(flags & FLAG_IMPLICIT)
-        if isinstance(found, tuple) and implicit:
+        if isinstance(found, int) and implicit:
             found = self._follow(here, found, number, row)
         if not isinstance(found, _Dir):
             found = here.children[name] = _Dir(number, row, here)
@@ -133,7 +144,7 @@ class _Chain:
             found.layer, found.row = number, row
         return found
 
-    def _follow(self, here: _Dir, leaf: tuple[int, int], number: int, row: int) -> _Dir | None:
+    def _follow(self, here: _Dir, leaf: int, number: int, row: int) -> _Dir | None:
         """Return the directory that a symlink leads to inside the root, made where it is missing (as by mkdir -p).
 
         None when `leaf` is no symlink, or leads to something that is no directory: then the new directory replaces it.
@@ -141,13 +152,13 @@ class _Chain:
         """
         at = here
         missing: list[bytes] = []
-        step: _Dir | tuple[int, int] | None = leaf
+        step: _Dir | int | None = leaf
         todo: list[bytes] = []
         links = 0
         while True:
-            if isinstance(step, tuple):
-                table = self._tables[step[0]]
-                inode = table.inode(step[1])
+            if isinstance(step, int):
+                table = self._tables[step >> _SHIFT]
+                inode = table.inode(step & _MASK)
                 if table.kind[inode] != Kind.SYMLINK:
                     return None
                 target = table.link(inode)
@@ -185,38 +196,71 @@ class _Chain:
 
 
 def _write(path: Path, root: _Dir, tables: Sequence[LayerTable]) -> None:
-    columns = {name: array(code) for name, code in _COLUMNS.items()}
-    names, name_end = bytearray(), array("I", [0])
-    rows: list[tuple[_Dir | tuple[int, int], int, bytes]] = [(root, 0, b"")]
+    places, parents, names = [root.layer << _SHIFT | root.row], [0], [b""]
+    dirs = [root]
+    for here in dirs:  # grows while it is walked
+        children = here.children
+        if children:
+            listed = sorted(children)
+            names += listed
+            parents += [here.at] * len(listed)
+            row = len(places)
+            for name in listed:
+                child = children[name]
+                if child.__class__ is int:
+                    places.append(child)
+                else:
+                    assert isinstance(child, _Dir)
+                    child.at = row
+                    places.append(child.layer << _SHIFT | child.row)
+                    dirs.append(child)
+                row += 1
+    columns = _attributes(places, tables)
+    rows = len(places)
+    first_child, child_count = (array("I", bytes(4 * rows)) for _ in range(2))
+    nlink, own = columns["nlink"], columns["own"]
+    at = 1
+    for here in dirs:
+        nlink[here.at], own[here.at] = 2, 1
+        if here.children:
+            first_child[here.at], child_count[here.at] = at, len(here.children)
+            at += len(here.children)
+    for here in dirs[1:]:
+        nlink[parents[here.at]] += 1
+    columns.update(parent=array("I", parents), first_child=first_child, child_count=child_count)
+    name_end = array("I", accumulate(map(len, names), initial=0))
+    ordered = {name: columns[name] for name in _COLUMNS}
+    write_columns(path, MAGIC, VERSION, {**ordered, "name_end": name_end, "names": b"".join(names)})
+
+
+def _attributes(places: list[int], tables: Sequence[LayerTable]) -> dict[str, array[int]]:
+    """Return what the rows are, from where they are in the tables; links of directories are left to the caller."""
+    rows = len(places)
+    layer = [place >> _SHIFT for place in places]
+    source = [place & _MASK for place in places]
+    kinds, links = [bytes(table.kind) for table in tables], [table.nlink.tolist() for table in tables]
+    kind = array("B", [kinds[number][row] for number, row in zip(layer, source, strict=True)])
+    nlink, own, inode = array("I", [1]) * rows, array("B", bytes(rows)), array("I", range(rows))
+    # In the tables all names of an inode have its count of links: whoever has one is alone here too.
+    several = [
+        row
+        for row, (number, at) in enumerate(zip(layer, source, strict=True))
+        if links[number][at] != 1 and kind[row] != _DIR
+    ]
     first_of: dict[tuple[int, int], int] = {}
-    for row, (node, parent, name) in enumerate(rows):  # grows while it is walked
-        names += name
-        name_end.append(len(names))
-        columns["parent"].append(parent)
-        if isinstance(node, _Dir):
-            layer, source, inode = node.layer, node.row, row
-            columns["first_child"].append(len(rows) if node.children else 0)
-            columns["child_count"].append(len(node.children))
-            columns["nlink"].append(2 + sum(isinstance(child, _Dir) for child in node.children.values()))
-            columns["own"].append(1)
-            rows.extend((node.children[child], row, child) for child in sorted(node.children))
-        else:
-            layer, source = node[0], tables[node[0]].inode(node[1])
-            inode = first_of.setdefault((layer, source), row)
-            columns["first_child"].append(0)
-            columns["child_count"].append(0)
-            columns["nlink"].append(1)
-            columns["own"].append(0)
-            if inode != row:
-                columns["nlink"][inode] += 1
-        columns["kind"].append(tables[layer].kind[source])
-        columns["layer"].append(layer)
-        columns["source"].append(source)
-        columns["inode"].append(inode)
-    for row in range(len(rows)):
-        if columns["kind"][row] != Kind.DIR:
-            inode = columns["inode"][row]
-            columns["nlink"][row] = columns["nlink"][inode]
-            table = tables[columns["layer"][row]]
-            columns["own"][row] = columns["nlink"][inode] != table.nlink[columns["source"][row]]
-    write_columns(path, MAGIC, VERSION, {**columns, "name_end": name_end, "names": names})
+    for row in several:
+        table = tables[layer[row]]
+        if kind[row] == _HARDLINK:
+            source[row] = table.aux[source[row]]
+            kind[row] = table.kind[source[row]]
+        first = first_of.setdefault((layer[row], source[row]), row)
+        if first != row:
+            inode[row] = first
+            nlink[first] += 1
+    for row in several:
+        nlink[row] = nlink[inode[row]]
+        own[row] = nlink[row] != links[layer[row]][source[row]]
+    return {
+        "kind": kind, "layer": array("H", layer), "source": array("I", source), "nlink": nlink, "own": own,
+        "inode": inode,
+    }  # fmt: skip

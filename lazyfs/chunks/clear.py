@@ -256,9 +256,10 @@ class Clearing:
         used = self._census.uses.trees()
         try:
             for path in (self._store.root / "trees").iterdir():
-                if path.name not in used:
+                key, _, image = path.name.partition(".")  # an image for the erofs driver is its tree's
+                if key not in used:
                     path.unlink()
-                    done.trees += 1
+                    done.trees += not image
         except FileNotFoundError:
             return
         except OSError as error:

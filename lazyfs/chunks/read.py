@@ -77,6 +77,33 @@ class Reader:
             parts += await self._side_by_side(layer, places[at : at + _TASKS], last)
         return b"".join(parts)
 
+    async def read_data(self, layer: ServedLayer, data_offset: int, size: int) -> bytes | bytearray | memoryview:
+        """Return exactly `size` bytes of a layer's data space, verified; zeros between files and behind the last.
+
+        Chunks that are here are taken from here, whatever else the range has. A checkpoint unless all is in memory.
+        Raise a LazyfsError: one chunk that can't be had fails the whole range.
+        """
+        layer.ensure_readable()
+        found = list(layer.table.data_places(data_offset, size))
+        if not found:
+            return bytes(size)
+        last = layer.table.run_end(found[-1][1].chunk)
+        if len(found) == 1:
+            at, place = found[0]
+            data = memoryview(await self.chunk(layer, place.chunk, Priority.DEMAND, last))
+            if place.size == size:
+                return data[place.offset : place.offset + size]
+            out = bytearray(size)
+            out[at : at + place.size] = data[place.offset : place.offset + place.size]
+            return out
+        out = bytearray(size)
+        for first in range(0, len(found), _TASKS):
+            some = found[first : first + _TASKS]
+            parts = await self._side_by_side(layer, [place for _, place in some], last)
+            for (at, place), part in zip(some, parts, strict=True):
+                out[at : at + place.size] = part
+        return out
+
     async def _side_by_side(self, layer: ServedLayer, places: list[Place], last: int) -> list[memoryview]:
         read = places[0].chunk, places[-1].chunk
         found: dict[Place, memoryview] = {}

@@ -81,6 +81,21 @@ def add_pull(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_driver(parser: argparse.ArgumentParser) -> None:
+    """Add --driver (`args.driver`)."""
+    parser.add_argument(
+        "--driver",
+        choices=("auto", "erofs", "fuse"),
+        default=None,
+        help="how the files reach the kernel; otherwise what the settings say, which is fuse",
+    )
+
+
+def driver(args: argparse.Namespace, settings: Settings) -> str | None:
+    """Return the driver asked for; a daemon that runs already may have been started with another setting."""
+    return args.driver or (settings.driver if settings.driver != "auto" else None)
+
+
 def pull(args: argparse.Namespace, settings: Settings) -> str | None:
     """Return when to ask the registry; a daemon that runs already may have been started with another `offline`."""
     return "never" if settings.offline else args.pull

@@ -221,9 +221,9 @@ def _erofs() -> Check:
     except OSError:
         known = False
     module = Path(f"/lib/modules/{platform.release()}/kernel/fs/erofs").is_dir()
-    if known:
-        return Check("erofs", State.OK, "in the kernel (the fuse driver is used all the same)")
-    return Check("erofs", State.OK, "as a module" if module else "not in this kernel; not needed")
+    if known or module:
+        return Check("erofs", State.OK, "in the kernel" if known else "as a module; modprobe erofs brings its driver")
+    return Check("erofs", State.OK, "not in this kernel: the fuse driver is used")
 
 
 def _runtime() -> Check:
@@ -309,7 +309,10 @@ def _daemon(settings: Settings) -> Check:
             with control_client.connect(socket) as daemon:
                 facts = daemon.call("status").get("daemon", {})
             took = (time.monotonic() - started) * 1000
-            texts.append(f"version {facts.get('version')}, pid {facts.get('pid')}, answers in {took:.0f} ms")
+            texts.append(
+                f"version {facts.get('version')}, pid {facts.get('pid')}, answers in {took:.0f} ms, "
+                f"driver {facts.get('driver')}: {facts.get('reason')}"
+            )
         except DaemonUnreachable as error:
             if error.hint:  # somebody listens and does not answer; without a hint it is a killed daemon's socket
                 return Check("daemon", State.WARN, f"{socket}: {error.message}", error.hint)
@@ -325,11 +328,14 @@ def _idmapped(settings: Settings) -> Check:
     name = "idmapped mounts"
     if mounts.top_at(os.fsencode(settings.session)) is None:
         return Check(name, State.OK, "not known: a daemon has to run for the test")
-    problem = _in_child(lambda: _try_idmap(idmap.problem(os.fsencode(settings.session))))
-    if problem:
-        text = f"{problem}; pods with user namespaces copy the files of lazy images when they are made"
-        return Check(name, State.OK, text)
-    return Check(name, State.OK, "the daemon's mount can be idmapped: lazyfs install offers remap-ids to containerd")
+    places = [os.fsencode(settings.session)]
+    places += [found.dir for found in mounts.below(os.fsencode(settings.shown)) if found.kind == "erofs"][:1]
+    for place in places:
+        problem = _in_child(lambda: _try_idmap(idmap.problem(place)))  # noqa: B023  called at once
+        if problem:
+            text = f"{problem}; pods with user namespaces copy the files of lazy images when they are made"
+            return Check(name, State.OK, text)
+    return Check(name, State.OK, "the daemon's mounts can be idmapped: lazyfs install offers remap-ids to containerd")
 
 
 def _try_idmap(problem: str) -> None:

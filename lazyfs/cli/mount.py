@@ -36,6 +36,7 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument("--rw", action="store_true", help="writable, by a layer that lazyfs umount removes (root only)")
     common.add_platform(parser)
     common.add_pull(parser)
+    common.add_driver(parser)
     common.add_registry(parser)
     common.add_json(parser)
     parser.set_defaults(run=run)
@@ -60,6 +61,7 @@ def run(args: argparse.Namespace, out: Output) -> int:
             plain_http=args.plain_http,
             access=common.access(args, settings).to_json(),
             pull=common.pull(args, settings),
+            driver=common.driver(args, settings),
             lease=False,
             on_event=out.note,
         )

@@ -55,6 +55,7 @@ def add_parser(subparsers: Any) -> None:
     add("--runtime", metavar="PROGRAM", default="runc", help="OCI runtime: runc (default), crun, or a path")
     common.add_platform(parser)
     common.add_pull(parser)
+    common.add_driver(parser)
     common.add_registry(parser)
     common.add_image(parser)
     add("command_line", metavar="COMMAND", nargs=argparse.REMAINDER, help="instead of the image's command")
@@ -158,6 +159,7 @@ def _mounted(
             plain_http=args.plain_http,
             access=common.access(args, settings).to_json(),
             pull=common.pull(args, settings),
+            driver=common.driver(args, settings),
             lease=True,
             entrypoint=args.entrypoint,
             command=args.command_line,

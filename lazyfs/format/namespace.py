@@ -9,8 +9,8 @@ Every step costs time in proportion to the names of the input; what symlinks add
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from typing import Generic, TypeVar
+from dataclasses import replace
+from typing import Generic, NamedTuple, TypeVar
 
 from lazyfs.errors import TarInvalid
 from lazyfs.format.entry import MAX_PATH, WHITEOUT_PREFIX, Entry, Kind
@@ -21,11 +21,11 @@ MAX_ENTRIES = 4_000_000  # parents made on the way included; bounds the memory o
 _MAX_SYMLINKS = 40  # the kernel's own limit for one path
 _MAX_FOLLOWED = 10_000_000  # parts of symlinks' targets walked for one layer: seconds, where sane layers need none
 _ROOT = b""
+_DIR, _HARDLINK = Kind.DIR, Kind.HARDLINK  # an attribute of an enumeration takes longer to find than all else here
 _NO_WHITEOUTS = frozenset({WHITEOUT_PREFIX, WHITEOUT_PREFIX + b".", WHITEOUT_PREFIX + b".."})
 
 
-@dataclass(frozen=True, slots=True)
-class Live(Generic[T]):
+class Live(NamedTuple, Generic[T]):
     """An entry that survived, rewritten where needed, with the tag that came with its content."""
 
     entry: Entry
@@ -87,9 +87,9 @@ class Namespace(Generic[T]):
                 raise TarInvalid("lies deeper than a file system takes, symbolic links followed", entry.path)
             entry = replace(entry, path=path)
         before = here.children.get(name)
-        if entry.kind is Kind.HARDLINK:
+        if entry.kind is _HARDLINK:
             self._bind(entry, number, here, name)
-        if entry.kind is not Kind.DIR:
+        if entry.kind is not _DIR:
             if before is not None and (isinstance(before, _Dir) or self._leads_on(before)):
                 self._forget_parents()
             here.children[name] = number
@@ -106,7 +106,10 @@ class Namespace(Generic[T]):
         nowhere or in a circle."""
         self._bind_late()
         alive = self._alive()
-        lives = bytearray(len(self._entries))
+        entries, tags = self._entries, self._tags
+        if not self._inode:
+            return [Live(entries[number], tags[number]) for number in alive]
+        lives = bytearray(len(entries))
         for number in alive:
             lives[number] = 1
         names: dict[int, int] = {}  # inode -> the entry with its first living name

@@ -37,6 +37,8 @@ ROW_COLUMNS = {
 CHUNK_COLUMNS = {"chunk_data_offset": "Q", "chunk_size": "I", "chunk_frame": "I", "chunk_inner": "Q"}
 FRAME_COLUMNS = {"frame_blob_offset": "Q", "frame_blob_end": "Q", "frame_first_chunk": "I"}
 META = ("form", "blob_size", "data_size", "payload_end", "landmark", "dropped_xattrs", "entries")
+PAGE = 4096  # bytes; files begin on such boundaries of the data space
+_LONGEST_RUN = 256  # chunks that `run_end` looks ahead
 _LENGTHS = struct.Struct("<HI")
 
 
@@ -230,6 +232,31 @@ class LayerTable(Names):
             yield Place(chunk, inside, run)
             offset += run
             chunk += 1
+
+    def data_places(self, data_offset: int, size: int) -> Iterator[tuple[int, Place]]:
+        """Yield (bytes behind `data_offset`, chunk run) for what lies in a range of the data space; the rest is zeros.
+
+        The range may begin and end inside of files, and go over any number of them.
+        """
+        end = data_offset + size
+        chunk = max(0, bisect_right(self.chunk_data_offset, data_offset) - 1)
+        while chunk < self.chunk_count and (start := self.chunk_data_offset[chunk]) < end:
+            first = max(start, data_offset)
+            last = min(start + self.chunk_size[chunk], end)
+            if first < last:
+                yield first - data_offset, Place(chunk, first - start, last - first)
+            chunk += 1
+
+    def run_end(self, chunk: int) -> int:
+        """Return the last chunk of those that follow `chunk` without a gap in data space, which ends a file.
+
+        Of files whose size is a multiple of PAGE the next one may belong to it too. Looks _LONGEST_RUN chunks far.
+        """
+        starts, sizes = self.chunk_data_offset, self.chunk_size
+        end = min(self.chunk_count - 1, chunk + _LONGEST_RUN)
+        while chunk < end and starts[chunk] + sizes[chunk] == starts[chunk + 1]:
+            chunk += 1
+        return chunk
 
     def file_chunks(self, row: int) -> range:
         """Chunk numbers of a regular file, in order."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 from array import array
 from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 
 from lazyfs.errors import TarInvalid, TocInvalid
@@ -24,7 +25,6 @@ from lazyfs.format.entry import (
 )
 from lazyfs.format.namespace import Live, Namespace
 from lazyfs.format.table import (
-    CHUNK_COLUMNS,
     FLAG_IMPLICIT,
     FLAG_OPAQUE,
     FLAG_REPLACES,
@@ -36,11 +36,14 @@ from lazyfs.format.table import (
     VERSION,
     pack_xattrs,
 )
-from lazyfs.units import align
+from lazyfs.units import PAGE
 
 _MAX_DATA = 1 << 46  # bytes of data space: far above any layer, far below what overflows an offset
 _MAX_HEAP = 1 << 30  # bytes of distinct extended attributes, and of names; the column of offsets ends at 4 GiB
 _MAX_XATTRS = 0xFFFF  # of one entry; more doesn't fit into the count
+_DIR, _REG = Kind.DIR, Kind.REG
+_FEW = max(Kind.DIR, Kind.REG)  # kinds above it are those of few rows
+_NO_ENTRY = Entry(b"", Kind.DIR, 0o755, 0, 0, 0)  # stands for directories that no entry names
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,21 +55,16 @@ class LayerFacts:
     payload_end: int
 
 
-class _Node:
-    """One row to be. `children` only for directories."""
+class _Dir:
+    """A directory to be. A child that is none is the number of its survivor: leaves have no object of their own."""
 
-    __slots__ = ("children", "entry", "flags", "live", "row")
+    __slots__ = ("children", "flags", "live", "row")
 
-    def __init__(self, entry: Entry | None, live: int) -> None:
-        self.entry = entry
-        self.live = live  # index in the list of survivors; -1 for implicit directories
-        self.flags = FLAG_IMPLICIT if entry is None else 0
-        self.children: dict[bytes, _Node] = {}
+    def __init__(self, live: int) -> None:
+        self.live = live  # index in the list of survivors; -1 when no entry names it
+        self.flags = FLAG_IMPLICIT if live < 0 else 0
+        self.children: dict[bytes, _Dir | int] = {}
         self.row = 0
-
-    @property
-    def kind(self) -> Kind:
-        return Kind.DIR if self.entry is None else self.entry.kind
 
 
 def build_table(path: Path, facts: LayerFacts, pairs: Iterable[tuple[Entry, list[Chunk]]]) -> None:
@@ -83,46 +81,44 @@ def build_table(path: Path, facts: LayerFacts, pairs: Iterable[tuple[Entry, list
 
 def write_table(path: Path, facts: LayerFacts, survivors: list[Live[list[Chunk]]]) -> None:
     """Write a table of what a namespace left. Same errors as `build_table`."""
-    root, landmark = _grow(survivors)
-    rows = _number(root)
-    columns: dict[str, Column] = {
-        name: array(code, bytes(_width(code) * len(rows))) for name, code in ROW_COLUMNS.items()
-    }
-    dropped = _fill_rows(columns, rows, survivors)
-    data_size = _fill_chunks(columns, rows, survivors, facts)
+    entries = [live.entry for live in survivors]
+    root, landmark = _grow(survivors, entries)
+    rows = _Rows(root, entries)
+    columns = rows.columns
+    data_size = _fill_chunks(columns, rows.row_of, survivors, entries, facts)
     meta = {
         "form": facts.form,
         "blob_size": facts.blob_size,
         "data_size": data_size,
         "payload_end": facts.payload_end,
         "landmark": landmark,
-        "dropped_xattrs": dropped,
+        "dropped_xattrs": rows.dropped,
         "entries": len(survivors),
     }
     columns["meta"] = array("q", [meta[name] for name in META])
     write_columns(path, MAGIC, VERSION, columns)
 
 
-def _width(code: str) -> int:
-    return array(code).itemsize
+def _grow(survivors: list[Live[list[Chunk]]], entries: list[Entry]) -> tuple[_Dir, int]:
+    """Make the tree, whiteouts interpreted and landmarks taken out. Return (root, landmark's blob offset or 0).
 
-
-def _grow(survivors: list[Live[list[Chunk]]]) -> tuple[_Node, int]:
-    """Make the tree, whiteouts interpreted and landmarks taken out. Return (root, landmark's blob offset or 0)."""
-    root = _Node(None, -1)
-    whiteouts: list[tuple[_Node, bytes, int]] = []
+    `entries` are the survivors'; a whiteout's is replaced by one of its own kind.
+    """
+    root = _Dir(-1)
+    whiteouts: list[tuple[_Dir, bytes, int]] = []
     landmark = 0
     above, node = b"", root  # the directory of the entry before: most often this one's too
-    for number, live in enumerate(survivors):
-        entry = live.entry
-        if entry.path in HIDDEN_AT_ROOT and entry.kind is Kind.REG:
-            if entry.path == LANDMARK and live.tag:
-                landmark = live.tag[0].blob_offset
-            continue
-        if not entry.path:
-            root.entry, root.live, root.flags = entry, number, root.flags & ~FLAG_IMPLICIT
-            continue
-        parent, _, name = entry.path.rpartition(b"/")
+    for number, entry in enumerate(entries):
+        path, is_dir = entry.path, entry.kind is _DIR
+        parent, _, name = path.rpartition(b"/")
+        if not parent:
+            if path in HIDDEN_AT_ROOT and entry.kind is _REG:
+                if path == LANDMARK and survivors[number].tag:
+                    landmark = survivors[number].tag[0].blob_offset
+                continue
+            if not path:
+                root.live, root.flags = number, root.flags & ~FLAG_IMPLICIT
+                continue
         if parent != above:
             above, node = parent, _directory(root, parent)
         if name.startswith(WHITEOUT_PREFIX):
@@ -131,46 +127,32 @@ def _grow(survivors: list[Live[list[Chunk]]]) -> tuple[_Node, int]:
             elif not name.startswith(OPAQUE_MARKER[:8]) and len(name) > len(WHITEOUT_PREFIX):
                 whiteouts.append((node, name[len(WHITEOUT_PREFIX) :], number))
             continue
-        known = node.children.get(name)
-        if known is None:
-            node.children[name] = _Node(entry, number)
-        elif known.entry is None and entry.kind is Kind.DIR:
-            known.entry, known.live, known.flags = entry, number, known.flags & ~FLAG_IMPLICIT
-        else:
-            raise TocInvalid(f"the name {entry.path[:200]!r} occurs twice")
+        child = _Dir(number) if is_dir else number
+        known = node.children.setdefault(name, child)
+        if known is not child:
+            if not is_dir or isinstance(known, int) or known.live >= 0:
+                raise TocInvalid(f"the name {path[:200]!r} occurs twice")
+            known.live, known.flags = number, known.flags & ~FLAG_IMPLICIT
     for holder, name, number in whiteouts:
         beside = holder.children.get(name)
         if beside is None:
-            entry = survivors[number].entry
-            holder.children[name] = _Node(Entry(entry.path, Kind.WHITEOUT, 0, 0, 0, entry.mtime_ns), number)
-        elif beside.kind is Kind.DIR:
+            entries[number] = Entry(entries[number].path, Kind.WHITEOUT, 0, 0, 0, entries[number].mtime_ns)
+            holder.children[name] = number
+        elif isinstance(beside, _Dir):
             beside.flags |= FLAG_OPAQUE | FLAG_REPLACES
     return root, landmark
 
 
-def _directory(root: _Node, path: bytes) -> _Node:
+def _directory(root: _Dir, path: bytes) -> _Dir:
     node = root
     for part in path.split(b"/") if path else ():
         found = node.children.get(part)
         if found is None:
-            found = node.children[part] = _Node(None, -1)
-        elif found.kind is not Kind.DIR:
+            found = node.children[part] = _Dir(-1)
+        elif isinstance(found, int):
             raise TocInvalid(f"{path[:200]!r} has children and is not a directory")
         node = found
     return node
-
-
-def _number(root: _Node) -> list[tuple[_Node, int, bytes]]:
-    """Give every node its row, breadth first and sorted. Return (node, parent's row, name) by row."""
-    rows = [(root, 0, b"")]
-    for node, _, _ in rows:  # grows while it is walked
-        if node.children:
-            first = len(rows)
-            for offset, name in enumerate(sorted(node.children)):
-                child = node.children[name]
-                child.row = first + offset
-                rows.append((child, node.row, name))
-    return rows
 
 
 class _Heap:
@@ -188,114 +170,197 @@ class _Heap:
         return at
 
 
-def _fill_rows(
-    columns: dict[str, Column], rows: list[tuple[_Node, int, bytes]], survivors: list[Live[list[Chunk]]]
-) -> int:
-    col: dict[str, array] = columns  # type: ignore[type-arg, assignment]
-    links, xattr_heap, dropped = _Heap(), _Heap(), 0
-    names, name_end = bytearray(), array("I", [0])
-    row_of = {node.live: row for row, (node, _, _) in enumerate(rows) if node.live >= 0}
-    by_path = {
-        live.entry.path: row_of[i]
-        for i, live in enumerate(survivors)
-        if live.entry.kind is not Kind.HARDLINK and i in row_of
-    }
-    links_to: dict[int, int] = {}
-    for row, (node, parent, name) in enumerate(rows):
-        names += name
-        if len(names) > _MAX_HEAP:
-            raise TocInvalid(f"the layer has more than {_MAX_HEAP} bytes of names")
-        name_end.append(len(names))
-        col["parent"][row], col["flags"][row], col["kind"][row] = parent, node.flags, node.kind
-        if node.kind is Kind.DIR:
-            children = node.children.values()
+class _Rows:
+    """The rows in their order, breadth first and sorted, and all their columns but those of content.
+
+    What every row has is filled column by column; only what few have, row by row.
+    """
+
+    def __init__(self, root: _Dir, entries: list[Entry]) -> None:
+        self.dropped = 0  # extended attributes
+        self.row_of = [-1] * len(entries)  # by survivor; -1: it has none
+        self._entries = entries
+        self._by_row: list[Entry] = []
+        self._col: dict[str, array] = {}  # type: ignore[type-arg]
+        self.columns: dict[str, Column] = {}
+        names = self._number(root)
+        self._plain()
+        self.columns.update(self._col)
+        self.columns.update(self._odd())
+        self.columns.update(_name_columns(names))
+
+    def _number(self, root: _Dir) -> list[bytes]:
+        """Give every directory and entry its row; fill what the tree says. Return the names by row."""
+        lives, parents, names = [root.live], [0], [b""]
+        dirs = [root]
+        for here in dirs:  # grows while it is walked
+            children = here.children
             if children:
-                col["first_child"][row] = min(child.row for child in children)
-                col["child_count"][row] = len(children)
-            col["nlink"][row] = 2 + sum(child.kind is Kind.DIR for child in children)
-        else:
-            col["nlink"][row] = 1
-        entry = node.entry
-        if entry is None:
-            col["mode"][row] = 0o755
-            continue
-        col["mode"][row], col["uid"][row], col["gid"][row] = entry.mode & 0o7777, entry.uid, entry.gid
-        col["mtime"][row], col["mtime_fraction"][row] = divmod(entry.mtime_ns, 1_000_000_000)
-        kept = tuple(pair for pair in entry.xattrs if not pair[0].startswith(DROPPED_XATTRS))
-        dropped += len(entry.xattrs) - len(kept)
-        if kept:
-            if len(kept) > _MAX_XATTRS or len(xattr_heap.data) > _MAX_HEAP:
-                raise TocInvalid(f"{entry.path[:200]!r} is one too many for its extended attributes")
-            col["xattr"][row] = xattr_heap.add(pack_xattrs(kept)) + 1
-        if entry.kind is Kind.REG:
-            col["size"][row] = entry.size
-        elif entry.kind is Kind.SYMLINK:
-            col["size"][row], col["aux"][row] = len(entry.link), links.add(entry.link)
-        elif entry.kind in (Kind.CHAR, Kind.BLOCK):
-            col["aux"][row] = entry.rdev[0] << 32 | entry.rdev[1]
-        elif entry.kind is Kind.HARDLINK:
+                listed = sorted(children)
+                names += listed
+                parents += [here.row] * len(listed)
+                row = len(lives)
+                for name in listed:
+                    child = children[name]
+                    if child.__class__ is int:
+                        lives.append(child)
+                    else:
+                        assert isinstance(child, _Dir)
+                        child.row = row
+                        lives.append(child.live)
+                        dirs.append(child)
+                    row += 1
+        count = len(lives)
+        col = self._col
+        for column, code in ROW_COLUMNS.items():
+            col[column] = array(code, bytes(array(code).itemsize * count))
+        col["parent"], col["nlink"] = array("I", parents), array("I", [1]) * count
+        flags, first_child, child_count, nlink = (col[n] for n in ("flags", "first_child", "child_count", "nlink"))
+        at = 1
+        for here in dirs:
+            row = here.row
+            flags[row], nlink[row] = here.flags, 2
+            if here.children:
+                first_child[row], child_count[row] = at, len(here.children)
+                at += len(here.children)
+        for here in dirs[1:]:
+            nlink[parents[here.row]] += 1
+        row_of, entries = self.row_of, self._entries
+        for row, live in enumerate(lives):
+            if live >= 0:
+                row_of[live] = row
+        self._by_row = [entries[live] if live >= 0 else _NO_ENTRY for live in lives]
+        return names
+
+    def _plain(self) -> None:
+        col, by_row = self._col, self._by_row
+        col["kind"] = array("B", [entry.kind for entry in by_row])
+        col["mode"] = array("H", [entry.mode & 0o7777 for entry in by_row])
+        col["uid"] = array("I", [entry.uid for entry in by_row])
+        col["gid"] = array("I", [entry.gid for entry in by_row])
+        times = [entry.mtime_ns for entry in by_row]
+        col["mtime"] = array("q", [time // 1_000_000_000 for time in times])
+        col["mtime_fraction"] = array("I", [time % 1_000_000_000 for time in times])
+        col["size"] = array("Q", [entry.size if entry.kind is _REG else 0 for entry in by_row])
+
+    def _odd(self) -> dict[str, Column]:
+        """Fill what few rows have. Return the heaps."""
+        col, by_row = self._col, self._by_row
+        links, xattr_heap = _Heap(), _Heap()
+        for row, entry in enumerate(by_row):
+            if entry.xattrs:
+                kept = tuple(pair for pair in entry.xattrs if not pair[0].startswith(DROPPED_XATTRS))
+                self.dropped += len(entry.xattrs) - len(kept)
+                if len(kept) > _MAX_XATTRS or len(xattr_heap.data) > _MAX_HEAP:
+                    raise TocInvalid(f"{entry.path[:200]!r} is one too many for its extended attributes")
+                if kept:
+                    col["xattr"][row] = xattr_heap.add(pack_xattrs(kept)) + 1
+        hard: list[int] = []
+        for row, kind in enumerate(col["kind"]):
+            if kind <= _FEW:  # directories and files: nearly all
+                continue
+            entry = by_row[row]
+            if kind == Kind.SYMLINK:
+                col["size"][row], col["aux"][row] = len(entry.link), links.add(entry.link)
+            elif kind in (Kind.CHAR, Kind.BLOCK):
+                col["aux"][row] = entry.rdev[0] << 32 | entry.rdev[1]
+            elif kind == Kind.HARDLINK:
+                hard.append(row)
+        if hard:
+            self._link(hard)
+        return {"links": bytes(links.data), "xattr_heap": bytes(xattr_heap.data)}
+
+    def _link(self, rows: list[int]) -> None:
+        """Bind hard links to their targets' rows, and give them the targets' attributes."""
+        col, by_row = self._col, self._by_row
+        wanted = {by_row[row].link for row in rows}
+        by_path = {
+            entry.path: row
+            for row, entry in enumerate(by_row)
+            if entry is not _NO_ENTRY and entry.path in wanted and entry.kind is not Kind.HARDLINK
+        }
+        for row in rows:
+            entry = by_row[row]
             target = by_path.get(entry.link)
             if target is None:
                 raise TarInvalid(f"is a hard link to {entry.link[:200]!r}, which is not in this layer", entry.path)
             col["aux"][row] = target
-            links_to[row] = target
-    for target in links_to.values():
-        col["nlink"][target] += 1
-    for row, target in links_to.items():
-        for column in ("mode", "uid", "gid", "mtime", "mtime_fraction", "size", "xattr", "nlink"):
-            col[column][row] = col[column][target]
-    columns.update(name_end=name_end, names=names, links=bytes(links.data), xattr_heap=bytes(xattr_heap.data))
-    return dropped
+            col["nlink"][target] += 1
+        for row in rows:
+            target = col["aux"][row]
+            for column in ("mode", "uid", "gid", "mtime", "mtime_fraction", "size", "xattr", "nlink"):
+                col[column][row] = col[column][target]
+
+
+def _name_columns(names: list[bytes]) -> dict[str, Column]:
+    joined = b"".join(names)
+    if len(joined) > _MAX_HEAP:
+        raise TocInvalid(f"the layer has more than {_MAX_HEAP} bytes of names")
+    return {"name_end": array("I", accumulate(map(len, names), initial=0)), "names": joined}
 
 
 def _fill_chunks(
     columns: dict[str, Column],
-    rows: list[tuple[_Node, int, bytes]],
+    row_of: list[int],
     survivors: list[Live[list[Chunk]]],
+    entries: list[Entry],
     facts: LayerFacts,
 ) -> int:
     col: dict[str, array] = columns  # type: ignore[type-arg, assignment]
-    row_of = {node.live: row for row, (node, _, _) in enumerate(rows) if node.live >= 0}
-    out: dict[str, array] = {name: array(code) for name, code in CHUNK_COLUMNS.items()}  # type: ignore[type-arg]
-    digests = bytearray()
+    data_offsets, first_chunks, chunk_counts = col["data_offset"], col["first_chunk"], col["chunk_count"]
+    offsets, sizes, frames, inners = array("Q"), array("I"), array("I"), array("Q")
+    add_offset, add_size, add_frame, add_inner = offsets.append, sizes.append, frames.append, inners.append
+    digests: list[bytes] = []
     frame_start, frame_first = array("Q"), array("I")
-    data_offset = 0
-    add_offset, add_size = out["chunk_data_offset"].append, out["chunk_size"].append
-    add_frame, add_inner = out["chunk_frame"].append, out["chunk_inner"].append
-    for number, live in enumerate(survivors):
-        row = row_of.get(number)
-        end = live.tag[-1].offset + live.tag[-1].size if live.tag else 0
-        if live.entry.kind is Kind.REG and end != live.entry.size:
-            raise TocInvalid(f"{live.entry.path[:200]!r} has chunks up to {end} of its {live.entry.size} bytes")
-        if row is None or live.entry.kind is not Kind.REG or rows[row][0].kind is not Kind.REG or not live.tag:
+    frame, frame_at = -1, -1  # the last one: its number, and where it starts
+    is_plain = facts.form == FORM_PLAIN
+    count = data_offset = 0
+    for live, entry, row in zip(survivors, entries, row_of, strict=True):
+        chunks = live.tag
+        if not chunks:
+            if entry.size and entry.kind is _REG:
+                raise TocInvalid(f"{entry.path[:200]!r} has chunks up to 0 of its {entry.size} bytes")
+            continue
+        if live.entry.kind is not _REG:
+            continue
+        size, last = live.entry.size, chunks[-1]
+        if last.offset + last.size != size:
+            raise TocInvalid(
+                f"{entry.path[:200]!r} has chunks up to {last.offset + last.size} of its {live.entry.size} bytes"
+            )
+        if row < 0 or entry.kind is not _REG:
             continue  # markers and landmarks have content too, and nobody can read it
         # A plain layer was written to its data space before anybody knew which of its names survive.
-        base = live.tag[0].blob_offset if facts.form == FORM_PLAIN else data_offset
-        col["data_offset"][row], col["first_chunk"][row] = base, len(out["chunk_size"])
-        col["chunk_count"][row] = len(live.tag)
-        for chunk in live.tag:
-            if chunk.blob_offset < 0 or facts.form == FORM_PLAIN:
-                frame = NO_FRAME
+        base = chunks[0].blob_offset if is_plain else data_offset
+        data_offsets[row], first_chunks[row], chunk_counts[row] = base, count, len(chunks)
+        for chunk in chunks:
+            start = chunk.blob_offset
+            if start < 0 or is_plain:
+                add_frame(NO_FRAME)
             else:
-                if not frame_start or frame_start[-1] != chunk.blob_offset:
-                    if frame_start and frame_start[-1] > chunk.blob_offset:
-                        raise TocInvalid(f"{live.entry.path[:200]!r} is not in blob order")
-                    frame_start.append(chunk.blob_offset)
-                    frame_first.append(len(out["chunk_size"]))
-                frame = len(frame_start) - 1
+                if start != frame_at:
+                    if start < frame_at:
+                        raise TocInvalid(f"{entry.path[:200]!r} is not in blob order")
+                    frame, frame_at = frame + 1, start
+                    frame_start.append(start)
+                    frame_first.append(count)
+                add_frame(frame)
             add_offset(base + chunk.offset)
             add_size(chunk.size)
-            add_frame(frame)
             add_inner(max(chunk.inner_offset, 0))
-            digests += chunk.digest
-        data_offset = align(base + live.entry.size)
+            digests.append(chunk.digest)
+            count += 1
+        data_offset = (base + size + PAGE - 1) & -PAGE
         if data_offset > _MAX_DATA:
             raise TocInvalid(f"the layer claims more than {_MAX_DATA} bytes of content")
     # A frame ends where the next one in the TOC begins: headers of empty entries may lie in between, in frames of their
     # own, so a reader decodes the first frame of the range and no more.
     ends = array("Q", [*frame_start[1:], facts.payload_end]) if frame_start else array("Q")
-    columns.update(out)
+    columns.update(chunk_data_offset=offsets, chunk_size=sizes, chunk_frame=frames, chunk_inner=inners)
     columns.update(
-        chunk_digest=bytes(digests), frame_blob_offset=frame_start, frame_blob_end=ends, frame_first_chunk=frame_first
+        chunk_digest=b"".join(digests),
+        frame_blob_offset=frame_start,
+        frame_blob_end=ends,
+        frame_first_chunk=frame_first,
     )
     return data_offset

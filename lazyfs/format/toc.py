@@ -35,6 +35,9 @@ from lazyfs.format.toc_json import (
 )
 from lazyfs.format.zeros import ZeroDigests
 
+_REG = Kind.REG  # an attribute of an enumeration takes longer to find than most else here
+_FEW = max(Kind.DIR, Kind.REG)  # kinds above it are those of few entries
+
 
 def parse_toc(raw: bytes, payload_end: int) -> Iterator[tuple[Entry, list[Chunk]]]:
     """Check a TOC and yield its entries in blob order, each with the chunks of its content (empty unless REG).
@@ -83,8 +86,18 @@ class _Reader:
                     raise TocInvalid("is a chunk of no file")
                 entry = self._entry(item)
                 chunks: list[Chunk] = []
-                if entry.size:
-                    number = self._chunks(items, number, chunks)
+                size = entry.size
+                if size:
+                    # Nearly all files: one chunk, which is all there is.
+                    one_chunk = item.chunk_size in (0, size) and size <= MAX_CHUNK and not item.chunk_offset
+                    if one_chunk and not item.chunk_type and not item.end_offset:
+                        self._place(item, size)
+                        told = item.chunk_digest or item.digest
+                        chunks.append(Chunk(0, size, item.offset, item.inner_offset, _digest(told)))
+                        if item.digest and item.digest != told:
+                            _digest(item.digest)
+                    else:
+                        number = self._chunks(items, number, chunks)
             except TocInvalid as error:
                 raise TocInvalid(f"entry {number} of the TOC, {item.name[:200]!r}: {error.message}") from None
             yield entry, chunks
@@ -92,9 +105,9 @@ class _Reader:
 
     def _entry(self, item: TocItem) -> Entry:
         path = clean_path(_octets(item.name, item.name_raw), TocInvalid)
-        if item.uid > MAX_ID or item.gid > MAX_ID:
-            raise TocInvalid(f"has the owner {item.uid}:{item.gid}, which no file can have")
         uid, gid, uname, gname = item.uid, item.gid, item.user_name, item.group_name
+        if uid > MAX_ID or gid > MAX_ID:
+            raise TocInvalid(f"has the owner {uid}:{gid}, which no file can have")
         if uname:
             self._users[uid] = uname
         elif self._users:
@@ -104,14 +117,16 @@ class _Reader:
         elif self._groups:
             gname = self._groups.get(gid, "")
         mtime_ns = self._times.parse(item.modtime) if item.modtime else 0
-        entry = Entry(path, KINDS[item.type], item.mode & 0o7777, uid, gid, mtime_ns, 0, b"", (0, 0), (), uname, gname)
-        kind = entry.kind
-        if kind is Kind.REG:
-            if item.size > MAX_FILE:
-                raise TocInvalid(f"has the size {item.size}, more than any file")
-            entry.size = item.size
-            if not item.size and item.digest not in ("", EMPTY):
+        kind, size = KINDS[item.type], 0
+        if kind is _REG:
+            size = item.size
+            if size > MAX_FILE:
+                raise TocInvalid(f"has the size {size}, more than any file")
+            if not size and item.digest not in ("", EMPTY):
                 raise TocInvalid("is empty, and its digest is not that of nothing")
+        entry = Entry(path, kind, item.mode & 0o7777, uid, gid, mtime_ns, size, b"", (0, 0), (), uname, gname)
+        if kind <= _FEW:  # directories and files: nearly all
+            pass
         elif kind is Kind.SYMLINK:
             entry.link = _octets(item.link_name, item.link_name_raw)
             if not entry.link or len(entry.link) >= MAX_PATH or b"\0" in entry.link:
@@ -183,15 +198,16 @@ class _Reader:
 
     def _place(self, item: TocItem, size: int) -> None:
         """Check that a chunk lies behind the one before it: content of one stream can't overlap."""
-        if item.offset >= self._payload_end:
-            raise TocInvalid(f"its content at {item.offset} lies behind the last frame's end, {self._payload_end}")
-        if item.offset < self._end:
-            raise TocInvalid(f"its content at {item.offset} lies in another file's, which ends at {self._end}")
-        if item.inner_offset > MAX_INNER:
-            raise TocInvalid(f"its content lies {item.inner_offset} bytes into a frame, more than {MAX_INNER}")
-        if item.offset < self._frame or (item.offset == self._frame and item.inner_offset < self._inner_end):
-            raise TocInvalid(f"its content at {item.offset}+{item.inner_offset} is not in blob order")
-        self._frame, self._inner_end = item.offset, item.inner_offset + size
+        at, inner = item.offset, item.inner_offset
+        if at >= self._payload_end:
+            raise TocInvalid(f"its content at {at} lies behind the last frame's end, {self._payload_end}")
+        if at < self._end:
+            raise TocInvalid(f"its content at {at} lies in another file's, which ends at {self._end}")
+        if inner > MAX_INNER:
+            raise TocInvalid(f"its content lies {inner} bytes into a frame, more than {MAX_INNER}")
+        if at < self._frame or (at == self._frame and inner < self._inner_end):
+            raise TocInvalid(f"its content at {at}+{inner} is not in blob order")
+        self._frame, self._inner_end = at, inner + size
 
 
 def _digest(text: str) -> bytes:

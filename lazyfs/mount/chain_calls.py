@@ -100,8 +100,8 @@ class ChainCalls:
         return {
             "chain": chain.id,
             "lowerdirs": [chain.path],
-            "driver": "fuse",
-            "reason": "the only driver of this version",
+            "driver": chain.shown.driver,
+            "reason": chain.shown.reason,
             "root": {"mode": root.mode & 0o7777, "uid": root.uid, "gid": root.gid},
         }
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import trio
@@ -17,12 +16,13 @@ from lazyfs.mount.chain_layers import ChainLayers
 from lazyfs.mount.chain_resolving import ChainResolver
 from lazyfs.mount.chains import Chains
 from lazyfs.mount.donors import Donors
-from lazyfs.mount.forest import Forest, Planted
+from lazyfs.mount.forest import Forest
 from lazyfs.mount.images import Images
 from lazyfs.mount.keeping import Keeping
 from lazyfs.mount.preparing import Preparer
 from lazyfs.mount.reachable import Reachable
 from lazyfs.mount.resolving import Pull
+from lazyfs.mount.showing import Showing
 from lazyfs.reference import Reference
 from lazyfs.registry.config.access import Access
 from lazyfs.registry.repository import Repository
@@ -45,16 +45,16 @@ def serve_chains(
     census: Census,
     donors: Donors,
     nursery: trio.Nursery,
-    path_of: Callable[[Planted], str],
+    showing: Showing,
     rest: Next,
 ) -> ChainService:
-    """Return the service; `rest` answers the calls that are none of its own. `path_of` may refuse with UsageError."""
+    """Return the service; `rest` answers the calls that are none of its own. `showing` may refuse with UsageError."""
     apart, links = Apart(nursery), Links()
     keeping = Keeping(images.layers)
     layers = ChainLayers(images.layers, images.fillings, preparer, keeping, apart, links)
     documents = ChainDocuments(census.catalog, images.resolver, links)
     reachable = Reachable(links, census)
-    chains = Chains(layers, keeping, reachable, images.planting, forest, apart, path_of)
+    chains = Chains(layers, keeping, reachable, images.planting, forest, apart, showing)
     clearing = Clearing(census, release=donors.close)
 
     def open_repository(reference: Reference, access: Access | None) -> Repository:

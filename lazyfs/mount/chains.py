@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import trio
 
-from lazyfs.errors import LazyfsError, RegistryTimeout
+from lazyfs.errors import LazyfsError, RegistryTimeout, UsageError
 from lazyfs.log import fields
 from lazyfs.mount.apart import Apart
 from lazyfs.mount.chain_layers import ChainLayers, ChainSource
@@ -19,6 +18,7 @@ from lazyfs.mount.keeping import Keeping
 from lazyfs.mount.planting import Planting
 from lazyfs.mount.preparing import Prepared
 from lazyfs.mount.reachable import Reachable
+from lazyfs.mount.showing import Showing, Shown
 from lazyfs.oci import Descriptor
 
 log = logging.getLogger(__name__)
@@ -39,9 +39,14 @@ class Chain:
     id: str
     image: str
     manifest_digest: str
-    path: str
+    shown: Shown
     planted: Planted
     layers: tuple[LayerFacts, ...]  # base first
+
+    @property
+    def path(self) -> str:
+        """The directory that shows it."""
+        return self.shown.path
 
     @property
     def digests(self) -> list[str]:
@@ -65,7 +70,7 @@ class Chains:
         planting: Planting,
         forest: Forest,
         apart: Apart,
-        path_of: Callable[[Planted], str],
+        showing: Showing,
     ) -> None:
         self._layers = layers
         self._keeping = keeping
@@ -73,7 +78,7 @@ class Chains:
         self._planting = planting
         self._forest = forest
         self._apart = apart
-        self._path_of = path_of
+        self._showing = showing
         self._chains: dict[str, Chain] = {}
 
     def __len__(self) -> int:
@@ -107,12 +112,8 @@ class Chains:
                 raise
             planted = await self._plant(source, prepared)
             facts = tuple(LayerFacts(one.layer, not one.reason, one.reason) for one in prepared)
-            try:
-                path = self._path_of(planted)
-            except LazyfsError:
-                await self._planting.release(planted)
-                raise
-            chain = Chain(planted.name.decode(), str(source.reference), manifest_digest, path, planted, facts)
+            shown = await self._show(planted)
+            chain = Chain(planted.name.decode(), str(source.reference), manifest_digest, shown, planted, facts)
             return await self._record(chain)
         assert scope.cancelled_caught
         host = source.reference.host
@@ -124,7 +125,7 @@ class Chains:
         if chain is not None:
             log.info("chain let go", extra=fields(chain=chain.id, image=chain.image))
             with trio.CancelScope(shield=True):
-                await self._planting.release(chain.planted)
+                await self._take_back(chain.planted, chain.shown)
 
     def root(self, chain: Chain) -> Attributes:
         """Return the attributes of a chain's root directory."""
@@ -139,9 +140,23 @@ class Chains:
             known.image, known.manifest_digest = chain.image, chain.manifest_digest
         with trio.CancelScope(shield=True):
             if known is not chain:
-                await self._planting.release(chain.planted)
+                await self._take_back(chain.planted, chain.shown)
             await self._keeping.release(chain.digests)
         return known
+
+    async def _show(self, planted: Planted) -> Shown:
+        try:
+            if self._showing.elsewhere:
+                raise UsageError("this daemon shows no chains: ask the node's own")
+            return await self._showing.show(planted, None)
+        except BaseException:
+            with trio.CancelScope(shield=True):
+                await self._planting.release(planted)
+            raise
+
+    async def _take_back(self, planted: Planted, shown: Shown) -> None:
+        await self._showing.hide(planted, shown)
+        await self._planting.release(planted)
 
     async def _hold_all(self, source: ChainSource, layers: list[ChainLayer]) -> list[Prepared]:
         """Hold all layers, side by side, each once it may be used; or none."""

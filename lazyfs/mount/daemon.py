@@ -46,13 +46,14 @@ from lazyfs.mount.donors import Donors
 from lazyfs.mount.fetching import Fetcher
 from lazyfs.mount.filling import Fillings
 from lazyfs.mount.forest import Forest, Owner, Planted
-from lazyfs.mount.images import Images, MountedImage
+from lazyfs.mount.images import Images
 from lazyfs.mount.mounted import Mounted
 from lazyfs.mount.node_uses import NodeUses
 from lazyfs.mount.operations import Operations
 from lazyfs.mount.preparing import Preparer
 from lazyfs.mount.resolving import Resolver
 from lazyfs.mount.session import Session
+from lazyfs.mount.showing import Showing
 from lazyfs.mount.status import RequestCounters, StatusReport
 from lazyfs.mount.stock_calls import StockCalls
 
@@ -147,6 +148,8 @@ class Daemon:
                 nursery,
                 requests.note_hop,
             )
+            showing = Showing(settings, images.planting.ensure_image, self._path_of, self._why_not_erofs())
+            images.planting.with_images = lambda: showing.wants_images
             operations = Operations(forest, reader)
             mountpoint = self._solo or settings.session
             session = None if self._store_only else Session(operations, mountpoint, allow_other=os.geteuid() == 0)
@@ -155,6 +158,7 @@ class Daemon:
                 forest,
                 operations,
                 session,
+                showing,
                 store,
                 memory,
                 reader.counters,
@@ -165,16 +169,14 @@ class Daemon:
             )
             fetcher = Fetcher(settings, images, census, store, catalog)
             stock = StockCalls(Stock(census, release=donors.close), fetcher)
-            service = serve_chains(
-                settings, images, preparer, forest, census, donors, nursery, self._path_of_chain, stock
-            )
+            service = serve_chains(settings, images, preparer, forest, census, donors, nursery, showing, stock)
             report.chains = service.chains.all
             metrics = partial(_metrics, report, requests, catalog, lambda: len(service.chains))
             mounted = Mounted(
                 settings,
                 images,
                 catalog,
-                self._path_of,
+                showing,
                 report.report,
                 lambda mounts: metrics().answer(mounts),
                 self._stop.set,
@@ -191,12 +193,14 @@ class Daemon:
                 session.open()
             try:
                 with self._scope, scraped:
-                    await self._parts(session, server, mounted)
+                    await self._parts(session, server, mounted, showing)
             finally:
                 with trio.CancelScope(shield=True):
                     server.unlink()
                     with trio.move_on_after(10):
                         await mounted.release_all()
+                    with trio.move_on_after(5):
+                        await showing.close()
                     with trio.move_on_after(5):
                         await images.close()
                 if session is not None:
@@ -204,7 +208,7 @@ class Daemon:
                 self._last.start()
                 nursery.cancel_scope.cancel()
 
-    async def _parts(self, session: Session | None, server: ControlServer, mounted: Mounted) -> None:
+    async def _parts(self, session: Session | None, server: ControlServer, mounted: Mounted, showing: Showing) -> None:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._watch_signals)
             if session is not None:
@@ -212,6 +216,7 @@ class Daemon:
                 await session.tune()
             if self._alone:
                 await mounted.clean_up_crashed()
+                await showing.clean_up_crashed()
             await server.listen()
             nursery.start_soon(server.serve)
             nursery.start_soon(mounted.watch_table)
@@ -229,17 +234,19 @@ class Daemon:
         log.info("the session was unmounted")
         self._scope.cancel()
 
-    def _path_of(self, image: MountedImage) -> str:
+    def _path_of(self, planted: Planted) -> str:
         if self._store_only:
             raise UsageError("this daemon only fills the store, it shows no image")
         if self._solo is not None:
             return os.fspath(self._solo)
-        return os.fspath(self._settings.session / image.planted.name.decode())
-
-    def _path_of_chain(self, planted: Planted) -> str:
-        if self._store_only or self._solo is not None:
-            raise UsageError("this daemon shows no chains: ask the node's own")
         return os.fspath(self._settings.session / planted.name.decode())
+
+    def _why_not_erofs(self) -> str:
+        if self._store_only:
+            return "it only fills the store"
+        if self._solo is not None or os.geteuid() != 0:
+            return "erofs can be mounted by root alone"
+        return ""
 
     async def _watch_signals(self) -> None:
         with trio.open_signal_receiver(*_STOPS) as signals:

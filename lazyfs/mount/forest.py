@@ -1,5 +1,8 @@
 """All mounted trees under one root directory: what FUSE sees, without FUSE. Node ids, names, attributes.
 
+Besides the trees, and in no listing, the root has a directory with the data space of each layer as one file, for the
+`erofs` driver: `.data/<layer number>`, and a file for that driver's self-test.
+
 Node id = number << 40 | row. The number is a layer's, for files that look the same in every image, or a tree's, for
 directories and for files whose link count differs there. The kernel's root (id 1) lists the trees by name. Numbers are
 persisted in the catalog before the kernel hears of them, so any id resolves without a lookup before it.
@@ -15,12 +18,19 @@ from dataclasses import dataclass
 
 from lazyfs.chunks.layer import ServedLayer
 from lazyfs.format.entry import Kind
-from lazyfs.format.table import LayerTable
+from lazyfs.format.table import PAGE, LayerTable
 from lazyfs.tree import Tree
 
 SHIFT = 40
 MASK = (1 << SHIFT) - 1
 ROOT_ID = 1  # FUSE_ROOT_ID; number 0, so no layer or tree collides with it
+DATA_ID = MASK  # the directory of data spaces
+PROBE_ID = MASK - 1  # the file of the self-test
+DATA_ROW = MASK  # in place of a row: the layer's data space; no table has so many rows
+DATA_NAME = b".data"
+PROBE_NAME = b"probe"
+PROBE_SIZE = (1 << 20) + 2 * PAGE  # bytes
+PROBE_GOOD = PROBE_SIZE - PAGE  # bytes of it that can be read; reads of the last page fail
 
 FILE_TYPE = {
     Kind.DIR: stat.S_IFDIR,
@@ -139,8 +149,12 @@ class Forest:
         return planted, row
 
     def is_list(self, node: int) -> bool:
-        """Tell whether a node is the list of trees: the one directory that changes."""
-        return node == ROOT_ID and self._solo is None
+        """Tell whether a node is the list of trees or that of data spaces: directories that change."""
+        return node in (ROOT_ID, DATA_ID) and self._solo is None
+
+    def data_layer(self, node: int) -> ServedLayer | None:
+        """Return the layer whose data space a node is; None: it is none, or of a layer that is gone."""
+        return self._layers.get(node >> SHIFT) if node & MASK == DATA_ROW else None
 
     def source(self, node: int) -> tuple[ServedLayer, int]:
         """Return the layer and the row in its table that carry a node's content and attributes. ESTALE: unknown id."""
@@ -177,15 +191,27 @@ class Forest:
     def lookup(self, parent: int, name: bytes) -> int:
         """Return the id of a name in a directory. Raise NoSuchName."""
         if self.is_list(parent):
-            listed = self._by_name.get(name)
-            if listed is None:
-                raise NoSuchName
-            return listed.number << SHIFT
+            return self._listed(parent, name)
         planted, row = self._directory(parent)
         child = planted.tree.child(row, name)
         if child is None:
             raise NoSuchName
         return self.node_of(planted, child)
+
+    def _listed(self, parent: int, name: bytes) -> int:
+        if parent == DATA_ID:
+            if name == PROBE_NAME:
+                return PROBE_ID
+            number = int(name) if name.isdigit() and len(name) < 10 else 0
+            if number not in self._layers:
+                raise NoSuchName
+            return number << SHIFT | DATA_ROW
+        if name == DATA_NAME and not self._is_solo:
+            return DATA_ID
+        listed = self._by_name.get(name)
+        if listed is None:
+            raise NoSuchName
+        return listed.number << SHIFT
 
     def parent_of(self, node: int) -> int:
         """Return the id of a directory's parent; the parent of the kernel's root is itself. Raise NoSuchName."""
@@ -199,6 +225,8 @@ class Forest:
 
         Directories are sorted; the list of trees, which may change between two calls, is in the order of their numbers.
         """
+        if node == DATA_ID:
+            return
         if self.is_list(node):
             for number in sorted(number for number in self._trees if number >= start):
                 yield self._trees[number].name, number << SHIFT, number + 1
@@ -214,7 +242,15 @@ class Forest:
     def attributes(self, node: int) -> Attributes:
         """Return a node's attributes. Raise NoSuchName (ESTALE) for an id that nobody has."""
         if self.is_list(node):
+            if node == DATA_ID:
+                return Attributes(DATA_ID, stat.S_IFDIR | 0o700, 2, 0, 0, 0, 0, 0)
             return Attributes(ROOT_ID, stat.S_IFDIR | 0o755, 2 + len(self._trees), 0, 0, 0, 0, 0)
+        if node == PROBE_ID:
+            return Attributes(PROBE_ID, stat.S_IFREG | 0o400, 1, 0, 0, PROBE_SIZE, 0, 0)
+        data = self.data_layer(node)
+        if data is not None:
+            size = -(-data.table.data_size // PAGE) * PAGE
+            return Attributes(node, stat.S_IFREG | 0o400, 1, 0, 0, size, 0, 0)
         layer, row = self.source(node)
         found = self._in_tree(node)
         table = layer.table
@@ -244,7 +280,7 @@ class Forest:
 
     def xattrs(self, node: int) -> dict[bytes, bytes]:
         """Return a node's extended attributes."""
-        if self.is_list(node):
+        if self.is_list(node) or node == PROBE_ID or node & MASK == DATA_ROW:
             return {}
         layer, row = self.source(node)
         return layer.table.xattrs(row)

@@ -20,6 +20,7 @@ from lazyfs.errors import LazyfsError, MountPointInvalid, StoreError, UsageError
 from lazyfs.mount.chain_service import ChainService
 from lazyfs.mount.control import Say
 from lazyfs.mount.images import Images, MountedImage
+from lazyfs.mount.showing import Showing, Shown
 from lazyfs.mount.stock_calls import pull_of
 from lazyfs.registry.config import access as accesses
 
@@ -37,6 +38,7 @@ class Mount:
     id: str
     name: str  # the image as the user wrote it
     image: MountedImage
+    shown: Shown
     lease: object  # the connection whose end releases it; None: it stays
     dir: str = ""
     kind: str = "ro"
@@ -51,7 +53,7 @@ class Mounted:
         settings: Settings,
         images: Images,
         catalog: Catalog,
-        path_of: Callable[[MountedImage], str],
+        showing: Showing,
         status: Callable[[list[Mount]], Awaitable[dict[str, Any]]],
         metrics: Callable[[list[Mount]], Awaitable[dict[str, Any]]],
         stop: Callable[[], None],
@@ -60,7 +62,7 @@ class Mounted:
         self._settings = settings
         self._images = images
         self._catalog = catalog
-        self._path_of = path_of
+        self._showing = showing
         self._status = status
         self._metrics = metrics
         self._stop = stop
@@ -160,7 +162,9 @@ class Mounted:
         platform, plain_http = args.get("platform"), args.get("plain_http")
         if not isinstance(platform, str | None) or not isinstance(plain_http, bool | None):
             raise UsageError("mount_image: platform is a text and plain_http true or false")
-        access = args.get("access")
+        access, driver = args.get("access"), args.get("driver")
+        if not isinstance(driver, str | None):
+            raise UsageError("mount_image: driver is a text")
         image = await self._images.mount(
             name,
             platform,
@@ -170,11 +174,12 @@ class Mounted:
             access=None if access is None else accesses.from_json(access),
         )
         try:
-            path = self._path_of(image)
-        except LazyfsError:
-            await self._images.release(image)
+            shown = await self._showing.show(image.planted, driver)
+        except BaseException:
+            with trio.CancelScope(shield=True):
+                await self._images.release(image)
             raise
-        mount = Mount(uuid4().hex[:16], name, image, connection if args.get("lease") else None)
+        mount = Mount(uuid4().hex[:16], name, image, shown, connection if args.get("lease") else None)
         self._mounts[mount.id] = mount
         if args.get("command") is not None:
             entrypoint, command = args.get("entrypoint"), args["command"]
@@ -184,11 +189,11 @@ class Mounted:
         self._note_change()
         return {
             "mount": mount.id,
-            "path": path,
+            "path": shown.path,
             "manifest_digest": image.manifest.digest,
             "config": image.config.document,
-            "driver": "fuse",
-            "reason": "the only driver of this version",
+            "driver": shown.driver,
+            "reason": shown.reason,
             "layers": [
                 {
                     "digest": fact.layer.digest,
@@ -224,6 +229,7 @@ class Mounted:
     async def _release(self, mount: Mount) -> None:
         if self._mounts.pop(mount.id, None) is None:
             return
+        await self._showing.hide(mount.image.planted, mount.shown)
         await self._images.release(mount.image)
         if mount.dir:
             await self._note(partial(self._catalog.remove_mount, mount.id), mount.dir)
@@ -267,7 +273,7 @@ def _take_away(directory: str, kind: str, state_dir: str) -> None:
     """Unmount a directory that shows an image, and remove its writable layer. Blocking; logs what fails."""
     try:
         found = mounts.top_at(os.fsencode(directory)) if directory and kind != "container" else None
-        if found is not None and (found.kind.startswith("fuse") or found.kind == "overlay"):
+        if found is not None and (found.kind.startswith("fuse") or found.kind in ("erofs", "overlay")):
             if os.geteuid() == 0:
                 mounts.umount(os.fsencode(directory), lazy=True)
             else:

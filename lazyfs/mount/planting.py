@@ -13,20 +13,25 @@ from lazyfs.chunks.layer import ServedLayer
 from lazyfs.chunks.schedule import Scheduler
 from lazyfs.chunks.single_flight import SingleFlight
 from lazyfs.errors import StoreBroken, TableInvalid
+from lazyfs.format import erofs_write
 from lazyfs.mount.filling import Fillings
 from lazyfs.mount.forest import Forest, Planted
 from lazyfs.mount.preparing import Prepared, Preparer
 from lazyfs.tree import Tree, tree_key
 
-_KEPT = 200  # files of trees; the oldest go when one is built
+_KEPT = 400  # files of trees, two each; the oldest go when one is built
 _THREADS = 4
+IMAGE = ".erofs"  # behind a tree's name: its image for the erofs driver
 
 
 class Planting:
     """Put trees into the forest and take them out again. Belongs to one trio loop; files are left to threads.
 
-    `drop` gives layers back, each as often as it stands in the list.
+    `drop` gives layers back, each as often as it stands in the list. `with_images` tells whether new trees need images
+    for the erofs driver: those are made beside them.
     """
+
+    with_images: Callable[[], bool]
 
     def __init__(
         self,
@@ -45,6 +50,7 @@ class Planting:
         self._drop = drop
         self._limiter = trio.CapacityLimiter(_THREADS)
         self._building: SingleFlight[str, Planted] = SingleFlight()
+        self.with_images = lambda: False
 
     async def plant(self, prepared: list[Prepared]) -> Planted:
         """Return the tree of these layers with one more user. Takes over the layers, unless it raises StoreError."""
@@ -87,12 +93,35 @@ class Planting:
         except TableInvalid:
             _make_room(self._directory)
         tables = [os.fspath(one.layer.table.path) for one in prepared]
-        self._preparer.builder.run({"tree": {"tables": tables, "out": os.fspath(path)}})
+        job: dict[str, object] = {"tree": {"tables": tables, "out": os.fspath(path)}}
+        if self.with_images():
+            job |= self._image_job(key, tables)
+        self._preparer.builder.run(job)
         try:
             return Tree(path), number
         except TableInvalid:  # cleared away as nobody's, just now
-            self._preparer.builder.run({"tree": {"tables": tables, "out": os.fspath(path)}})
+            self._preparer.builder.run(job)
             return Tree(path), number
+
+    def _image_job(self, key: str, tables: list[str]) -> dict[str, object]:
+        tree, out = self._directory / key, self._directory / f"{key}{IMAGE}"
+        return {"erofs": {"tables": tables, "tree": os.fspath(tree), "key": key, "out": os.fspath(out)}}
+
+    def ensure_image(self, planted: Planted) -> tuple[Path, list[int]]:
+        """Return a tree's image for the erofs driver, checked and made where needed, and its devices in order.
+
+        These are numbers of layers. Blocking, in any thread. Raise StoreError, FormatError.
+        """
+        key = planted.name.decode()
+        path = self._directory / f"{key}{IMAGE}"
+        tables = [layer.table for layer in planted.layers]
+        try:
+            erofs_write.check(path, key)
+        except TableInvalid:
+            _make_room(self._directory)
+            self._preparer.builder.run(self._image_job(key, [os.fspath(table.path) for table in tables]))
+            erofs_write.check(path, key)
+        return path, [planted.layers[place].number for place in erofs_write.device_layers(tables)]
 
 
 def _make_room(directory: Path) -> None:

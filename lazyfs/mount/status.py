@@ -26,6 +26,7 @@ from lazyfs.mount.images import LayerFacts
 from lazyfs.mount.mounted import Mount
 from lazyfs.mount.operations import Operations
 from lazyfs.mount.session import Session
+from lazyfs.mount.showing import Showing
 from lazyfs.registry.health import Health
 from lazyfs.registry.hops import Hop
 from lazyfs.stats import REQUEST_BOUNDS, Buckets, Histograms, Names
@@ -82,6 +83,7 @@ class StatusReport:
         forest: Forest,
         operations: Operations,
         session: Session | None,
+        showing: Showing,
         store: Store,
         memory: MemoryCache,
         reads: ReadCounters,
@@ -95,6 +97,7 @@ class StatusReport:
         self._forest = forest
         self._operations = operations
         self._session = session
+        self._showing = showing
         self._store = store
         self._memory = memory
         self._reads = reads
@@ -130,9 +133,9 @@ class StatusReport:
         layers = self.layers()
         fetched = [gone[p] + sum(layer.bytes_by_priority[p] for layer in layers) for p in Priority]
         store = self._store.status()
-        reason = "the only driver of this version"
+        driver, reason = self._showing.choice()
         if self._session is None:
-            reason = "it only fills the store"
+            driver, reason = "none", "it only fills the store"
         elif self._session.reason:
             reason += f"; {self._session.reason}"
         return {
@@ -141,7 +144,7 @@ class StatusReport:
                 "pid": os.getpid(),
                 "uptime": round(time.monotonic() - self._began, 1),
                 "memory": 0,
-                "driver": "fuse" if self._session is not None else "none",
+                "driver": driver,
                 "reason": reason,
                 "root": os.fspath(self._settings.root),
             },
@@ -180,6 +183,8 @@ class StatusReport:
             "manifest_digest": mount.image.manifest.digest,
             "dir": mount.dir,
             "kind": mount.kind,
+            "driver": mount.shown.driver,
+            "reason": mount.shown.reason,
             **_filled(mount.image.layers, mount.image.size),
         }
 
@@ -190,6 +195,8 @@ class StatusReport:
             "manifest_digest": chain.manifest_digest,
             "dir": chain.path,
             "kind": "chain",
+            "driver": chain.shown.driver,
+            "reason": chain.shown.reason,
             **_filled(chain.layers, chain.size),
         }
 

@@ -11,7 +11,13 @@ from tests.helpers.daemon import Node
 
 
 @pytest.fixture
-def node(scratch: Path) -> Iterator[Node]:
+def driver() -> str:
+    """How trees reach the kernel; a test that is to run with others parametrises it."""
+    return "fuse"
+
+
+@pytest.fixture
+def node(scratch: Path, driver: str) -> Iterator[Node]:
     """Yield a store and its daemon, not yet started; whatever it leaves behind fails the test."""
-    with Node(scratch) as one:
+    with Node(scratch, DRIVER=driver) as one:
         yield one

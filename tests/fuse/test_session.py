@@ -30,6 +30,7 @@ print(count)
 """
 
 
+@pytest.mark.parametrize("driver", ["fuse"])
 def test_kernel_side_is_tuned(node: Node, registry: FakeRegistry) -> None:
     tree = node.mount(add(registry, "one", zstd_chunked_layer(tar_of(file("f", b"x")))))
     shown = mounts.top_at(os.fsencode(tree))
@@ -38,7 +39,7 @@ def test_kernel_side_is_tuned(node: Node, registry: FakeRegistry) -> None:
     assert int(read_ahead.read_text()) == READ_AHEAD // 1024
     connection = Path("/sys/fs/fuse/connections") / shown.device.partition(":")[2]
     assert int((connection / "max_background").read_text()) == MAX_BACKGROUND
-    assert node.status()["daemon"]["reason"] == "the only driver of this version"
+    assert node.status()["daemon"]["reason"] == "the settings say so"
 
 
 def test_session_lists_its_trees_and_nothing_else(node: Node, registry: FakeRegistry) -> None:

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from lazyfs.chunks.layer import ServedLayer
 from lazyfs.errors import LayerQuarantined
+from lazyfs.format.table import PAGE
 from tests.helpers.blobs import LayerBlob, zstd_chunked_layer
 from tests.helpers.chunk_tables import noise
 from tests.helpers.fake_registry import FakeRegistry
@@ -187,3 +188,43 @@ def test_every_chunk_is_fetched_at_most_once(
 
     with tempfile.TemporaryDirectory() as scratch:
         trio.run(scenario, Path(scratch) / "node")
+
+
+@pytest.mark.parametrize("blob", LAYERS, ids=["frame a chunk", "chunks share frames", "large", "small chunks"])
+async def test_data_space_is_the_files_in_their_places_and_zeros(
+    scratch: Path, registry: FakeRegistry, blob: LayerBlob
+) -> None:
+    async with node(scratch) as one:
+        layer = one.serve(blob, registry)
+        table = layer.table
+        whole = bytearray(table.data_size + 3 * PAGE)  # it may be read beyond its end
+        for name, data in CONTENT.items():
+            at = table.data_offset[table.find(name)]
+            whole[at : at + len(data)] = data
+        order = random.Random(7)
+        ranges = [(0, len(whole)), (table.data_size, PAGE), (0, 0)]
+        ranges += [(order.randrange(0, table.data_size, PAGE), order.randrange(1, 9) * PAGE) for _ in range(40)]
+        for at, size in ranges:
+            wanted = bytes(whole[at : at + size]).ljust(size, b"\0")
+            assert bytes(await one.reader.read_data(layer, at, size)) == wanted, (at, size)
+
+
+async def test_data_space_brings_the_chunks_of_its_pages_alone(scratch: Path, registry: FakeRegistry) -> None:
+    async with node(scratch) as one:
+        layer = one.serve(LAYERS[0], registry)
+        row = layer.table.find(b"f09")
+        for page in (3, 9):
+            await one.reader.read_data(layer, layer.table.data_offset[row] + page * PAGE, PAGE)
+        with trio.fail_after(10):
+            while one.remote.in_flight():
+                await trio.sleep(0.001)
+        assert layer.store.present_bytes == 2 * PAGE
+
+
+async def test_data_space_of_a_quarantined_layer_is_an_error(scratch: Path, registry: FakeRegistry) -> None:
+    async with node(scratch) as one:
+        layer = one.serve(LAYERS[1], registry)
+        assert await one.reader.read_data(layer, 0, PAGE)
+        layer.quarantine = "it was a lie"
+        with pytest.raises(LayerQuarantined):
+            await one.reader.read_data(layer, 0, PAGE)

@@ -1,0 +1,268 @@
+"""Inodes of an EROFS image, made from a tree's columns and those of its layers' tables.
+
+There are two areas. In the first each inode has the size it needs: directories, symlinks, devices, and files that are
+special. The second has the ordinary files of one layer after the other, 96 bytes each, and is filled column by column:
+nothing is done file by file, which makes the image of half a million files in under a second.
+"""
+
+from __future__ import annotations
+
+import stat
+from array import array
+from collections.abc import Sequence
+from itertools import compress
+from operator import itemgetter
+
+from lazyfs.errors import TocInvalid
+from lazyfs.format.entry import Kind
+from lazyfs.format.erofs_dirs import Directories, TreeColumns
+from lazyfs.format.erofs_layout import (
+    BLOCK,
+    BLOCK_BITS,
+    CHUNK_FORMAT,
+    CHUNK_INDEX,
+    CHUNK_SHIFT,
+    CHUNKED,
+    EXTENDED,
+    FLAT_INLINE,
+    FLAT_PLAIN,
+    INODE,
+    INODE_BYTES,
+    MAX_BLOCKS,
+    NULL_BLOCK,
+    SLOT,
+    align_block,
+    device_number,
+)
+from lazyfs.format.erofs_xattrs import NO_XATTRS, Xattrs, body_count
+from lazyfs.format.table import LayerTable
+
+_FILE_TYPE: dict[int, int] = {
+    Kind.DIR: stat.S_IFDIR, Kind.REG: stat.S_IFREG, Kind.SYMLINK: stat.S_IFLNK, Kind.CHAR: stat.S_IFCHR,
+    Kind.BLOCK: stat.S_IFBLK, Kind.FIFO: stat.S_IFIFO,
+}  # fmt: skip
+_STRIDE = 96  # bytes of an ordinary file: an inode, one chunk index, and what is lost up to the next slot
+_IS_REG = bytes(kind == Kind.REG for kind in range(256))
+_ALIKE = 1 << CHUNK_SHIFT  # bytes; a file with more needs more than one chunk index
+
+
+def device_layers(tables: Sequence[LayerTable]) -> list[int]:
+    """Return the places in the chain, base first, of the layers that have a device, in the order of the devices."""
+    return [place for place, table in enumerate(tables) if table.data_size]
+
+
+class Inodes:
+    """The inodes of a tree. `place` gives each its nid; `special`, `blocks` and `ordinary` make the bytes."""
+
+    def __init__(self, tree: TreeColumns, tables: Sequence[LayerTable]) -> None:
+        self.xattrs = Xattrs()
+        self.nids = array("I", bytes(4 * tree.rows))
+        self._tree = tree
+        self._tables = tables
+        self._device = {place: number + 1 for number, place in enumerate(device_layers(tables))}
+        self._directories = Directories(tree)
+        self._special: list[int] = []  # rows in the first area
+        self._extents: list[tuple[int, int, int]] = []  # of each: place, see `_extent`
+        self._body: dict[int, bytes] = {}  # row -> attributes
+        self._bodies: dict[tuple[int, int], bytes] = {}
+        self._ordinary: list[tuple[list[int], Sequence[int]]] = []  # by layer: rows, and their rows in the table
+        self.count = 0
+        self.special_size = 0  # bytes
+        self._place()
+
+    def _place(self) -> None:
+        self._sort_out()
+        at = SLOT  # no inode has the number 0: readdir(3) takes it for a removed name
+        for row in self._special:
+            head, tail = self._extent(row)
+            if tail and (at + INODE_BYTES - 1) // BLOCK != (at + head + tail - 1) // BLOCK:
+                at = align_block(at)
+            self._extents.append((at, head, tail))
+            self.nids[row] = at // SLOT
+            at += (head + tail + SLOT - 1) & -SLOT
+        self.special_size = align_block(at)
+        nid, step = self.special_size // SLOT, _STRIDE // SLOT
+        nids = self.nids
+        for rows, _ in self._ordinary:
+            for row in rows:
+                nids[row] = nid
+                nid += step
+        self.count = len(self._special) + sum(len(rows) for rows, _ in self._ordinary)
+        if nid > NULL_BLOCK:
+            raise TocInvalid("the image has too many files for one EROFS image")
+        for row, first in self._links:
+            nids[row] = nids[first]
+        self._directories.number(nids)
+
+    def _sort_out(self) -> None:
+        """Divide the rows: special ones, ordinary files by layer, and further names of the same inode."""
+        tree, tables = self._tree, self._tables
+        self._links = [(row, first) for row, first in enumerate(tree.inode.tolist()) if first != row]
+        is_ordinary = bytearray(bytes(tree.kind).translate(_IS_REG))
+        for row, _ in self._links:
+            is_ordinary[row] = 0
+        every, layers, sources = range(tree.rows), tree.layer.tolist(), tree.source.tolist()
+        by_layer: list[list[int]] = [[] for _ in tables]
+        if len(tables) == 1:
+            by_layer[0] = list(compress(every, is_ordinary))
+        else:
+            for row in compress(every, is_ordinary):
+                by_layer[layers[row]].append(row)
+        for place, (rows, table) in enumerate(zip(by_layer, tables, strict=True)):
+            rows_of_table = _pick(sources, rows)
+            odd = {
+                row
+                for row, xattr, size in zip(
+                    rows, _pick(table.xattr, rows_of_table), _pick(table.size, rows_of_table), strict=True
+                )
+                if (xattr and self._attributes(row, place, xattr)) or size > _ALIKE
+            }
+            if odd:
+                rows = [row for row in rows if row not in odd]
+                rows_of_table = _pick(sources, rows)
+                for row in odd:
+                    is_ordinary[row] = 0
+            self._ordinary.append((rows, rows_of_table))
+        for row, _ in self._links:
+            is_ordinary[row] = 1
+        self._special = [row for row, ordinary in enumerate(is_ordinary) if not ordinary]
+
+    def _attributes(self, row: int, layer: int, xattr: int) -> bytes:
+        """Return (and keep) the attributes of a row, which has the set number `xattr` of its table."""
+        body = self._bodies.get((layer, xattr))
+        if body is None:
+            table = self._tables[layer]
+            body = self._bodies[layer, xattr] = self.xattrs.body(table.xattrs(self._tree.source[row]))
+        if body:
+            self._body[row] = body
+        return body
+
+    def _extent(self, row: int) -> tuple[int, int]:
+        """Return how many bytes a special inode takes: with attributes and indexes, and of content right behind them.
+
+        That content may not lie in two blocks, and not in another one than the inode.
+        """
+        tree = self._tree
+        kind, layer, source = tree.kind[row], tree.layer[row], tree.source[row]
+        table = self._tables[layer]
+        xattr = table.xattr[source]
+        head = INODE_BYTES
+        if xattr:
+            head += len(self._attributes(row, layer, xattr))
+        if kind == Kind.DIR:
+            tail = self._directories.sizes[row] % BLOCK
+        elif kind == Kind.SYMLINK:
+            tail = table.size[source]
+        elif kind == Kind.REG:
+            return _chunks_at(head) + CHUNK_INDEX.size * _chunk_count(table.size[source]), 0
+        else:
+            tail = 0
+        return head, tail if head + tail <= BLOCK else 0
+
+    # -- bytes
+
+    def special(self, first_block: int) -> tuple[bytearray, bytearray]:
+        """Return the first area, and the blocks of content that its inodes name, which begin at block `first_block`."""
+        tree, tables, nids = self._tree, self._tables, self.nids
+        out, blocks = bytearray(self.special_size), bytearray()
+        for number, (row, (at, _, tail)) in enumerate(zip(self._special, self._extents, strict=True), 1):
+            kind, table, source = tree.kind[row], tables[tree.layer[row]], tree.source[row]
+            body = self._body.get(row, NO_XATTRS)
+            head = INODE_BYTES + len(body)
+            layout, union, size, rest = FLAT_PLAIN, 0, 0, b""
+            if kind in (Kind.DIR, Kind.SYMLINK):
+                if kind == Kind.DIR:
+                    content = self._directories.content(row, nids[row], nids[tree.parent[row]])
+                else:
+                    content = table.link(source)
+                size = len(content)
+                whole = size
+                if tail:
+                    layout, whole = FLAT_INLINE, size - tail
+                    rest = content[whole:]
+                if whole:
+                    union = first_block + len(blocks) // BLOCK
+                    blocks += content[:whole]
+                    blocks += bytes(-len(blocks) % BLOCK)
+            elif kind == Kind.REG:
+                layout, union, size = CHUNKED, CHUNK_FORMAT, table.size[source]
+                rest = bytes(_chunks_at(head) - head) + self._chunks(tree.layer[row], table.data_offset[source], size)
+            elif kind != Kind.FIFO:
+                union = device_number(*table.rdev(source))
+            INODE.pack_into(
+                out, at, layout << 1 | EXTENDED, body_count(body), _FILE_TYPE[kind] | table.mode[source], 0, size,
+                union, number, table.uid[source], table.gid[source], table.mtime[source], table.mtime_fraction[source],
+                tree.nlink[row],
+            )  # fmt: skip
+            if body:
+                out[at + INODE_BYTES : at + head] = body
+            if rest:
+                out[at + head : at + head + len(rest)] = rest
+        return out, blocks
+
+    def _chunks(self, layer: int, offset: int, size: int) -> bytes:
+        """Return the chunk indexes of a file at `offset` of its layer's data space."""
+        if not size:
+            return CHUNK_INDEX.pack(0, 0, NULL_BLOCK)
+        first, step = offset >> BLOCK_BITS, _ALIKE >> BLOCK_BITS
+        return b"".join(
+            CHUNK_INDEX.pack(0, self._device[layer], first + number * step) for number in range(_chunk_count(size))
+        )
+
+    def ordinary(self) -> list[bytearray]:
+        """Return the second area in pieces."""
+        out, number = [], len(self._special) + 1
+        for layer, (rows, sources) in enumerate(self._ordinary):
+            if rows:
+                out.append(self._of_layer(layer, rows, sources, number))
+                number += len(rows)
+        return out
+
+    def _of_layer(self, layer: int, rows: list[int], sources: Sequence[int], number: int) -> bytearray:
+        table, count = self._tables[layer], len(rows)
+        model = bytearray(_STRIDE)
+        INODE.pack_into(model, 0, CHUNKED << 1 | EXTENDED, 0, 0, 0, 0, CHUNK_FORMAT, 0, 0, 0, 0, 0, 0)
+        CHUNK_INDEX.pack_into(model, INODE_BYTES, 0, self._device.get(layer, 0), 0)
+        out = bytearray(model * count)
+        with memoryview(out) as whole, whole.cast("H") as halves, whole.cast("I") as words, whole.cast("Q") as longs:
+            modes = _pick(table.mode, sources)
+            sizes = _pick(table.size, sources)
+            offsets = _pick(table.data_offset, sources)
+            halves[2 :: _STRIDE // 2] = memoryview(array("H", [stat.S_IFREG | mode for mode in modes]))
+            longs[1 :: _STRIDE // 8] = memoryview(array("Q", sizes))
+            words[5 :: _STRIDE // 4] = memoryview(array("I", range(number, number + count)))
+            words[6 :: _STRIDE // 4] = memoryview(array("I", _pick(table.uid, sources)))
+            words[7 :: _STRIDE // 4] = memoryview(array("I", _pick(table.gid, sources)))
+            words[10 :: _STRIDE // 4] = memoryview(array("I", _pick(table.mtime_fraction, sources)))
+            words[11 :: _STRIDE // 4] = memoryview(array("I", _pick(self._tree.nlink, rows)))
+            words[17 :: _STRIDE // 4] = memoryview(
+                array("I", [at >> BLOCK_BITS if size else NULL_BLOCK for at, size in zip(offsets, sizes, strict=True)])
+            )
+            with whole.cast("q") as times:
+                times[4 :: _STRIDE // 8] = memoryview(array("q", _pick(table.mtime, sources)))
+        return out
+
+
+def check_devices(tables: Sequence[LayerTable]) -> list[int]:
+    """Return the sizes of the devices in blocks. Raise TocInvalid when one is too large for EROFS."""
+    sizes = [(tables[place].data_size + BLOCK - 1) // BLOCK for place in device_layers(tables)]
+    if any(size >= MAX_BLOCKS for size in sizes):
+        raise TocInvalid("a layer has more content than an EROFS image can name, 16 TiB")
+    return sizes
+
+
+def _pick(column: Sequence[int] | memoryview, rows: Sequence[int]) -> Sequence[int]:
+    """Return a column's items of these rows."""
+    if len(rows) > 1:
+        values = column.tolist() if isinstance(column, memoryview) and len(rows) > len(column) // 8 else column
+        found: tuple[int, ...] = itemgetter(*rows)(values)
+        return found
+    return [column[row] for row in rows]
+
+
+def _chunks_at(head: int) -> int:
+    return (head + CHUNK_INDEX.size - 1) & -CHUNK_INDEX.size
+
+
+def _chunk_count(size: int) -> int:
+    return max(1, (size + _ALIKE - 1) >> CHUNK_SHIFT)

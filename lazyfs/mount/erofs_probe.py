@@ -1,0 +1,144 @@
+"""Whether the erofs driver works on this machine, found out by using it: a tiny image over the FUSE session.
+
+Kernels differ in what they can mount, what overlayfs takes below it, and in what they make of a read that fails: some
+turn the pages behind a short one into zeros, and then the driver must not be used. So no version is asked.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from lazyfs.container import mounts
+from lazyfs.errors import LazyfsError, MountFailed
+from lazyfs.format.entry import Chunk, Entry, Kind
+from lazyfs.format.erofs_write import write_erofs
+from lazyfs.format.table import FORM_PLAIN, PAGE, LayerTable
+from lazyfs.format.table_build import LayerFacts, build_table
+from lazyfs.mount import erofs_mount
+from lazyfs.mount.erofs_mount import Method
+from lazyfs.mount.forest import PROBE_GOOD, PROBE_SIZE
+from lazyfs.tree import Tree, build_tree
+
+log = logging.getLogger(__name__)
+
+DEADLINE = 10.0  # seconds for all of it
+_WHOLE = 2 * PAGE  # bytes of the file that can be read from end to end; the next one, a read-ahead long, follows
+_KEY = "probe"
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """What the self-test found. `method` None: the driver doesn't work, for that reason; else why no better method."""
+
+    method: Method | None
+    reason: str
+
+
+def probe(directory: Path, device: Path) -> Verdict:
+    """Try the driver. `directory` is empty and in the store, `device` the probe's file in the session.
+
+    Blocking, for DEADLINE at most. Everything is mounted by a thread in a mount namespace of its own, which goes with
+    it, whatever happens.
+    """
+    found: list[Verdict] = []
+
+    def run() -> None:
+        try:
+            mounts.unshare(mounts.CLONE_NEWNS)
+            mounts.follow_host()
+            found.append(_try_methods(directory, device))
+        except (LazyfsError, OSError) as error:
+            found.append(Verdict(None, str(error)))
+        except Exception as bug:
+            log.exception("the self-test of the erofs driver broke")
+            found.append(Verdict(None, f"its self-test broke: {bug}"))
+
+    thread = threading.Thread(target=run, name="erofs-probe", daemon=True)
+    thread.start()
+    thread.join(DEADLINE)
+    return found[0] if found else Verdict(None, f"its self-test did not end within {DEADLINE:.0f} s")
+
+
+def _try_methods(scratch: Path, device: Path) -> Verdict:
+    image = scratch / "image"
+    _write_image(scratch, image)
+    problems: list[str] = []
+    for method in Method:
+        place = scratch / method
+        place.mkdir()
+        try:
+            mounts.mount(b"none", os.fsencode(place), "tmpfs")
+            _try(image, device, place, method)
+            return Verdict(method, "; ".join(problems))
+        except (LazyfsError, OSError) as error:
+            problems.append(f"with {method}: {error}")
+        finally:
+            for entry in mounts.below(os.fsencode(place)):
+                mounts.umount(entry.dir, lazy=True)
+    return Verdict(None, "; ".join(problems))
+
+
+def _write_image(scratch: Path, image: Path) -> None:
+    table_path, tree_path = scratch / "table", scratch / "tree"
+    build_table(table_path, LayerFacts(FORM_PLAIN, PROBE_SIZE, 0), _entries())
+    table = LayerTable(table_path)
+    build_tree(tree_path, [table])
+    tree = Tree(tree_path)
+    try:
+        write_erofs(image, tree, [table], _KEY)
+    finally:
+        tree.close()
+        table.close()
+
+
+def _entries() -> Iterator[tuple[Entry, list[Chunk]]]:
+    for name, start, size in ((b"whole", 0, _WHOLE), (b"half", _WHOLE, PROBE_SIZE - _WHOLE)):
+        yield Entry(name, Kind.REG, 0o644, 0, 0, 0, size), [Chunk(0, size, start, 0, bytes(32))]
+
+
+def _try(image: Path, device: Path, place: Path, method: Method) -> None:
+    """Mount, read, and put two overlays above. Raise LazyfsError or OSError for what doesn't work."""
+    names = ("shown", "upper", "work", "merged", "upper2", "work2", "merged2")
+    shown, upper, work, merged, upper2, work2, merged2 = (place / name for name in names)
+    for path in (shown, upper, work, merged, upper2, work2, merged2):
+        path.mkdir()
+    erofs_mount.mount(image, [device], shown, method)
+    if (shown / "whole").read_bytes() != b"\xff" * _WHOLE:
+        raise MountFailed("a file has other bytes than its device")
+    _check_failing_read(shown / "half")
+    _overlay(shown, upper, work, merged)
+    _overlay(merged, upper2, work2, merged2)
+
+
+def _overlay(lower: Path, upper: Path, work: Path, merged: Path) -> None:
+    """Put an overlay above and write through it. Raise MountFailed or OSError."""
+    options = mounts.overlay_options(os.fsencode(lower), os.fsencode(upper), os.fsencode(work))
+    try:
+        mounts.mount(b"overlay", os.fsencode(merged), "overlay", 0, options)
+        with open(merged / "whole", "r+b") as handle:  # a copy-up
+            if handle.read() != b"\xff" * _WHOLE:
+                raise MountFailed("an overlay above shows other bytes")
+    except OSError as error:
+        raise MountFailed(f"an overlay above fails: {error.strerror}") from None
+
+
+def _check_failing_read(path: Path) -> None:
+    """Read a file whose last page can't be had: alone, and as the end of the largest read there is."""
+    half = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        for at, size in ((0, PROBE_SIZE), (PROBE_SIZE - _WHOLE - PAGE, PAGE)):
+            try:
+                got = os.pread(half, size, at)
+            except OSError:
+                continue
+            if got.strip(b"\xff") or at + len(got) > PROBE_GOOD - _WHOLE:
+                raise MountFailed("this kernel shows zeros where a read failed")
+        if os.pread(half, PAGE, 0) != b"\xff" * PAGE:
+            raise MountFailed("a file has other bytes than its device")
+    finally:
+        os.close(half)
