@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Awaitable, Callable
 from functools import partial
@@ -12,12 +13,15 @@ import trio
 from lazyfs.chunks.layer import ServedLayer
 from lazyfs.chunks.schedule import Scheduler
 from lazyfs.chunks.single_flight import SingleFlight
-from lazyfs.errors import StoreBroken, TableInvalid
+from lazyfs.errors import FormatError, StoreBroken, TableInvalid
 from lazyfs.format import erofs_write
+from lazyfs.log import fields
 from lazyfs.mount.filling import Fillings
 from lazyfs.mount.forest import Forest, Planted
 from lazyfs.mount.preparing import Prepared, Preparer
 from lazyfs.tree import Tree, tree_key
+
+log = logging.getLogger(__name__)
 
 _KEPT = 400  # files of trees, two each; the oldest go when one is built
 _THREADS = 4
@@ -95,8 +99,13 @@ class Planting:
         tables = [os.fspath(one.layer.table.path) for one in prepared]
         job: dict[str, object] = {"tree": {"tables": tables, "out": os.fspath(path)}}
         if self.with_images():
-            job |= self._image_job(key, tables)
-        self._preparer.builder.run(job)
+            try:
+                self._preparer.builder.run(job | self._image_job(key, tables))
+            except FormatError as error:  # it may be the image alone that can't be; whoever wants it is told then
+                log.info("no image of the tree for the erofs driver: %s", error, extra=fields(tree=key))
+                self._preparer.builder.run(job)
+        else:
+            self._preparer.builder.run(job)
         try:
             return Tree(path), number
         except TableInvalid:  # cleared away as nobody's, just now
