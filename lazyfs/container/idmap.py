@@ -10,10 +10,10 @@ import ctypes
 import errno as errnos
 import os
 import select
-import signal
+import subprocess
+import sys
 
 from lazyfs.container import mounts
-from lazyfs.errors import MountFailed
 
 _SYS_OPEN_TREE = 428
 _SYS_MOUNT_SETATTR = 442
@@ -23,7 +23,13 @@ _OPEN_TREE_CLONE = 0x1
 _OPEN_TREE_CLOEXEC = os.O_CLOEXEC
 _MOUNT_ATTR_IDMAP = 0x100000
 _MAP = "0 100000 65536"  # any but the identity
-_DEADLINE = 5.0  # seconds for a child to make its namespace
+_DEADLINE = 10.0  # seconds for a child to make its namespace
+_CHILD = """
+import ctypes, os, signal, sys
+if ctypes.CDLL(None).unshare(int(sys.argv[1])) == 0:
+    os.write(1, b"x")
+    signal.pause()
+"""
 
 
 def problem(directory: bytes) -> str:
@@ -33,7 +39,7 @@ def problem(directory: bytes) -> str:
     """
     try:
         namespace = _user_namespace()
-    except (OSError, MountFailed) as error:
+    except OSError as error:
         return f"no user namespace to try it with: {error}"
     try:
         tree = _open_tree(directory)
@@ -79,25 +85,25 @@ def _idmap(tree: int, namespace: int) -> None:
 
 
 def _user_namespace() -> int:
-    """Return a descriptor of a new user namespace with a map. A child makes it and ends. Raise OSError, MountFailed."""
-    end, start = os.pipe()
-    pid = os.fork()
-    if pid == 0:
+    """Return a descriptor of a new user namespace with a map. A child makes it and ends. Raise OSError.
+
+    A new program, not a fork: gRPC, where it is loaded, starts threads in copies of this process, and a process with
+    threads can't make a user namespace.
+    """
+    with subprocess.Popen(
+        [sys.executable, "-I", "-S", "-c", _CHILD, str(mounts.CLONE_NEWUSER)],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+    ) as child:
+        assert child.stdout is not None
+        end = child.stdout.fileno()
         try:
-            mounts.unshare(mounts.CLONE_NEWUSER)
-            os.write(start, b"x")
-            signal.pause()
+            if not select.select([end], [], [], _DEADLINE)[0] or os.read(end, 1) != b"x":
+                raise OSError(errnos.EPERM, "a child could not make one")
+            for name in ("uid_map", "gid_map"):
+                with open(f"/proc/{child.pid}/{name}", "w", encoding="ascii") as handle:
+                    handle.write(_MAP)
+            return os.open(f"/proc/{child.pid}/ns/user", os.O_RDONLY | os.O_CLOEXEC)
         finally:
-            os._exit(1)  # nothing of the parent's may run in this copy of it
-    os.close(start)
-    try:
-        if not select.select([end], [], [], _DEADLINE)[0] or os.read(end, 1) != b"x":
-            raise OSError(errnos.EPERM, "a child could not make one")
-        for name in ("uid_map", "gid_map"):
-            with open(f"/proc/{pid}/{name}", "w", encoding="ascii") as handle:
-                handle.write(_MAP)
-        return os.open(f"/proc/{pid}/ns/user", os.O_RDONLY | os.O_CLOEXEC)
-    finally:
-        os.close(end)
-        os.kill(pid, signal.SIGKILL)
-        os.waitpid(pid, 0)
+            child.kill()
