@@ -60,7 +60,7 @@ def measure(directory: Path, name: str, runs: int, rtt: float, mbit: float) -> d
         with Shaper(("127.0.0.1", registry.port), rtt=rtt, mbit=mbit) as link:
             for run in range(runs):
                 for snapshotter, starts in found.items():
-                    starts.append(start(directory / f"{name[0]}{snapshotter[0]}{run}", name, snapshotter, link, pause))
+                    starts.append(start(directory / f"{name[:2]}{snapshotter[0]}{run}", name, snapshotter, link, pause))
     size = service_images.sizes(directory)[name]
     lazy, full = (found[one] for one in ("lazyfs", "overlayfs"))
     answered = {one: statistics.median(start.answered for start in starts) for one, starts in found.items()}
