@@ -6,23 +6,18 @@ aren't there, so a damaged one is reported, and left as it is.
 
 from __future__ import annotations
 
-import errno
 import os
 import sqlite3
-import stat
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
 from urllib.parse import quote
 
-from lazyfs.errors import LazyfsError, StoreBroken, StoreFull
+from lazyfs.database import BUSY_TIMEOUT, NO_ROOM, check_file, code_of, translate
+from lazyfs.errors import StoreBroken, StoreError
 
 SCHEMA_VERSION = 1
-BUSY_TIMEOUT = 5.0  # seconds to wait for another process's transaction
 _APPLICATION = 0x6C7A6673  # "lzfs", SQLite's application_id: an SQLite file of another program is not ours
-_DAMAGED = frozenset({sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB})
-_BUSY = frozenset({sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED})
-_NO_ROOM = frozenset({sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR, sqlite3.SQLITE_CANTOPEN})
 _WHAT_TO_DO = (
     "containerd's records refer to it: restore it from a backup, or remove all images and containers of this "
     "snapshotter from containerd, stop both, and move the file away"
@@ -46,24 +41,12 @@ CREATE INDEX reasons_by_image ON reasons (image);
 """
 
 
-def _code(error: sqlite3.Error) -> int:
-    """The primary result code; extended ones carry it in the low byte."""
-    return int(getattr(error, "sqlite_errorcode", 0)) & 0xFF
+def _what(path: Path) -> str:
+    return f"the snapshots' database {path}"
 
 
-def _translate(error: sqlite3.Error, path: Path) -> LazyfsError:
-    code = _code(error)
-    if code == sqlite3.SQLITE_FULL:
-        return StoreFull(f"the snapshots' database {path} can't grow: the disk is full", hint="free some space")
-    if code in _BUSY:
-        locked = StoreBroken(
-            f"the snapshots' database {path} is locked by another process for more than {BUSY_TIMEOUT:.0f} s"
-        )
-        locked.temporary = True
-        return locked
-    if code in _DAMAGED:
-        return StoreBroken(f"the snapshots' database {path} is damaged", hint=_WHAT_TO_DO)
-    return StoreBroken(f"the snapshots' database {path} can't be used: {error}")
+def _translate(error: sqlite3.Error, path: Path) -> StoreError:
+    return translate(error, _what(path), damaged=_WHAT_TO_DO)
 
 
 @contextmanager
@@ -73,28 +56,6 @@ def translated(path: Path) -> Iterator[None]:
         yield
     except sqlite3.Error as error:
         raise _translate(error, path) from None
-
-
-def _check_file(path: Path, *, make: bool) -> int:
-    """Return the file's size, made with its mode before SQLite would; refuse anything but a regular file of ours."""
-    flags = os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
-    try:
-        fd = os.open(path, flags | os.O_CREAT if make else flags, 0o600)
-        try:
-            found = os.fstat(fd)
-            if stat.S_ISREG(found.st_mode) and found.st_uid == os.geteuid() and found.st_mode & 0o077:
-                os.fchmod(fd, 0o600)
-        finally:
-            os.close(fd)
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise StoreFull(
-                f"the snapshots' database {path} can't be made: {error.strerror}", hint="free some space"
-            ) from None
-        raise StoreBroken(f"the snapshots' database {path} can't be opened: {error.strerror}") from None
-    if not stat.S_ISREG(found.st_mode) or found.st_uid != os.geteuid() or found.st_nlink != 1:
-        raise StoreBroken(f"the snapshots' database {path} is not a file of ours", hint="remove it")
-    return found.st_size
 
 
 def _read_only(path: Path) -> sqlite3.Connection:
@@ -162,19 +123,19 @@ def open_database(path: Path) -> sqlite3.Connection:
 
     Raise StoreFull, or StoreBroken: locked, newer, damaged, no file of ours.
     """
-    if _check_file(path, make=True) > 0:
+    if check_file(path, _what(path), make=True) > 0:
         # A newer version may have changed anything: nothing of the file may be written before its version is known.
         try:
             with closing(_read_only(path)) as look:
                 _check_version(look, path)
         except sqlite3.Error as error:
-            if _code(error) not in _NO_ROOM:
+            if code_of(error) not in NO_ROOM:
                 raise _translate(error, path) from None
     try:
         return _connect(path)
     except sqlite3.Error as error:
         with translated(path):
-            if _code(error) in _NO_ROOM:
+            if code_of(error) in NO_ROOM:
                 # A full disk has no room for SQLite's -shm. Removing snapshots frees some, and needs us.
                 return _connect(path, alone=True)
             raise
@@ -185,7 +146,7 @@ def open_for_reading(path: Path) -> sqlite3.Connection:
 
     Raise StoreBroken: it isn't there, or is none of ours, newer, damaged, locked.
     """
-    _check_file(path, make=False)
+    check_file(path, _what(path), make=False)
     connection: sqlite3.Connection | None = None
     try:
         with translated(path):

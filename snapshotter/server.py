@@ -10,7 +10,6 @@ import contextlib
 import ctypes
 import logging
 import os
-import resource
 import signal
 import stat
 import sys
@@ -28,6 +27,7 @@ from lazyfs import config, notify
 from lazyfs import log as logs
 from lazyfs.config import Settings
 from lazyfs.errors import LazyfsError, StoreBroken, UsageError
+from lazyfs.process import harden
 from snapshotter import parts
 from snapshotter.directories import Directories
 from snapshotter.overlay import Overlay, kernel_options
@@ -44,7 +44,6 @@ DATABASE = "snapshots.db"
 THREADS = 192
 GRACE = 5.0  # seconds that calls under way have when the process is asked to end
 _MAX_MESSAGE = 16 << 20  # bytes; containerd's own bound
-_FILES = 65536  # open files wanted
 _STOPS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 _PR_SET_DUMPABLE = 4
 
@@ -193,7 +192,8 @@ def main(argv: list[str] | None = None) -> int:
     from snapshotter.connect import connect  # which stands on this module
 
     logs.set_up(args.verbose + 1)
-    _harden()
+    harden()
+    ctypes.CDLL(None).prctl(_PR_SET_DUMPABLE, 0, 0, 0, 0)  # who may read its memory: root alone
     try:
         serve(
             config.load({"root": args.root, "run": args.run, "snapshotter_socket": args.address}),
@@ -205,19 +205,6 @@ def main(argv: list[str] | None = None) -> int:
     except Exception:
         log.exception("lazyfs-snapshotter broke")
     return 1
-
-
-def _harden() -> None:
-    os.umask(0o077)
-    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = _FILES if hard == resource.RLIM_INFINITY else min(_FILES, hard)
-    try:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
-    except (ValueError, OSError) as error:
-        log.info("the limit of open files stays: %s", error)
-    _, hard = resource.getrlimit(resource.RLIMIT_CORE)
-    resource.setrlimit(resource.RLIMIT_CORE, (0, hard))  # logins are in memory, and go to no disk
-    ctypes.CDLL(None).prctl(_PR_SET_DUMPABLE, 0, 0, 0, 0)
 
 
 def entry() -> NoReturn:

@@ -3,62 +3,36 @@
 from __future__ import annotations
 
 import sqlite3
-import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
+from lazyfs.database import OneConnection
 from lazyfs.errors import StoreBroken
 from snapshotter import rows
 from snapshotter.model import LazyImage
 from snapshotter.schema import translated
 
 
-class StoreFile:
-    """One connection behind a lock; nobody may wait for a network while holding it. Close it when done."""
+class StoreFile(OneConnection):
+    """The connection to `<root>/snapshots.db`."""
 
     def __init__(self, path: Path, connection: sqlite3.Connection, now: Callable[[], int] = time.time_ns) -> None:
         """Take over an open connection. `now` gives nanoseconds since the epoch."""
-        self.path = path
+        super().__init__(path, f"the snapshots' database {path}", connection, translated)
         self._now = now
-        self._lock = threading.RLock()
-        self._connection: sqlite3.Connection | None = connection
-
-    def close(self) -> None:
-        """Close the database. Every later call raises StoreBroken."""
-        with self._lock:
-            if self._connection is not None:
-                with translated(self.path):
-                    self._connection.close()
-                self._connection = None
 
     @contextmanager
-    def _using(self) -> Iterator[sqlite3.Connection]:
-        with self._lock, translated(self.path):
-            if self._connection is None:
-                raise StoreBroken(f"the snapshots' database {self.path} is closed")
-            yield self._connection
-
-    @contextmanager
-    def _transaction(self, *, durable: bool = True) -> Iterator[sqlite3.Connection]:
-        """All or nothing. `durable`: on the disk at the end, with all before it; else it outlives kills alone."""
+    def _passing(self) -> Iterator[sqlite3.Connection]:
+        """A transaction that outlives kills, and perhaps no power cut: it costs no fsync."""
         with self._using() as connection:
-            if not durable:
-                connection.execute("PRAGMA synchronous=NORMAL")
+            connection.execute("PRAGMA synchronous=NORMAL")
             try:
-                connection.execute("BEGIN IMMEDIATE")
-                try:
+                with self._transaction():
                     yield connection
-                    connection.execute("COMMIT")
-                except BaseException:
-                    if connection.in_transaction:
-                        connection.execute("ROLLBACK")
-                    raise
             finally:
-                if not durable:
-                    connection.execute("PRAGMA synchronous=FULL")
+                connection.execute("PRAGMA synchronous=FULL")
 
     @contextmanager
     def _looking(self) -> Iterator[sqlite3.Connection]:
@@ -70,10 +44,6 @@ class StoreFile:
             finally:
                 if connection.in_transaction:
                     connection.execute("ROLLBACK")
-
-    def _rows(self, statement: str, values: Iterable[Any] = ()) -> list[tuple[Any, ...]]:
-        with self._using() as connection:
-            return connection.execute(statement, tuple(values)).fetchall()
 
 
 def image_finder(connection: sqlite3.Connection) -> Callable[[int], LazyImage]:

@@ -21,7 +21,7 @@ class ReasonStore(StoreFile):
         """
         # An error's sentence may hold a file name that is no Unicode; SQLite refuses it.
         texts = [text[:_MAX_TEXT].encode("utf-8", "replace").decode() for text in (image, layer_digest, key, reason)]
-        with self._transaction(durable=False) as connection:
+        with self._passing() as connection:
             number = connection.execute(
                 "INSERT INTO reasons (image, layer, key, reason, lazy, time) VALUES (?, ?, ?, ?, ?, ?)",
                 (*texts, lazy, self._now() if when is None else when),

@@ -2,24 +2,20 @@
 
 from __future__ import annotations
 
-import errno
 import logging
 import os
 import sqlite3
-import stat
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from lazyfs.errors import StoreBroken, StoreFull
+from lazyfs.database import BUSY_TIMEOUT, DAMAGED, NO_ROOM, check_file, code_of, translate
+from lazyfs.errors import StoreBroken
 
 log = logging.getLogger(__name__)
 
 SCHEMA_VERSION = 2
-BUSY_TIMEOUT = 5.0  # seconds to wait for another process's transaction
-_DAMAGED = frozenset({sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB})
-_NO_ROOM = frozenset({sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR, sqlite3.SQLITE_CANTOPEN})
 _SUFFIXES = ("", "-wal", "-shm")
 
 _SCHEMA = """
@@ -64,14 +60,9 @@ DROP TABLE layers_before;
 }
 
 
-def _code(error: sqlite3.Error) -> int:
-    """The primary result code; extended ones carry it in the low byte."""
-    return int(getattr(error, "sqlite_errorcode", 0)) & 0xFF
-
-
 def is_damage(error: sqlite3.Error) -> bool:
     """Tell whether the file itself is malformed, as opposed to a disk or a lock."""
-    return _code(error) in _DAMAGED
+    return code_of(error) in DAMAGED
 
 
 @contextmanager
@@ -84,17 +75,13 @@ def translated(path: Path) -> Iterator[None]:
     try:
         yield
     except sqlite3.Error as error:
-        code = _code(error)
-        if code == sqlite3.SQLITE_FULL:
-            raise StoreFull(f"the catalog {path} can't grow: the disk is full", hint="free some space") from None
-        if code in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED):
-            raise StoreBroken(
-                f"the catalog {path} is locked by another process for more than {BUSY_TIMEOUT:.0f} s"
-            ) from None
-        if code in _DAMAGED:
+        if is_damage(error):
             _mark_damaged(path)
-            raise StoreBroken(f"the catalog {path} is damaged", hint="it is begun anew at the next start") from None
-        raise StoreBroken(f"the catalog {path} can't be used: {error}") from None
+        raise translate(error, _what(path), damaged="it is begun anew at the next start") from None
+
+
+def _what(path: Path) -> str:
+    return f"the catalog {path}"
 
 
 def _marker(path: Path) -> Path:
@@ -106,23 +93,6 @@ def _mark_damaged(path: Path) -> None:
         _marker(path).touch(mode=0o600)
     except OSError as error:
         log.warning("the damaged catalog %s can't be marked: %s", path, error)
-
-
-def _create(path: Path) -> None:
-    """Make the file with its mode before SQLite would; refuse anything but a regular file of ours under its name."""
-    flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
-    try:
-        fd = os.open(path, flags, 0o600)
-        try:
-            found = os.fstat(fd)
-        finally:
-            os.close(fd)
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise StoreFull(f"the catalog {path} can't be made: {error.strerror}", hint="free some space") from None
-        raise StoreBroken(f"the catalog {path} can't be opened: {error.strerror}") from None
-    if not stat.S_ISREG(found.st_mode) or found.st_uid != os.geteuid() or found.st_nlink != 1:
-        raise StoreBroken(f"the catalog {path} is not a file of ours", hint="remove it")
 
 
 def _connect(path: Path, *, alone: bool = False) -> sqlite3.Connection:
@@ -194,19 +164,19 @@ def open_database(path: Path) -> sqlite3.Connection:
     """
     if os.path.lexists(_marker(path)):
         _begin_anew(path, "it was found damaged earlier")
-    _create(path)
+    check_file(path, _what(path), make=True)
     try:
         return _connect(path)
     except sqlite3.Error as error:
         # An error without a code is our own finding about the schema, or a table that is not what it should be.
-        if not is_damage(error) and _code(error) not in (0, sqlite3.SQLITE_ERROR):
+        if not is_damage(error) and code_of(error) not in (0, sqlite3.SQLITE_ERROR):
             with translated(path):
-                if _code(error) in _NO_ROOM:
+                if code_of(error) in NO_ROOM:
                     # A disk without a free block has no room for SQLite's -shm. Whoever comes to free some needs us.
                     return _connect(path, alone=True)
                 raise
         _begin_anew(path, str(error))
-    _create(path)
+    check_file(path, _what(path), make=True)
     with translated(path):
         return _connect(path)
 

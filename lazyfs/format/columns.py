@@ -12,13 +12,14 @@ the file is opened, because a cache file is not to be trusted more than the disk
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import mmap
 import os
 import struct
 import sys
 from array import array
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from lazyfs.errors import StoreBroken, StoreFull, TableInvalid
@@ -57,15 +58,23 @@ def write_columns(path: Path, magic: bytes, version: int, columns: Mapping[str, 
     whole = hashlib.sha256(blank)
     whole.update(body)
     head = _HEAD.pack(magic, version, len(columns), whole.digest(), offset)
+    write_parts(path, [head, body])
+
+
+def write_parts(path: Path, parts: Sequence[bytes | bytearray]) -> None:
+    """Write a file of these bytes, mode 0600, whole or not at all: under another name first. Blocking.
+
+    Raise StoreFull or StoreBroken.
+    """
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         with open(temporary, "wb", opener=_private) as handle:
-            handle.write(head)
-            handle.write(body)
+            for part in parts:
+                handle.write(part)
         os.rename(temporary, path)
     except OSError as error:
         temporary.unlink(missing_ok=True)
-        kind = StoreFull if error.errno in (28, 122) else StoreBroken
+        kind = StoreFull if error.errno in (errno.ENOSPC, errno.EDQUOT) else StoreBroken
         raise kind(f"{path} can't be written: {error.strerror}") from None
 
 

@@ -14,7 +14,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from lazyfs.errors import StoreBroken, StoreFull, TableInvalid
+from lazyfs.errors import StoreBroken, TableInvalid
+from lazyfs.format.columns import write_parts
 from lazyfs.format.erofs_dirs import TreeColumns
 from lazyfs.format.erofs_inodes import Inodes, check_devices, device_layers
 from lazyfs.format.erofs_layout import BLOCK, SUPER_AT, align_block, device_table_end, first_blocks
@@ -71,20 +72,7 @@ def _write(path: Path, parts: list[bytes | bytearray], key: str) -> None:
     for part in parts:
         whole.update(part)
     _HEAD.pack_into(front, 0, _MAGIC, VERSION, whole.digest(), key_digest, size)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with open(temporary, "wb", opener=_private) as handle:
-            for part in parts:
-                handle.write(part)
-        os.rename(temporary, path)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        kind = StoreFull if error.errno in (28, 122) else StoreBroken
-        raise kind(f"{path} can't be written: {error.strerror}") from None
-
-
-def _private(path: str, flags: int) -> int:
-    return os.open(path, flags | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+    write_parts(path, parts)
 
 
 def check(path: Path, key: str) -> None:

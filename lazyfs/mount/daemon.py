@@ -11,7 +11,6 @@ import ctypes
 import json
 import logging
 import os
-import resource
 import signal
 import sys
 import threading
@@ -59,10 +58,10 @@ from lazyfs.mount.stock_calls import StockCalls
 
 if TYPE_CHECKING:
     from lazyfs.mount.metrics import DaemonMetrics
+from lazyfs.process import harden
 
 log = logging.getLogger(__name__)
 
-_FILES = 65536  # open files wanted; about four a layer
 _M_ARENA_MAX = -8  # mallopt(3)
 _STOPS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 _LAST_WORDS = 0.1  # seconds
@@ -303,7 +302,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("-v", "--verbose", action="count", default=0)
     args = parser.parse_args(argv)
     logs.set_up(args.verbose + 1)
-    _raise_limits()
+    harden()
     _one_arena()
     sys.setswitchinterval(_SWITCH)
     daemon: Daemon | None = None
@@ -346,18 +345,6 @@ def _fail(daemon: Daemon | None, group: BaseExceptionGroup[Exception]) -> None:
         if not isinstance(error, LazyfsError):
             error = DaemonFault(f"lazyfsd broke: {type(error).__name__}: {error}", hint="this is a bug in lazyfs")
         daemon.fail(error)
-
-
-def _raise_limits() -> None:
-    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = _FILES if hard == resource.RLIM_INFINITY else min(_FILES, hard)
-    try:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
-    except (ValueError, OSError) as error:
-        log.info("the limit of open files stays: %s", error)
-    _, hard = resource.getrlimit(resource.RLIMIT_CORE)
-    resource.setrlimit(resource.RLIMIT_CORE, (0, hard))  # logins are in memory, and go to no disk
-    os.umask(0o077)
 
 
 def _one_arena() -> None:

@@ -11,10 +11,10 @@ import pytest
 ROOT = Path(__file__).parents[2]
 VALUES = (
     "errors", "answer", "digest", "units", "oci", "reference", "config", "log", "notify", "stats", "scrape",
-    "exposition",
+    "exposition", "process",
 )  # fmt: skip
 PACKAGES = ("format", "containerd", "registry", "chunks", "mount", "container", "deploy", "cli")
-MODULES = ("tree", "child", "control_client")
+MODULES = ("tree", "child", "control_client", "database")
 
 # Each part and the parts that it may import; itself always. `import lazyfs` (the version) counts as "values".
 ARROWS: dict[str, set[str]] = {
@@ -22,15 +22,16 @@ ARROWS: dict[str, set[str]] = {
     "format": {"values"},
     "containerd": {"values"},
     "registry": {"values", "format", "containerd"},
-    "chunks": {"values", "format", "registry", "child"},
+    "chunks": {"values", "format", "registry", "child", "database"},
     "tree": {"values", "format"},
+    "database": {"values"},
     "child": {"values", "format", "tree"},
     "mount": {"values", "format", "registry", "chunks", "tree", "child", "container", "control_client"},
     "control_client": {"values"},
     "container": {"values"},
     "deploy": {"values", "container"},
     "indexer": {"values", "format", "registry"},
-    "snapshotter": {"values", "control_client", "containerd"},  # of containerd its protocol's messages
+    "snapshotter": {"values", "control_client", "containerd", "database"},  # of containerd its protocol's messages
     "cli": {
         "values", "format", "registry", "chunks", "tree", "child", "mount", "control_client", "container", "indexer",
         "containerd", "snapshotter", "deploy",
@@ -46,7 +47,7 @@ OWNERS: dict[str, set[str]] = {
     "grpc": {"containerd", "snapshotter"},
     "google": {"containerd", "snapshotter"},
     "lru": {"chunks"},
-    "sqlite3": {"chunks", "snapshotter"},
+    "sqlite3": {"database", "chunks", "snapshotter"},
     "argparse": {"cli", "mount", "child", "snapshotter"},
     "prometheus_client": {"values"},  # exposition alone, and only when asked
 }
