@@ -10,6 +10,10 @@ that every leaf class has a row in each table.
 
 from __future__ import annotations
 
+from typing import TypeVar
+
+E = TypeVar("E", bound=BaseException)
+
 
 class LazyfsError(Exception):
     """Base of all. `temporary` says whether trying the same thing again later may work."""
@@ -310,6 +314,14 @@ class ContainerFailed(LazyfsError):
 
 class Interrupted(LazyfsError):
     """The user or the system asked us to stop (SIGINT, SIGTERM)."""
+
+
+def first_of(group: BaseExceptionGroup[E]) -> E:
+    """Return the first exception in a group, however deep: side by side, one reason is what a caller wants to hear."""
+    found: BaseExceptionGroup[E] | E = group
+    while isinstance(found, BaseExceptionGroup):
+        found = found.exceptions[0]
+    return found
 
 
 def leaf_classes(base: type[LazyfsError] = LazyfsError) -> list[type[LazyfsError]]:

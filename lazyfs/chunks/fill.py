@@ -18,7 +18,15 @@ from lazyfs.chunks.frames import needed, prove_frame, read_exactly
 from lazyfs.chunks.layer import Check, ServedLayer
 from lazyfs.chunks.remote import MAX_FRAMES, Remote
 from lazyfs.chunks.schedule import Priority, Scheduler
-from lazyfs.errors import DiffIdMismatch, FrameInvalid, LazyfsError, RegistryError, TocMismatch, TrustError
+from lazyfs.errors import (
+    DiffIdMismatch,
+    FrameInvalid,
+    LazyfsError,
+    RegistryError,
+    TocMismatch,
+    TrustError,
+    first_of,
+)
 from lazyfs.units import KiB, MiB
 
 log = logging.getLogger(__name__)
@@ -168,10 +176,7 @@ class Filler:
                     while coming and coming[0] <= check.next:
                         coming.popleft()
         except* LazyfsError as group:
-            error: BaseException = group
-            while isinstance(error, BaseExceptionGroup):
-                error = error.exceptions[0]
-            raise error from None
+            raise first_of(group) from None
         await trio.to_thread.run_sync(check.whole.finish, limiter=self._limiter)
         layer.check = None
         layer.verified = True

@@ -12,7 +12,7 @@ from typing import Any
 import trio
 
 from lazyfs import oci
-from lazyfs.errors import LazyfsError, ReadDeadline, RegistryTimeout
+from lazyfs.errors import LazyfsError, ReadDeadline, RegistryTimeout, first_of
 from lazyfs.mount.chain_documents import ChainDocuments, ChainImage
 from lazyfs.mount.chain_layers import ChainLayers, ChainSource
 from lazyfs.mount.keeping import Keeping
@@ -93,10 +93,7 @@ class ChainResolver:
                 for number, layer in enumerate(image.manifest.layers):
                     nursery.start_soon(self._one, source, layer, partial(diff_id, number), outcomes[number])
         except* LazyfsError as group:
-            error: BaseException = group
-            while isinstance(error, BaseExceptionGroup):
-                error = error.exceptions[0]
-            raise error from None
+            raise first_of(group) from None
         return found[0]
 
     async def _one(

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import trio
 
-from lazyfs.errors import LazyfsError, RegistryTimeout, UsageError
+from lazyfs.errors import LazyfsError, RegistryTimeout, UsageError, first_of
 from lazyfs.log import fields
 from lazyfs.mount.apart import Apart
 from lazyfs.mount.chain_layers import ChainLayers, ChainSource
@@ -180,7 +180,7 @@ class Chains:
             if isinstance(error, BaseExceptionGroup):
                 failed, rest = error.split(LazyfsError)
                 if failed is not None and (rest is None or rest.split(trio.Cancelled)[1] is None):
-                    raise _leaf(failed) from None
+                    raise first_of(failed) from None
             raise
         return [found[number] for number in range(len(layers))]
 
@@ -195,11 +195,3 @@ class Chains:
                 raise
 
         return await self._apart.run(plant, self._planting.release)
-
-
-def _leaf(group: BaseExceptionGroup[LazyfsError]) -> LazyfsError:
-    error: BaseException = group
-    while isinstance(error, BaseExceptionGroup):
-        error = error.exceptions[0]
-    assert isinstance(error, LazyfsError)
-    return error

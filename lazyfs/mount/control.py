@@ -19,7 +19,7 @@ import trio
 
 import lazyfs
 from lazyfs.answer import encode_error
-from lazyfs.errors import DaemonFault, LazyfsError, UsageError
+from lazyfs.errors import DaemonFault, LazyfsError, UsageError, first_of
 
 log = logging.getLogger(__name__)
 
@@ -128,15 +128,7 @@ class ControlServer:
                 events.close()
             await _send(stream, {"id": number, "ok": result[0]})
         except* LazyfsError as group:
-            await _send(stream, {"id": number, "error": encode_error(_leaf(group))})
-
-
-def _leaf(group: BaseExceptionGroup[LazyfsError]) -> LazyfsError:
-    error: BaseException = group
-    while isinstance(error, BaseExceptionGroup):
-        error = error.exceptions[0]
-    assert isinstance(error, LazyfsError)
-    return error
+            await _send(stream, {"id": number, "error": encode_error(first_of(group))})
 
 
 async def _unwrapped(call: Awaitable[dict[str, Any]]) -> dict[str, Any]:

@@ -37,7 +37,7 @@ from lazyfs.chunks.store import Store
 from lazyfs.config import Settings
 from lazyfs.container import sweep
 from lazyfs.control_client import prepare_run, socket_of
-from lazyfs.errors import DaemonFault, LazyfsError, UsageError
+from lazyfs.errors import DaemonFault, LazyfsError, UsageError, first_of
 from lazyfs.mount.ahead import Ahead
 from lazyfs.mount.chain_service import serve_chains
 from lazyfs.mount.control import ControlServer
@@ -338,9 +338,7 @@ def _end_now() -> None:
 
 
 def _fail(daemon: Daemon | None, group: BaseExceptionGroup[Exception]) -> None:
-    error: BaseException = group
-    while isinstance(error, BaseExceptionGroup):
-        error = error.exceptions[0]
+    error = first_of(group)
     if daemon is not None:
         if not isinstance(error, LazyfsError):
             error = DaemonFault(f"lazyfsd broke: {type(error).__name__}: {error}", hint="this is a bug in lazyfs")

@@ -16,7 +16,7 @@ from lazyfs.chunks.catalog import Catalog, Pin
 from lazyfs.chunks.census import Census
 from lazyfs.chunks.store import Store
 from lazyfs.config import Settings
-from lazyfs.errors import LazyfsError, StoreFull
+from lazyfs.errors import LazyfsError, StoreFull, first_of
 from lazyfs.mount.control import Say
 from lazyfs.mount.images import Images, MountedImage
 from lazyfs.mount.resolving import Pull
@@ -123,10 +123,7 @@ class Fetcher:
                         fetches.start_soon(self._images.fillings.complete, layer)
                 nursery.cancel_scope.cancel()
         except* LazyfsError as group:
-            error: BaseException = group
-            while isinstance(error, BaseExceptionGroup):
-                error = error.exceptions[0]
-            raise error from None
+            raise first_of(group) from None
         say("", done=total, total=total)
 
     async def _report(self, image: MountedImage, total: int, say: Say) -> None:

@@ -24,6 +24,7 @@ from lazyfs.errors import (
     LazyfsError,
     ManifestMissing,
     RegistryError,
+    first_of,
 )
 from lazyfs.log import fields
 from lazyfs.mount import missing
@@ -281,9 +282,7 @@ class Images:
                 for number in range(len(manifest.layers)):
                     nursery.start_soon(one, number)
         except* LazyfsError as group:
-            error: BaseException = group
-            while isinstance(error, BaseExceptionGroup):
-                error = error.exceptions[0]
+            error = first_of(group)
             with trio.CancelScope(shield=True):
                 await self.layers.drop([prepared.layer for prepared in found.values()])
             raise error from None
