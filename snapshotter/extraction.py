@@ -75,10 +75,13 @@ class Extraction:
             return None
         try:
             chain = self._chain(asked)
+            index = _find(chain, asked)
+            if index is None and not asked.manifest_digest:  # the tag may be another image's since then
+                chain = self._chain(asked, good=_BAD)
+                index = _find(chain, asked)
         except LazyfsError as error:
             self._decide(key, asked.image, asked.layer_digest, classify(error), str(error), began)
             return None
-        index = _find(chain, asked)
         if index is None:
             reason = "the manifest that the registry has names no such layer in this place"
             self._decide(key, asked.image, asked.layer_digest, Outcome.MALFORMED, reason, began)
@@ -109,13 +112,16 @@ class Extraction:
 
     # -- parts
 
-    def _chain(self, asked: Asked) -> ResolvedChain:
-        """Return what is known of the image, asking once whoever comes at the same time. Raise LazyfsError."""
+    def _chain(self, asked: Asked, good: float = _GOOD) -> ResolvedChain:
+        """Return what is known of the image, asking once whoever comes at the same time. Raise LazyfsError.
+
+        `good`: seconds for which an answer without a fault holds.
+        """
         key = (asked.image, asked.manifest_digest)
         now = time.monotonic()
         with self._lock:
             known = self._known.get(key)
-            ours = known is None or _is_old(known, now)
+            ours = known is None or _is_old(known, now, good)
             if ours:
                 known = self._known[key] = _Known(Future())
                 self._known.move_to_end(key)
@@ -143,12 +149,12 @@ class Extraction:
         self._note(Decision(image, layer, key, outcome, reason, time.monotonic() - began))
 
 
-def _is_old(known: _Known, now: float) -> bool:
+def _is_old(known: _Known, now: float, good: float) -> bool:
     if not known.answer.done():
         return False
     if known.answer.exception() is not None or not all(one.ready for one in known.answer.result().layers):
         return now - known.since > _BAD
-    return now - known.since > _GOOD
+    return now - known.since > good
 
 
 def _promises(known: _Known, gone: Set[str]) -> bool:

@@ -204,6 +204,21 @@ def test_a_chain_id_that_is_not_the_layers_is_never_lazy(wrong: dict[str, str]) 
     assert scene.decisions[0].reason and not scene.decisions[0].outcome.is_ready
 
 
+def test_a_tag_that_moved_is_asked_for_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """stargz-aware clients say no manifest: what the tag was some minutes ago says nothing of what it is now."""
+    scene = Scene(chain(True, True, True))
+    assert scene.offer(stargz(0)) == 0
+    moved = oci.chain_ids(("sha256:" + "77" * 32,))[0]
+    layer = LazyLayer("sha256:" + "78" * 32, 100, oci.OCI_LAYER_ZSTD, {}, "sha256:" + "77" * 32, moved)
+    scene.daemon.answer = ResolvedChain(f"docker://{IMAGE}", MANIFEST, (ResolvedLayer(layer, True, True, ""),))
+    labels = stargz(0) | {told.SNAPSHOT_REF: moved, told.STARGZ_DIGEST: layer.digest}
+    assert scene.offer(labels) is None, "asked a moment ago"
+    monkeypatch.setattr(module, "_BAD", 0.0)
+    assert scene.offer(labels) == 0
+    assert scene.offer(cri(0) | {told.SNAPSHOT_REF: "sha256:" + "ee" * 32}) is None
+    assert len(scene.daemon.asked) == 3, "a manifest's digest leads to the same layers whenever it is asked for"
+
+
 def test_without_labels_the_reason_says_so() -> None:
     scene = Scene(chain(True, True, True))
     assert scene.offer({told.SNAPSHOT_REF: CHAIN_IDS[0]}) is None
