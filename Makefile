@@ -3,7 +3,7 @@
 
 PYTHON ?= python3
 # Four at once on two cores: the tests of faults wait for time-outs more than they compute. PYTEST_ARGS='-n 0' for one.
-# In the order of the files: by itself xdist begins with those of many tests, and ends with a slow one on its own.
+# In the order of tests/conftest.py: by itself xdist begins with files of many tests, and ends with a slow one alone.
 PYTEST_ARGS ?= -n 4 --dist loadfile --no-loadscope-reorder
 SUDO := $(shell [ "$$(id -u)" = 0 ] || echo sudo)
 PATH := $(PATH):/usr/sbin:/sbin
