@@ -20,5 +20,7 @@ def harden() -> None:
     except (ValueError, OSError) as error:
         log.info("the limit of open files stays: %s", error)
     _, hard = resource.getrlimit(resource.RLIMIT_CORE)
-    resource.setrlimit(resource.RLIMIT_CORE, (0, hard))  # logins are in memory, and go to no disk
+    # Logins are in memory, and go to no disk. 1 byte holds no core either, and unlike 0 it also keeps the kernel from
+    # sending one to a program of core_pattern's.
+    resource.setrlimit(resource.RLIMIT_CORE, (1 if hard else 0, hard))
     os.umask(0o077)
