@@ -43,9 +43,10 @@ class Scrapes:
         try:
             family, _, _, _, where = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
             self._socket = socket.create_server(where[:2], family=family, backlog=_BACKLOG)
-        except OSError as error:
+        except (OSError, ValueError) as error:  # ValueError: a name that no host can have
+            reason = isinstance(error, OSError) and error.strerror
             raise UsageError(
-                f"metrics can't be served on {address}: {error.strerror or error}",
+                f"metrics can't be served on {address}: {reason or error}",
                 hint="choose another address in the settings, or end what listens there",
             ) from None
         self.port: int = self._socket.getsockname()[1]

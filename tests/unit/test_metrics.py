@@ -281,6 +281,13 @@ def test_a_port_in_use_is_a_sentence() -> None:
     assert Metrics().serve("") is None
 
 
+@pytest.mark.parametrize("host", [f"{'x' * 70}.example", "a\0b", "a..b"])
+def test_a_name_that_no_host_can_have_is_a_sentence(host: str) -> None:
+    with pytest.raises(UsageError, match="can't be served on"):
+        Scrapes(f"{host}:0", bytes)
+    assert Metrics().serve(f"{host}:0") is None  # pods matter more
+
+
 @pytest.mark.parametrize("text", ["9470", ":9470", "host:", "host:x", "host:70000", "host:-1", "host:²"])
 def test_addresses_that_make_no_sense(text: str) -> None:
     with pytest.raises(UsageError, match="can't be served on"):
