@@ -86,13 +86,13 @@ def node_of(args: argparse.Namespace) -> Node:
 
 def run(args: argparse.Namespace, out: Output) -> int:
     """Show the change, ask, carry it out. Blocking. Raise LazyfsError."""
-    from lazyfs.deploy import installation, services
+    from lazyfs.deploy import installation, manifest, services
 
     node = node_of(args)
     options = _options(args)
     planned = installation.plan(node, options)
     living = node.is_this and services.systemd_runs()
-    restart = args.restart_containerd and planned.about_containerd
+    restart = args.restart_containerd and bool(planned.about_containerd)
     steps = services.steps_to_start(planned.changed_units, restart) if living else []
     for one in planned.changes:
         out.line(one.diff().rstrip("\n"))
@@ -104,11 +104,13 @@ def run(args: argparse.Namespace, out: Output) -> int:
     if not planned.changes and not steps:
         out.line("nothing to change: everything is as it should be")
     elif consent.ask(f"Change {count(len(planned.changes), 'file')}?", out, yes=args.yes, dry_run=args.dry_run):
+        before = manifest.load(node)
         installation.carry_out(node, options, planned)
         out.line(f"{count(len(planned.changes), 'file')} written")
-        for step in steps:
-            services.perform(step)
-            out.line(f"done: {step}")
+        with installation.starting(node, planned, before):
+            for step in steps:
+                services.perform(step)
+                out.line(f"done: {step}")
         done = True
         _tell_the_rest(planned, living, args.restart_containerd, out)
     out.json(

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from lazyfs.cli import common, consent, exit_codes
 from lazyfs.cli.install import add_node, node_of
 from lazyfs.cli.output import Output, count
-from lazyfs.errors import SnapshotUnfit, UsageError
+from lazyfs.errors import SnapshotUnfit, StoreBroken, StoreError, UsageError
 
 if TYPE_CHECKING:
     from lazyfs.config import Settings
@@ -33,7 +33,11 @@ def add_parser(subparsers: Any) -> None:
         epilog=_EPILOG,
     )
     add = parser.add_argument
-    add("--force", action="store_true", help="also while containers use its snapshots: they lose their files")
+    add(
+        "--force",
+        action="store_true",
+        help="also while containers use its snapshots: they lose their files; or a file that stays names it",
+    )
     add("--purge", action="store_true", help="remove the store, too: layers, snapshots, what containers wrote")
     add("--restart-containerd", action="store_true", help="restart containerd, so that it forgets the snapshotter")
     add_node(parser)
@@ -50,7 +54,7 @@ def run(args: argparse.Namespace, out: Output) -> int:
     if known is None:
         raise UsageError("nothing was installed here by lazyfs install", hint=f"there is no {manifest.PATH}")
     settings = installation.settings_of(node)
-    users = _users(node, settings)
+    users = _users_if_known(node, settings, args.force, out)
     if users:
         shown = ", ".join(users[:_SHOWN]) + (f" and {len(users) - _SHOWN} more" if len(users) > _SHOWN else "")
         if not args.force:
@@ -63,6 +67,7 @@ def run(args: argparse.Namespace, out: Output) -> int:
         out.line(one.diff().rstrip("\n"))
     for path, reason in plan.left.items():
         out.warn(f"{path} stays as it is: {reason}")
+    _check_left(node, settings, known, plan, args.force, out)
     for step in steps:
         out.note(f"then: {step}")
     if args.purge:
@@ -100,9 +105,35 @@ def _carry_out(node: Node, settings: Settings, plan: Any, known: Any, steps: Any
         purging.purge(node, settings)
         out.line(f"{settings.root} is removed")
     if not args.restart_containerd:
-        out.note(
-            "containerd knows the snapshotter until its next start: systemctl restart containerd (containers go on)"
+        out.warn(
+            "until its next start containerd tries to make containers with lazyfs, and fails: "
+            "systemctl restart containerd (containers go on)"
         )
+
+
+def _check_left(node: Node, settings: Settings, known: Any, plan: Any, force: bool, out: Output) -> None:
+    """Raise UsageError where a file that stays has CRI make containers with what is about to go."""
+    from pathlib import Path
+
+    from lazyfs.deploy import containerd_config
+
+    written = [Path(entry.path) for entry in known.files]
+    for path in containerd_config.still_naming(node, written, list(plan.left), settings.snapshotter_address):
+        said = f"{path} still makes lazyfs the snapshotter of new containers: none would start"
+        if not force:
+            raise UsageError(said, hint="set another snapshotter there first, or --force")
+        out.warn(said)
+
+
+def _users_if_known(node: Node, settings: Settings, force: bool, out: Output) -> list[str]:
+    try:
+        return _users(node, settings)
+    except StoreError as error:
+        if not force:
+            hint = "--force goes on without knowing which containers need it"
+            raise StoreBroken(error.message, hint=hint) from None
+        out.warn(f"which containers lose their files is not known: {error.message}")
+        return []
 
 
 def _users(node: Node, settings: Settings) -> list[str]:

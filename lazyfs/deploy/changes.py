@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +11,13 @@ from pathlib import Path
 from lazyfs.deploy import manifest as manifests
 from lazyfs.deploy.manifest import Entry, Manifest, backup_of, digest_of
 from lazyfs.deploy.node import Node
+
+# Lines around a change are shown, too, and containerd's configuration may hold logins of registries: what is shown ends
+# in terminals and in the logs of pods.
+_SECRET = re.compile(
+    r"""(^[\s#]*|[{,])(\s*[\w."'-]*(?:passw|auth|token|secret|credential)[\w."'-]*\s*=\s*)[^\n]*""", re.IGNORECASE
+)
+_VEILED = "(not shown)"
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,7 +29,7 @@ class FileChange:
     after: bytes | None
 
     def diff(self) -> str:
-        """Return the change as a unified diff."""
+        """Return the change as a unified diff, without what may be a secret."""
         old, new = (_lines(raw) for raw in (self.before, self.after))
         source, target = ("/dev/null" if raw is None else str(self.path) for raw in (self.before, self.after))
         return "".join(difflib.unified_diff(old, new, source, target))
@@ -66,19 +74,27 @@ def carry_out(node: Node, changes: Iterable[FileChange]) -> None:
 
 
 def put_back(node: Node, changes: Iterable[FileChange], before: Manifest | None) -> None:
-    """Undo a `carry_out` that turned out wrong; `before` is the manifest of then. Raise StoreBroken, UsageError."""
+    """Undo these changes of a `carry_out`, made or not; `before` is the manifest of then. Blocking.
+
+    Raise StoreBroken, UsageError.
+    """
+    known = manifests.load(node) or Manifest()
+    undone: list[Path] = []
     for one in changes:
         if one.before is None:
             node.remove(one.path)
-        else:
+        elif node.read(one.path) != one.before:  # a full disk takes nothing, and need not
             node.write(one.path, one.before)
         old = before.entry(one.path) if before is not None else None
+        known = known.with_entry(old) if old is not None else known.without_entry(one.path)
         if old is None:
-            node.remove(backup_of(one.path))
-    if before is None:
-        forget(node, manifests.load(node) or Manifest())
-    else:
-        manifests.save(node, before)
+            undone.append(backup_of(one.path))
+    if known.files:
+        manifests.save(node, known)  # before the backups go that it names
+    for path in undone:
+        node.remove(path)
+    if not known.files:
+        forget(node, known)
 
 
 def plan_taking_back(node: Node, known: Manifest) -> TakingBack:
@@ -142,4 +158,5 @@ def _entry(known: Manifest, one: FileChange) -> Entry:
 
 def _lines(raw: bytes | None) -> list[str]:
     text = (raw or b"").decode("utf-8", "replace")
-    return [line if line.endswith("\n") else f"{line}\n\\ no newline at the end\n" for line in text.splitlines(True)]
+    lines = [_SECRET.sub(rf"\1\2{_VEILED}", line) for line in text.splitlines(True)]
+    return [line if line.endswith("\n") else f"{line}\n\\ no newline at the end\n" for line in lines]

@@ -15,7 +15,7 @@ from __future__ import annotations
 import fnmatch
 import glob
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -148,6 +148,25 @@ def grpc_address(files: list[ConfigFile]) -> str:
     return found
 
 
+def still_naming(node: Node, known: Iterable[Path], left: Iterable[Path], address: Path) -> list[Path]:
+    """Return those files of `left` by which CRI takes the snapshotter at `address`, whatever name `known` gives it.
+
+    Files that are no TOML are passed over. Blocking. Raise UsageError where a file can't be read.
+    """
+    found = {path: _loose(node, path) for path in (*known, *left)}
+    names = {
+        name
+        for data in found.values()
+        for name in _table(data, ("proxy_plugins",)) or {}
+        if (_table(data, ("proxy_plugins", name)) or {}).get("address") == str(address)
+    }
+    return [
+        path
+        for path in left
+        if any((_table(found[path], keys) or {}).get("snapshotter") in names for keys in _CRI_KEYS.values())
+    ]
+
+
 def by_hand(wanted: Wanted, version: int) -> str:
     """Return what an admin has to write where the files can't be edited."""
     text = f"version = {version}\n"
@@ -171,6 +190,13 @@ def _proxy_values(wanted: Wanted) -> dict[toml_edit.Path, toml_edit.Value]:
 def _cri_values(wanted: Wanted, version: int) -> dict[toml_edit.Path, toml_edit.Value]:
     table = _CRI_KEYS[version]
     return {(*table, "snapshotter"): wanted.name, (*table, "disable_snapshot_annotations"): False}
+
+
+def _loose(node: Node, path: Path) -> Mapping[str, Any]:
+    try:
+        return toml_edit.parse((node.read(path) or b"").decode("utf-8", "replace"), str(path))
+    except UsageError:
+        return {}
 
 
 def _version(main: ConfigFile, major: int) -> int:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,11 +15,12 @@ from lazyfs.container import idmap, mounts
 from lazyfs.deploy import changes, containerd_config, manifest, services, toml_edit, units
 from lazyfs.deploy.changes import FileChange
 from lazyfs.deploy.containerd_config import Wanted
+from lazyfs.deploy.manifest import Manifest
 from lazyfs.deploy.node import Node
 from lazyfs.errors import LazyfsError, UsageError
 
 SETTINGS = Path("/etc/lazyfs/config.toml")
-METRICS = ("127.0.0.1:9471", "127.0.0.1:9472")  # of the daemon, of the snapshotter
+METRICS = ("127.0.0.1:9470", "127.0.0.1:9471")  # of the daemon, of the snapshotter
 _SETTINGS_HEAD = "# Settings of lazyfs: docs/config.md tells of all.\n"
 
 
@@ -43,7 +46,7 @@ class Plan:
     notes: tuple[str, ...]
     wanted: Wanted
     changed_units: tuple[str, ...]
-    about_containerd: bool  # its configuration changes, which it reads at its next start
+    about_containerd: tuple[FileChange, ...]  # those of its configuration, which it reads at its next start
 
 
 def plan(node: Node, options: Options) -> Plan:
@@ -74,24 +77,39 @@ def plan(node: Node, options: Options) -> Plan:
         )
     for name in units.NAMES:
         wrote.append(changes.change(node, units.DIRECTORY / name, units.text(name, options.programs)))
-    about_containerd = containerd_config.plan(node, options.containerd, wanted, major)
-    wrote += [changes.change(node, one.path, one.text) for one in about_containerd]
-    found = tuple(one for one in wrote if one is not None)
+    told = containerd_config.plan(node, options.containerd, wanted, major)
+    about_containerd = _real(changes.change(node, one.path, one.text) for one in told)
+    found = _real(wrote)
     changed_units = tuple(one.path.name for one in found if one.path.parent == units.DIRECTORY)
-    return Plan(found, tuple(notes), wanted, changed_units, bool(about_containerd))
+    return Plan((*found, *about_containerd), tuple(notes), wanted, changed_units, about_containerd)
 
 
 def carry_out(node: Node, options: Options, planned: Plan) -> None:
-    """Write the files; where containerd then does not read what was meant, put everything back. Blocking.
+    """Write the files; where that fails, or containerd does not read what was meant, put everything back. Blocking.
 
     Raise StoreBroken, UsageError.
     """
     before = manifest.load(node)
-    changes.carry_out(node, planned.changes)
     try:
+        changes.carry_out(node, planned.changes)
         check_containerd(node, options.containerd, planned.wanted)
     except LazyfsError:
         changes.put_back(node, planned.changes, before)
+        raise
+
+
+@contextmanager
+def starting(node: Node, planned: Plan, before: Manifest | None) -> Iterator[None]:
+    """Put containerd's configuration back when the block fails, which starts what it names: at its next start it would
+    make no container any more. `before` is the manifest from before `carry_out`. Blocking.
+    """
+    try:
+        yield
+    except BaseException as error:
+        if planned.about_containerd:
+            changes.put_back(node, planned.about_containerd, before)
+            if isinstance(error, LazyfsError):
+                error.message = f"{error.message}; containerd's configuration was put back"
         raise
 
 
@@ -143,6 +161,10 @@ def _settings_change(node: Node, options: Options, containerd: str) -> FileChang
 def _settings(node: Node, changed: FileChange | None) -> Settings:
     text = _decoded(node.read(SETTINGS) if changed is None else changed.after)
     return config.of_service(toml_edit.parse(text, str(SETTINGS)), str(SETTINGS))
+
+
+def _real(found: Iterable[FileChange | None]) -> tuple[FileChange, ...]:
+    return tuple(one for one in found if one is not None)
 
 
 def _decoded(raw: bytes | None) -> str:

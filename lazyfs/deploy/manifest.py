@@ -48,6 +48,10 @@ class Manifest:
         others = tuple(other for other in self.files if other.path != entry.path)
         return replace(self, files=(*others, entry))
 
+    def without_entry(self, path: Path) -> Manifest:
+        """Return the manifest without what is known of a file."""
+        return replace(self, files=tuple(entry for entry in self.files if entry.path != str(path)))
+
     def with_directories(self, made: list[Path]) -> Manifest:
         """Return the manifest with these directories besides."""
         return replace(self, directories=tuple(dict.fromkeys((*self.directories, *map(str, made)))))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import secrets
+import stat
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -35,7 +36,10 @@ class Node:
     def read(self, path: Path) -> bytes | None:
         """Return a file's bytes, None where there is none. Raise UsageError."""
         try:
-            with self.real(path).open("rb") as file:
+            fd = os.open(self.real(path), os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)  # a pipe must not hold us up
+            with os.fdopen(fd, "rb") as file:
+                if not stat.S_ISREG(os.fstat(fd).st_mode):
+                    raise UsageError(f"{path} is not a file")
                 raw = file.read(_MAX_FILE + 1)
         except (FileNotFoundError, NotADirectoryError):
             return None
@@ -68,12 +72,22 @@ class Node:
                 file.flush()
                 os.fsync(fd)
             os.replace(scratch, target)
+            self._sync(target.parent)
         except OSError as error:
             with contextlib.suppress(OSError):
                 scratch.unlink()
             for directory in reversed(missing):
                 self.remove_empty(directory)
             raise StoreBroken(f"{path} can't be written: {error.strerror}") from None
+
+    @staticmethod
+    def _sync(directory: Path) -> None:
+        """Have names written in their order: after a power failure the manifest tells of all that is there."""
+        fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            os.fsync(fd)
+        finally:
+            os.close(fd)
 
     def missing_parents(self, path: Path) -> list[Path]:
         """Return the directories above `path` that do not exist, outermost first. Raise UsageError."""

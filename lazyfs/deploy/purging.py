@@ -13,7 +13,7 @@ from lazyfs.deploy.changes import FileChange
 from lazyfs.deploy.node import Node
 from lazyfs.errors import StoreBroken, StoreLocked, UsageError
 
-_MARKS = ("catalog.db", "snapshots.db", "lock")  # one of them is in every store
+_MARKS = ("catalog.db", "snapshots.db")  # one of them is in every store; a "lock" is in many other directories
 
 
 def check(node: Node, settings: Settings, *, stops: bool) -> None:

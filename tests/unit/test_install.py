@@ -115,8 +115,13 @@ def test_what_somebody_changed_since_stays(root: Path, capsys: pytest.CaptureFix
     config.write_text(config.read_text() + "# theirs\n")
     theirs = config.read_bytes()
     unit.unlink()
-    assert uninstall(root, "--yes") == 0
+    assert uninstall(root, "--yes") == 2  # no new container would start
     told = capsys.readouterr().err
+    assert "config.toml still makes lazyfs the snapshotter of new containers" in told and "--force" in told
+    assert (root / "etc/systemd/system/lazyfs-snapshotter.service").exists() and config.read_bytes() == theirs
+    assert uninstall(root, "--yes", "--force") == 0
+    told = capsys.readouterr().err
+    assert "config.toml still makes lazyfs" in told
     assert "/etc/containerd/config.toml stays as it is: it was changed since" in told
     assert config.read_bytes() == theirs
     assert (root / "etc/lazyfs/before").is_dir()  # what it was is still there, and was named
@@ -138,12 +143,54 @@ def test_what_somebody_changed_between_two_installations_stays(root: Path) -> No
     config = root / "etc/containerd/config.toml"
     config.write_text(config.read_text() + "# theirs\n")
     assert install(root, "--yes") == 0
+    config.write_text(config.read_text().replace('snapshotter = "lazyfs"', 'snapshotter = "overlayfs"'))
     assert uninstall(root, "--yes") == 0
     assert "# theirs" in config.read_text()
 
 
+@pytest.mark.parametrize("version", [2, 3])
+def test_a_name_in_another_file_than_the_address_is_found(root: Path, version: int) -> None:
+    config = root / "etc/containerd/config.toml"
+    cri = '"io.containerd.grpc.v1.cri".containerd' if version == 2 else '"io.containerd.cri.v1.images"'
+    imports = 'imports = ["/etc/containerd/conf.d/*.toml"]'
+    config.write_text(f'version = {version}\n{imports}\n[plugins.{cri}]\n  snapshotter = "overlayfs"\n')
+    assert install(root, "--yes") == 0
+    assert (root / "etc/containerd/conf.d/lazyfs.toml").exists()
+    drop_in = root / "etc/containerd/conf.d/lazyfs.toml"
+    theirs = config if version == 2 else drop_in  # where CRI's keys went
+    theirs.write_text(theirs.read_text() + "# theirs\n")
+    assert uninstall(root, "--yes") == 2
+    assert drop_in.exists()
+
+
+def test_logins_in_containerds_configuration_are_not_shown(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = root / "etc/containerd/config.toml"
+    secrets = (
+        '[plugins."io.containerd.grpc.v1.cri".registry.configs."r.example".auth]\n'
+        '  "password" = "s3cret"\n  identitytoken = \'s3cret\'\n  # auth = "s3cret"\n'
+    )
+    for text in (
+        secrets,
+        '[plugins."io.containerd.grpc.v1.cri".registry]\nconfigs = {"r.example" = {auth = {username = "u", '
+        'password = "s3cret"}}}\n',
+    ):
+        config.write_text(CONFIG + text)
+        assert install(root, "--yes") == 0
+        shown = capsys.readouterr().out
+        assert "(not shown)" in shown and "s3cret" not in shown and '+  snapshotter = "lazyfs"' in shown
+        assert text in config.read_text()
+        assert uninstall(root, "--yes") == 0
+        assert "s3cret" not in capsys.readouterr().out
+        assert config.read_text() == CONFIG + text
+
+
+@pytest.mark.parametrize("failure", [KeyboardInterrupt, StoreBroken("the disk is full")])
 def test_an_interruption_anywhere_can_be_taken_back(
-    root: Path, node: Node, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    root: Path,
+    node: Node,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    failure: type[BaseException] | BaseException,
 ) -> None:
     before = tree(root)
     write = Node.write
@@ -153,15 +200,16 @@ def test_an_interruption_anywhere_can_be_taken_back(
         def failing(self: Node, path: Path, raw: bytes, mode: int = 0o644) -> None:
             nonlocal left
             if left == 0:
-                raise StoreBroken("the disk is full")
+                raise failure
             left -= 1
             write(self, path, raw, mode)
 
         with monkeypatch.context() as patch:
             patch.setattr(Node, "write", failing)
             code = install(root, "--yes", "--metrics")
-        assert (manifest.load(node) is None) == (allowed == 0)
-        if allowed:
+        put_back = code != 0 and failure is not KeyboardInterrupt  # then it is as it was already
+        assert (manifest.load(node) is None) == (allowed == 0 or put_back)
+        if allowed and not put_back:
             assert uninstall(root, "--yes") == 0
             assert "stays as it is" not in capsys.readouterr().err
         assert tree(root) == before
@@ -220,6 +268,17 @@ def test_snapshots_in_use_stop_it(root: Path, store: Path, capsys: pytest.Captur
     assert store.is_dir()
 
 
+def test_records_that_can_not_be_read_stop_it_unless_forced(
+    root: Path, store: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert install(root, "--yes") == 0
+    (store / "snapshots.db").write_bytes(b"no database at all" * 400)
+    assert uninstall(root, "--yes") != 0
+    assert "--force" in capsys.readouterr().err and manifest.load(Node(root)) is not None
+    assert uninstall(root, "--yes", "--force") == 0
+    assert "is not known" in capsys.readouterr().err
+
+
 def test_the_store_goes_only_when_asked_for(root: Path, store: Path) -> None:
     assert install(root, "--yes") == 0
     assert uninstall(root, "--yes", "--force", "--purge") == 0
@@ -230,6 +289,7 @@ def test_another_directory_is_not_purged(root: Path, capsys: pytest.CaptureFixtu
     precious = root / "srv/precious"
     precious.mkdir(parents=True)
     (precious / "file").touch()
+    (precious / "lock").touch()  # many directories have one
     assert install(root, "--yes", "--root", "/srv/precious") == 0
     assert uninstall(root, "--yes", "--purge") == 2
     assert "does not look like a store" in capsys.readouterr().err
@@ -286,6 +346,7 @@ def test_systemd_is_told(root: Path, systemctl: Path) -> None:
         "daemon-reload", f"enable --now {both}", "restart lazyfs-snapshotter.service", "restart containerd.service",
     ]  # fmt: skip
     unit.write_text("# theirs\n")
+    config.write_text(config.read_text().replace('snapshotter = "lazyfs"', 'snapshotter = "overlayfs"'))
     assert uninstall(root, "--yes", "--restart-containerd") == 0
     assert calls(systemctl) == [
         "restart containerd.service",
@@ -293,6 +354,32 @@ def test_systemd_is_told(root: Path, systemctl: Path) -> None:
         "daemon-reload",
     ]
     assert unit.exists()
+
+
+@pytest.mark.parametrize("refused", ["enable", "restart"])
+def test_a_step_that_fails_leaves_containerd_as_it_was(
+    root: Path, systemctl: Path, capsys: pytest.CaptureFixture[str], refused: str
+) -> None:
+    config = root / "etc/containerd/config.toml"
+    program = systemctl.parent / "systemctl"
+    good = program.read_text()
+    program.write_text(f'{good}[ "$1" = {refused} ] && {{ echo no >&2; exit 1; }}; true\n')
+    assert install(root, "--yes", "--restart-containerd") != 0
+    assert "no; containerd's configuration was put back" in capsys.readouterr().err
+    assert config.read_text() == CONFIG
+    program.write_text(good)
+    assert install(root, "--yes", "--restart-containerd") == 0  # the rest is done now
+    assert 'snapshotter = "lazyfs"' in config.read_text()
+    assert uninstall(root, "--yes") == 0
+    assert config.read_text() == CONFIG and not (root / "etc/lazyfs").exists()
+
+
+def test_a_pipe_in_the_place_of_a_file_holds_nobody_up(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = root / "etc/containerd/config.toml"
+    config.unlink()
+    os.mkfifo(config)
+    assert install(root, "--yes") == 2
+    assert "config.toml is not a file" in capsys.readouterr().err
 
 
 FORBIDDEN = {  # each gives the service a mount namespace of its own, and hides the FUSE mount from containerd
