@@ -41,7 +41,9 @@ _FILE_TYPE: dict[int, int] = {
     Kind.DIR: stat.S_IFDIR, Kind.REG: stat.S_IFREG, Kind.SYMLINK: stat.S_IFLNK, Kind.CHAR: stat.S_IFCHR,
     Kind.BLOCK: stat.S_IFBLK, Kind.FIFO: stat.S_IFIFO,
 }  # fmt: skip
+_LINK_MODE = 0o777  # Linux gives symlinks no other, whatever their tar header says
 _STRIDE = 96  # bytes of an ordinary file: an inode, one chunk index, and what is lost up to the next slot
+_TOO_MANY = "the image has too many files for one EROFS image"
 _IS_REG = bytes(kind == Kind.REG for kind in range(256))
 _ALIKE = 1 << CHUNK_SHIFT  # bytes; a file with more needs more than one chunk index
 
@@ -77,19 +79,21 @@ class Inodes:
             head, tail = self._extent(row)
             if tail and (at + INODE_BYTES - 1) // BLOCK != (at + head + tail - 1) // BLOCK:
                 at = align_block(at)
+            if at // SLOT > NULL_BLOCK:
+                raise TocInvalid(_TOO_MANY)
             self._extents.append((at, head, tail))
             self.nids[row] = at // SLOT
             at += (head + tail + SLOT - 1) & -SLOT
         self.special_size = align_block(at)
         nid, step = self.special_size // SLOT, _STRIDE // SLOT
+        if nid + step * sum(len(rows) for rows, _ in self._ordinary) > NULL_BLOCK:
+            raise TocInvalid(_TOO_MANY)
         nids = self.nids
         for rows, _ in self._ordinary:
             for row in rows:
                 nids[row] = nid
                 nid += step
         self.count = len(self._special) + sum(len(rows) for rows, _ in self._ordinary)
-        if nid > NULL_BLOCK:
-            raise TocInvalid("the image has too many files for one EROFS image")
         for row, first in self._links:
             nids[row] = nids[first]
         self._directories.number(nids)
@@ -168,6 +172,7 @@ class Inodes:
         for number, (row, (at, _, tail)) in enumerate(zip(self._special, self._extents, strict=True), 1):
             kind, table, source = tree.kind[row], tables[tree.layer[row]], tree.source[row]
             body = self._body.get(row, NO_XATTRS)
+            mode = _LINK_MODE if kind == Kind.SYMLINK else table.mode[source]
             head = INODE_BYTES + len(body)
             layout, union, size, rest = FLAT_PLAIN, 0, 0, b""
             if kind in (Kind.DIR, Kind.SYMLINK):
@@ -190,7 +195,7 @@ class Inodes:
             elif kind != Kind.FIFO:
                 union = device_number(*table.rdev(source))
             INODE.pack_into(
-                out, at, layout << 1 | EXTENDED, body_count(body), _FILE_TYPE[kind] | table.mode[source], 0, size,
+                out, at, layout << 1 | EXTENDED, body_count(body), _FILE_TYPE[kind] | mode, 0, size,
                 union, number, table.uid[source], table.gid[source], table.mtime[source], table.mtime_fraction[source],
                 tree.nlink[row],
             )  # fmt: skip

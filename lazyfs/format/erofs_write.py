@@ -23,7 +23,7 @@ from lazyfs.format.table import LayerTable
 
 __all__ = ["VERSION", "check", "device_layers", "write_erofs"]
 
-VERSION = 1
+VERSION = 2
 _MAGIC = b"LZFEROFS"
 _HEAD = struct.Struct("<8sI4x32s32sQ")  # magic, version, digest of all with this field zero, key's digest, bytes
 _DIGEST_AT = 16  # bytes in front of the digest

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from lazyfs.child import run_job
 from lazyfs.errors import StoreBroken, TableInvalid, TarInvalid, TocInvalid
+from lazyfs.format import erofs_inodes
 from lazyfs.format.entry import Chunk, Entry, Kind
 from lazyfs.format.erofs_layout import crc32c
 from lazyfs.format.erofs_write import check, device_layers, write_erofs
@@ -67,14 +68,15 @@ def expected(tree: Tree, tables: Sequence[LayerTable]) -> dict[bytes, tuple[obje
         size = table.size[source] if kind in (Kind.REG, Kind.SYMLINK) else 0
         link = table.link(source) if kind is Kind.SYMLINK else b""
         rdev = table.rdev(source) if kind in (Kind.CHAR, Kind.BLOCK) else (0, 0)
+        mode = 0o777 if kind is Kind.SYMLINK else table.mode[source]  # Linux gives symlinks no other
         place = (
             (device_layers(tables).index(tree.layer[row]), table.data_offset[source])
             if kind is Kind.REG and size
             else ()
         )
         out[paths[row]] = (
-            tree.inode[row], TYPES[kind] | table.mode[source], table.uid[source], table.gid[source], size,
-            table.mtime_ns(source), tree.nlink[row], rdev, link, table.xattrs(source), place,
+            tree.inode[row], TYPES[kind] | mode, table.uid[source], table.gid[source], size, table.mtime_ns(source),
+            tree.nlink[row], rdev, link, table.xattrs(source), place,
         )  # fmt: skip
     return out
 
@@ -224,6 +226,17 @@ def test_a_file_of_terabytes_has_an_index_for_each_eight(tmp_path: Path) -> None
     large = replace(entry(b"large"), size=8 * TIB + 1)
     names = run_tree(tmp_path, [table_at(tmp_path / "0", [large], content(large))])
     assert names[b"large"].extents == ((0, 0, 8 * TIB), (0, 8 * TIB, 1))
+
+
+@pytest.mark.parametrize("layer", [[Kind.SYMLINK] * 9, [Kind.REG] * 9], ids=["special", "ordinary"])
+def test_more_inodes_than_have_numbers_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, layer: list[Kind]
+) -> None:
+    entries = [entry(b"%d" % number, kind, b"to") for number, kind in enumerate(layer)]
+    written(tmp_path, [entries])
+    monkeypatch.setattr(erofs_inodes, "NULL_BLOCK", 20)
+    with pytest.raises(TocInvalid, match="too many files"):
+        written(tmp_path, [entries])
 
 
 def test_a_layer_of_more_than_a_device_holds_is_refused(tmp_path: Path) -> None:
