@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
@@ -13,17 +14,19 @@ import trio
 from lazyfs.chunks.layer import ServedLayer
 from lazyfs.chunks.schedule import Scheduler
 from lazyfs.chunks.single_flight import SingleFlight
-from lazyfs.errors import FormatError, StoreBroken, TableInvalid
+from lazyfs.errors import FormatError, StoreBroken, StoreError, TableInvalid
 from lazyfs.format import erofs_write
 from lazyfs.log import fields
 from lazyfs.mount.filling import Fillings
 from lazyfs.mount.forest import Forest, Planted
 from lazyfs.mount.preparing import Prepared, Preparer
 from lazyfs.tree import Tree, tree_key
+from lazyfs.units import GiB
 
 log = logging.getLogger(__name__)
 
 _KEPT = 400  # files of trees, two each; the oldest go when one is built
+_KEPT_BYTES = 8 * GiB  # of them together: an image may have gigabytes that its layer had no bytes for
 _THREADS = 4
 IMAGE = ".erofs"  # behind a tree's name: its image for the erofs driver
 
@@ -97,11 +100,11 @@ class Planting:
         except TableInvalid:
             _make_room(self._directory)
         tables = [os.fspath(one.layer.table.path) for one in prepared]
-        job: dict[str, object] = {"tree": {"tables": tables, "out": os.fspath(path)}}
+        job = self._tree_job(key, tables)
         if self.with_images():
             try:
                 self._preparer.builder.run(job | self._image_job(key, tables))
-            except FormatError as error:  # it may be the image alone that can't be; whoever wants it is told then
+            except (FormatError, StoreError) as error:  # of the image alone, maybe; whoever wants it is told then
                 log.info("no image of the tree for the erofs driver: %s", error, extra=fields(tree=key))
                 self._preparer.builder.run(job)
         else:
@@ -111,6 +114,9 @@ class Planting:
         except TableInvalid:  # cleared away as nobody's, just now
             self._preparer.builder.run(job)
             return Tree(path), number
+
+    def _tree_job(self, key: str, tables: list[str]) -> dict[str, object]:
+        return {"tree": {"tables": tables, "out": os.fspath(self._directory / key)}}
 
     def _image_job(self, key: str, tables: list[str]) -> dict[str, object]:
         tree, out = self._directory / key, self._directory / f"{key}{IMAGE}"
@@ -128,17 +134,33 @@ class Planting:
             erofs_write.check(path, key)
         except TableInvalid:
             _make_room(self._directory)
-            self._preparer.builder.run(self._image_job(key, [os.fspath(table.path) for table in tables]))
+            paths = [os.fspath(table.path) for table in tables]
+            job = self._image_job(key, paths)
+            try:
+                self._preparer.builder.run(job)
+            except TableInvalid:  # the tree's own file made room for others, or is damaged: we have it mapped
+                self._preparer.builder.run(self._tree_job(key, paths) | job)
             erofs_write.check(path, key)
         return path, [planted.layers[place].number for place in erofs_write.device_layers(tables)]
 
 
 def _make_room(directory: Path) -> None:
-    """Make the directory of trees, and drop the oldest files beyond a bound: they are made again from tables."""
+    """Make the directory of trees, and drop the oldest files beyond two bounds: they are made again from tables."""
     try:
         directory.mkdir(mode=0o700, exist_ok=True)
-        files = sorted(directory.iterdir(), key=lambda path: path.lstat().st_mtime, reverse=True)
-        for path in files[_KEPT:]:
-            path.unlink(missing_ok=True)
+        files = sorted(_sizes(directory), reverse=True)
+        total = 0
+        for number, (_, size, path) in enumerate(files):
+            total += size
+            if number >= _KEPT or total > _KEPT_BYTES:
+                path.unlink(missing_ok=True)
     except OSError as error:
         raise StoreBroken(f"{directory} can't be used: {error.strerror}") from None
+
+
+def _sizes(directory: Path) -> Iterator[tuple[float, int, Path]]:
+    """Yield (time of the last change, bytes, path) of what is there; another thread may be dropping some."""
+    for path in directory.iterdir():
+        with suppress(FileNotFoundError):
+            found = path.lstat()
+            yield found.st_mtime, found.st_size, path
