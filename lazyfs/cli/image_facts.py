@@ -16,6 +16,8 @@ from lazyfs.errors import LazyfsError, ManifestMissing
 from snapshotter.reasons import ADVICE, Outcome, classify
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from lazyfs.cli.output import Output
     from lazyfs.config import Settings
     from snapshotter.records import ImageRecord, LayerRecord, Records
@@ -239,13 +241,20 @@ def _add_held(layer: LayerFacts, held: dict[str, Any] | None) -> None:
     layer.verified, layer.quarantine = held["verified"], layer.quarantine or held["quarantine"]
 
 
+def _may_be_there(path: Path) -> bool:
+    try:
+        return path.exists()
+    except OSError:
+        return True  # whoever opens it says why that can't be
+
+
 def look(settings: Settings, out: Output) -> Sources:
     """Ask whoever is there. Blocking, 10 s at most. What can't be asked is told as a warning. Close `records`."""
     from lazyfs.cli.status import gather as ask_daemons
 
     sources = Sources(None, [], {}, [])
     path = settings.root / "snapshots.db"
-    if path.exists():
+    if _may_be_there(path):
         from snapshotter.records import open_records
 
         try:
@@ -254,7 +263,7 @@ def look(settings: Settings, out: Output) -> Sources:
             out.warn(str(error))
     for status in ask_daemons(settings, out):
         sources.mounts += status.get("mounts", [])
-    if (settings.root / "catalog.db").exists():
+    if _may_be_there(settings.root / "catalog.db"):
         from lazyfs.cli.cache import pages
         from lazyfs.cli.stock_access import open_stock
 
