@@ -56,7 +56,7 @@ disabled_plugins = [
 address = "{address}"
 [plugins."io.containerd.internal.v1.opt"]
 path = "{place}/opt"
-[plugins."io.containerd.gc.v1.scheduler"]
+{timeouts}[plugins."io.containerd.gc.v1.scheduler"]
 deletion_threshold = 1
 schedule_delay = "50ms"
 startup_delay = "50ms"
@@ -89,7 +89,7 @@ disabled_plugins = [
 address = "{address}"
 [plugins."io.containerd.internal.v1.opt"]
 path = "{place}/opt"
-[plugins."io.containerd.gc.v1.scheduler"]
+{timeouts}[plugins."io.containerd.gc.v1.scheduler"]
 deletion_threshold = 1
 schedule_delay = "50ms"
 startup_delay = "50ms"
@@ -110,6 +110,12 @@ sandbox = "{pause}"
 config_path = "{place}/certs.d"
 {proxy}"""
 
+# containerd gives a shim 2 s to tell a sandbox's state, then goes on with process number 0, and the container's start
+# fails. A kubelet tries again; ten containers that start in one shim of a busy test machine need longer.
+_TIMEOUTS = """\
+[timeouts]
+"io.containerd.timeout.task.state" = "60s"
+"""
 _PROXY = """\
 [proxy_plugins.lazyfs]
 type = "snapshot"
@@ -424,7 +430,12 @@ class PodNode:
                 proxy += _EXPORTS.format(root=self.root)
         text = _V3 if self.binaries else _V2
         return text.format(
-            place=self.place, address=self.address, pause=self.pause, snapshotter=self.snapshotter, proxy=proxy
+            place=self.place,
+            address=self.address,
+            pause=self.pause,
+            snapshotter=self.snapshotter,
+            proxy=proxy,
+            timeouts=_TIMEOUTS,
         )
 
 
