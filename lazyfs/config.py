@@ -31,7 +31,7 @@ class Settings:
     read_timeout: float = 300.0  # a read fails with EIO after this; 0: never
     connect_timeout: float = 5.0
     answer_timeout: float = 30.0  # from a request to its first byte, and between two reads of a body
-    driver: str = "fuse"  # how trees reach the kernel: "fuse", "erofs", or "auto": erofs where it works
+    driver: str = "auto"  # how trees reach the kernel: "fuse", "erofs", or "auto": erofs where it works
     offline: bool = False  # ask no registry: only images that are whole on this node can be mounted
     prefetch: bool = True  # fetch up to the landmark after a mount
     background: bool = True  # fill and verify whole layers after a mount

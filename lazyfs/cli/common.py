@@ -87,7 +87,7 @@ def add_driver(parser: argparse.ArgumentParser) -> None:
         "--driver",
         choices=("auto", "erofs", "fuse"),
         default=None,
-        help="how the files reach the kernel; otherwise what the settings say, which is fuse",
+        help="how the files reach the kernel: erofs where a self-test passes, else fuse (auto, the default)",
     )
 
 

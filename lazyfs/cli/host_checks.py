@@ -323,24 +323,16 @@ def _daemon(settings: Settings) -> Check:
 
 def _idmapped(settings: Settings) -> Check:
     """Try whether what the daemon shows can be idmapped, which pods with user namespaces profit from."""
-    from lazyfs.container import idmap
+    from lazyfs.cli import idmapped
 
     name = "idmapped mounts"
-    if mounts.top_at(os.fsencode(settings.session)) is None:
+    problem = idmapped.problem(settings)
+    if problem is None:
         return Check(name, State.OK, "not known: a daemon has to run for the test")
-    places = [os.fsencode(settings.session)]
-    places += [found.dir for found in mounts.below(os.fsencode(settings.shown)) if found.kind == "erofs"][:1]
-    for place in places:
-        problem = _in_child(lambda: _try_idmap(idmap.problem(place)))  # noqa: B023  called at once
-        if problem:
-            text = f"{problem}; pods with user namespaces copy the files of lazy images when they are made"
-            return Check(name, State.OK, text)
-    return Check(name, State.OK, "the daemon's mounts can be idmapped: lazyfs install offers remap-ids to containerd")
-
-
-def _try_idmap(problem: str) -> None:
     if problem:
-        raise OSError(problem)
+        text = f"{problem}; pods with user namespaces copy the files of lazy images when they are made"
+        return Check(name, State.OK, text)
+    return Check(name, State.OK, "the daemon's mounts can be idmapped: lazyfs install offers remap-ids to containerd")
 
 
 def _certificates() -> Check:

@@ -86,11 +86,12 @@ def node_of(args: argparse.Namespace) -> Node:
 
 def run(args: argparse.Namespace, out: Output) -> int:
     """Show the change, ask, carry it out. Blocking. Raise LazyfsError."""
+    from lazyfs.cli import idmapped
     from lazyfs.deploy import installation, manifest, services
 
     node = node_of(args)
     options = _options(args)
-    planned = installation.plan(node, options)
+    planned = installation.plan(node, options, idmapped.problem)
     living = node.is_this and services.systemd_runs()
     restart = args.restart_containerd and bool(planned.about_containerd)
     steps = services.steps_to_start(planned.changed_units, restart) if living else []

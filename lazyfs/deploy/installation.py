@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +10,6 @@ from typing import Any
 
 from lazyfs import config
 from lazyfs.config import Settings
-from lazyfs.container import idmap, mounts
 from lazyfs.deploy import changes, containerd_config, manifest, services, toml_edit, units
 from lazyfs.deploy.changes import FileChange
 from lazyfs.deploy.containerd_config import Wanted
@@ -49,14 +47,17 @@ class Plan:
     about_containerd: tuple[FileChange, ...]  # those of its configuration, which it reads at its next start
 
 
-def plan(node: Node, options: Options) -> Plan:
-    """Look at the node and say what an installation would change there. Writes nothing. Blocking. Raise UsageError."""
+def plan(node: Node, options: Options, idmap_problem: Callable[[Settings], str | None] = lambda settings: None) -> Plan:
+    """Look at the node and say what an installation would change there. Writes nothing. Blocking. Raise UsageError.
+
+    `idmap_problem` returns why the daemon's mounts can't be idmapped, "" when they can, None while no daemon runs.
+    """
     notes = units.check_programs(node, options.programs)
     major = services.containerd_major() if node.is_this else 0
     files = containerd_config.read_files(node, options.containerd)
     wrote = [_settings_change(node, options, containerd_config.grpc_address(files))]
     settings = _settings(node, wrote[0])
-    remap, why = _remap_ids(node, settings)
+    remap, why = _remap_ids(node, settings, idmap_problem)
     wanted = Wanted(options.name, settings.snapshotter_address, settings.root, options.default, remap)
     if options.default:
         now, _ = containerd_config.in_force(files, major)
@@ -174,11 +175,11 @@ def _decoded(raw: bytes | None) -> str:
         raise UsageError(f"{SETTINGS} is not UTF-8") from None
 
 
-def _remap_ids(node: Node, settings: Settings) -> tuple[bool, str]:
-    """Return whether the daemon's mount can be idmapped, and if not, why."""
-    if not node.is_this or mounts.top_at(os.fsencode(settings.session)) is None:
-        return False, "remap-ids is not offered, as no daemon runs to test its mount; install again when it does"
-    problem = idmap.problem(os.fsencode(settings.session))
+def _remap_ids(node: Node, settings: Settings, problem_of: Callable[[Settings], str | None]) -> tuple[bool, str]:
+    """Return whether the daemon's mounts can be idmapped, and if not, why."""
+    problem = problem_of(settings) if node.is_this else None
+    if problem is None:
+        return False, "remap-ids is not offered, as no daemon runs to test its mounts; install again when it does"
     return not problem, f"remap-ids is not offered: {problem}" if problem else ""
 
 

@@ -224,6 +224,7 @@ class Daemon:
             log.info("ready: root=%s session=%s", self._settings.root, self._solo or self._settings.session)
             self._report({"ok": True})
             notify.tell("READY=1")
+            nursery.start_soon(showing.test_early)
             if self._alone:
                 nursery.start_soon(partial(trio.to_thread.run_sync, partial(sweep.sweep, self._settings)))
 

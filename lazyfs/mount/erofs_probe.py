@@ -6,11 +6,13 @@ turn the pages behind a short one into zeros, and then the driver must not be us
 
 from __future__ import annotations
 
+import errno as errnos
 import logging
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from lazyfs.container import mounts
@@ -45,23 +47,58 @@ def probe(directory: Path, device: Path) -> Verdict:
     Blocking, for DEADLINE at most. Everything is mounted by a thread in a mount namespace of its own, which goes with
     it, whatever happens.
     """
-    found: list[Verdict] = []
+    found = _apart(partial(_try_methods, directory, device))
+    return found if isinstance(found, Verdict) else Verdict(None, found)
+
+
+def try_with(directory: Path, problem_of: Callable[[Path], str]) -> str:
+    """Return what `problem_of` says of a mount as the driver makes them, or why there is none; it shows zeros.
+
+    `directory` is empty. Blocking, for DEADLINE at most, and as `probe`.
+    """
+    found = _apart(partial(_try_with, directory, problem_of))
+    return found.reason if isinstance(found, Verdict) else found
+
+
+def _apart(work: Callable[[], Verdict]) -> Verdict | str:
+    """Do `work` in a thread with a mount namespace of its own; return what it found, or what kept it from that."""
+    found: list[Verdict | str] = []
 
     def run() -> None:
         try:
             mounts.unshare(mounts.CLONE_NEWNS)
             mounts.follow_host()
-            found.append(_try_methods(directory, device))
+            found.append(work())
         except (LazyfsError, OSError) as error:
-            found.append(Verdict(None, str(error)))
+            found.append(str(error))
         except Exception as bug:
             log.exception("the self-test of the erofs driver broke")
-            found.append(Verdict(None, f"its self-test broke: {bug}"))
+            found.append(f"its self-test broke: {bug}")
 
     thread = threading.Thread(target=run, name="erofs-probe", daemon=True)
     thread.start()
     thread.join(DEADLINE)
-    return found[0] if found else Verdict(None, f"its self-test did not end within {DEADLINE:.0f} s")
+    return found[0] if found else f"its self-test did not end within {DEADLINE:.0f} s"
+
+
+def _try_with(scratch: Path, problem_of: Callable[[Path], str]) -> Verdict:
+    image, device, place = scratch / "image", scratch / "device", scratch / "place"
+    _write_image(scratch, image)
+    place.mkdir()
+    with device.open("wb") as handle:
+        handle.truncate(PROBE_SIZE)
+    problem = ""
+    for method in Method:
+        try:
+            erofs_mount.mount(image, [device], place, method)
+        except MountFailed as error:
+            problem = str(error)
+            continue
+        try:
+            return Verdict(method, problem_of(place))
+        finally:
+            mounts.umount(os.fsencode(place), lazy=True)
+    return Verdict(None, problem)
 
 
 def _try_methods(scratch: Path, device: Path) -> Verdict:
@@ -76,6 +113,9 @@ def _try_methods(scratch: Path, device: Path) -> Verdict:
             _try(image, device, place, method)
             return Verdict(method, "; ".join(problems))
         except (LazyfsError, OSError) as error:
+            if isinstance(error, MountFailed) and error.errno in (errnos.ENODEV, errnos.ENOSYS):
+                problems.append(str(error))  # no erofs, no module of it either, or no mount API: no method helps
+                break
             problems.append(f"with {method}: {error}")
         finally:
             for entry in mounts.below(os.fsencode(place)):

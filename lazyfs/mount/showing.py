@@ -97,7 +97,7 @@ class Showing:
         if self._settings.driver == Driver.FUSE:
             return Driver.FUSE, "the settings say so"
         if self._verdict is None:
-            return Driver.AUTO, "erofs is tried with the first mount"
+            return Driver.AUTO, "its self-test is not done yet"
         if self._verdict.method is None:
             return Driver.FUSE, f"erofs doesn't work here: {self._verdict.reason}"
         return Driver.EROFS, self._describe(self._verdict)
@@ -108,12 +108,23 @@ class Showing:
             text += f" with loop devices ({verdict.reason})"
         return text
 
-    async def test(self) -> Verdict:
+    async def test_early(self) -> None:
+        """Have the self-test done before the first mount wants to know, if one will. A checkpoint; the session serves.
+
+        The end of the daemon doesn't wait for it.
+        """
+        if self.wants_images:
+            await self._test(abandon=True)
+
+    async def _test(self, *, abandon: bool = False) -> Verdict:
         """Return what the self-test says; it runs once. A checkpoint."""
         async with self._testing:
             if self._verdict is None:
-                self._verdict = await trio.to_thread.run_sync(self._probe, limiter=self._limiter)
-                log.info("driver: %s (%s)", *self.choice())
+                began = trio.current_time()
+                self._verdict = await trio.to_thread.run_sync(
+                    self._probe, limiter=self._limiter, abandon_on_cancel=abandon
+                )
+                log.info("driver: %s (%s), known after %.0f ms", *self.choice(), (trio.current_time() - began) * 1000)
         return self._verdict
 
     def _probe(self) -> Verdict:
@@ -150,7 +161,7 @@ class Showing:
             if asked == Driver.EROFS:
                 raise MountFailed(f"the driver erofs can't be used: {self.elsewhere}", hint="use --driver fuse")
             return Shown(path, Driver.FUSE, self.elsewhere)
-        verdict = await self.test()
+        verdict = await self._test()
         reason = verdict.reason
         if verdict.method is not None:
             try:

@@ -12,8 +12,8 @@ from tests.helpers.daemon import Node
 
 @pytest.fixture
 def driver() -> str:
-    """How trees reach the kernel; a test that is to run with others parametrises it."""
-    return "fuse"
+    """How trees reach the kernel: what is the default. `tests.helpers.daemon.both_drivers` runs a test with each."""
+    return "auto"
 
 
 @pytest.fixture

@@ -5,15 +5,13 @@ from __future__ import annotations
 import os
 import stat
 
-import pytest
-
 from tests.helpers import odd
 from tests.helpers.blobs import without_sparse, zstd_chunked_layer
-from tests.helpers.daemon import Node, add
+from tests.helpers.daemon import Node, add, both_drivers
 from tests.helpers.fake_registry import FakeRegistry
 from tests.helpers.tars import capability, char, dir_, fifo, file, hardlink, symlink, tar_of
 
-pytestmark = pytest.mark.parametrize("driver", ["fuse", "erofs"])
+pytestmark = both_drivers
 LSTAT = """
 found = os.lstat(a[0])
 print(json.dumps([found.st_mode, found.st_uid, found.st_gid, found.st_size, found.st_mtime_ns, found.st_nlink,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import errno
 import os
 import sys
 from pathlib import Path
@@ -9,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from lazyfs.container import mounts
+from lazyfs.mount.erofs_probe import Verdict, probe
 from tests.helpers.blobs import LayerBlob, zstd_chunked_layer
 from tests.helpers.daemon import Node, add, pattern
 from tests.helpers.fake_registry import FakeRegistry, Fault
@@ -16,8 +19,6 @@ from tests.helpers.tars import file, tar_of
 
 SMALL = {f"d{i % 5}/f{i}": pattern(9000 + i, i) for i in range(40)}
 BIG = pattern(3_000_001, 99)
-EROFS = pytest.mark.parametrize("driver", ["erofs"])
-pytestmark = EROFS
 
 WALK = """
 for path, _, names in os.walk(a[0]):
@@ -50,6 +51,11 @@ for at in range(0, len(wanted), 4096):
         found["error" if error.errno == errno.EIO else "wrong"] += 1
 print(json.dumps(found))
 """
+
+
+@pytest.fixture
+def driver() -> str:
+    return "erofs"
 
 
 def layer() -> LayerBlob:
@@ -207,3 +213,16 @@ def test_data_spaces_are_listed_nowhere_and_roots_alone(node: Node, registry: Fa
     done = node.tool("stat", "-c", "%F %a %s", _data(node, number))
     kind, mode, size = done.stdout.decode().rsplit(maxsplit=2)
     assert (kind, mode, int(size) % 4096) == ("regular file", "400", 0)
+
+
+def test_a_kernel_without_erofs_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = mounts.syscall
+
+    def without(number: int, *args: object) -> int:
+        if number != 430:  # fsopen(2), which looks for the module
+            return real(number, *args)
+        ctypes.set_errno(errno.ENODEV)
+        return -1
+
+    monkeypatch.setattr(mounts, "syscall", without)
+    assert probe(tmp_path, tmp_path / "none") == Verdict(None, "this kernel has no erofs: No such device")

@@ -23,6 +23,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
+import pytest
+
 from lazyfs.container import mounts
 from tests.helpers import real
 from tests.helpers.blobs import LayerBlob
@@ -41,6 +43,9 @@ QUICK = {
     "PREFETCH": "0",
     "DAEMON_LINGER": "0.2",
 }
+
+
+both_drivers = pytest.mark.parametrize("driver", ["fuse", "erofs"])  # for tests of what a reader sees
 
 
 class Hung(AssertionError):

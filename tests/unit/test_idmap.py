@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from lazyfs.cli import host_checks
+import pytest
+
+from lazyfs.cli import host_checks, idmapped
 from lazyfs.config import Settings
 from lazyfs.container import idmap, mounts
 
@@ -33,5 +35,19 @@ def test_doctor_tells_it(tmp_path: Path) -> None:
     mounts.mount(b"none", os.fsencode(settings.session), "tmpfs")
     try:
         assert "remap-ids" in host_checks._idmapped(settings).text
+    finally:
+        mounts.umount(os.fsencode(settings.session))
+
+
+def test_a_mount_of_the_driver_erofs_is_tried_where_the_daemon_has_chosen_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = Settings(tmp_path / "store", tmp_path / "run")
+    settings.session.mkdir(parents=True)
+    mounts.bind(b"/proc/self", os.fsencode(settings.session))  # which can't be idmapped, as FUSE
+    try:
+        assert idmapped.problem(settings) == "this file system can't be idmapped"
+        monkeypatch.setattr(idmapped, "_driver", lambda settings: "erofs")
+        assert idmapped.problem(settings) == ""
     finally:
         mounts.umount(os.fsencode(settings.session))

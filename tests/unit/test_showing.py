@@ -89,6 +89,16 @@ async def test_an_image_that_erofs_refuses_is_shown_by_fuse(make: Make, made: li
     assert [kind for kind, *_ in made].count("mount") == 0
 
 
+async def test_the_self_test_is_done_before_the_first_mount_where_one_will_ask(make: Make) -> None:
+    one = make(WORKS)
+    await one.test_early()
+    assert one.choice() == ("erofs", "its self-test passed")
+    for fuse in (make(BROKEN, "fuse"), make(BROKEN, elsewhere="erofs can be mounted by root alone")):
+        before = fuse.choice()
+        await fuse.test_early()
+        assert fuse.choice() == before and before[0] == "fuse"
+
+
 async def test_fuse_needs_no_test(make: Make, made: list[Any]) -> None:
     assert await make(BROKEN, "fuse").show(PLANTED, None) == Shown("/fuse", "fuse", "the settings say so")
     assert (await make(WORKS).show(PLANTED, "fuse")).reason == "it was asked for"
