@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from lazyfs import config, control_client
 from perf.start import StartFailed, lazyfs, lazyfs_env, until_gone
 from tests.helpers import real
 
+ONLY_DEMAND = {"LAZYFS_BACKGROUND": "0", "LAZYFS_PREFETCH": "0"}  # nothing comes but what is read
 
-def make(directory: Path, tar: Path) -> str:
-    """Return the reference oci:DIR:lazy of an image whose only layer is `tar`, converted."""
-    source = real.build_layout(directory / "plain", "plain", [tar])
-    lazy = f"oci:{directory / 'lazy'}:lazy"
+
+def make(directory: Path, *tars: Path, name: str = "lazy") -> str:
+    """Return the reference oci:DIR/NAME:lazy of an image whose layers are `tars`, base first, converted."""
+    source = real.build_layout(directory / f"{name}-plain", "plain", list(tars))
+    lazy = f"oci:{directory / name}:lazy"
     command(directory, directory / "convert", {}, "convert", source, lazy)
     return lazy
 
@@ -50,6 +54,35 @@ def mounted(directory: Path, root: Path, image: str, settings: dict[str, str]) -
     finally:
         command(directory, root, settings, "umount", str(target))
         until_gone(root)
+
+
+@contextlib.contextmanager
+def daemon(directory: Path, root: Path) -> Iterator[control_client.Daemon]:
+    """Speak to the daemon of the store `root`, which runs."""
+    settings = dataclasses.replace(config.load({"root": str(root)}), run=directory / "u")
+    with control_client.open_daemon(settings, start=False) as found:
+        yield found
+
+
+def unpack(directory: Path, *tars: Path) -> Path:
+    """Return the new directory `directory` with the tree of `tars`, which have no whiteouts."""
+    directory.mkdir()
+    for tar in tars:
+        subprocess.run(["tar", "-xpf", tar, "-C", directory, "--exclude=./dev/*"], check=True)
+    return directory
+
+
+@contextlib.contextmanager
+def overlay(lower: Path | str, directory: Path) -> Iterator[Path]:
+    """Show an overlay over `lower`, as a container has it; its own files are kept in `directory`."""
+    for name in ("upper", "work", "merged"):
+        (directory / name).mkdir(parents=True, exist_ok=True)
+    options = f"lowerdir={lower},upperdir={directory}/upper,workdir={directory}/work"
+    subprocess.run(["mount", "-t", "overlay", "overlay", "-o", options, directory / "merged"], check=True)
+    try:
+        yield directory / "merged"
+    finally:
+        subprocess.run(["umount", directory / "merged"], check=True)
 
 
 def status(directory: Path, root: Path) -> dict[str, Any]:

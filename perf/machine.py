@@ -19,6 +19,12 @@ def facts() -> dict[str, Any]:
     }
 
 
+def caches_dropped() -> int:
+    """Return how often somebody made the kernel drop its caches since it started, of pages or of names."""
+    names = ("drop_pagecache ", "drop_slab ")
+    return sum(int(line.split()[1]) for line in Path("/proc/vmstat").read_text().splitlines() if line.startswith(names))
+
+
 def _field(path: str, name: str) -> str:
     try:
         text = Path(path).read_text()

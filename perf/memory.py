@@ -18,7 +18,7 @@ from pathlib import Path
 
 from lazyfs import config, control_client
 from perf import lazy_image, machine
-from perf.read import ONLY_DEMAND
+from perf.lazy_image import ONLY_DEMAND
 from perf.start import drop_caches, scratch, until_gone
 from tests.helpers import real
 

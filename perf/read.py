@@ -18,10 +18,10 @@ import time
 from pathlib import Path
 
 from perf import lazy_image, machine
+from perf.lazy_image import ONLY_DEMAND
 from perf.start import drop_caches, scratch
 from tests.helpers import real
 
-ONLY_DEMAND = {"LAZYFS_BACKGROUND": "0", "LAZYFS_PREFETCH": "0"}
 ASKING = ("lookup", "getattr", "read")  # FUSE requests that a warm read or stat must not cause
 
 

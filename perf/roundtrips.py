@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from perf import lazy_image, machine
-from perf.read import ONLY_DEMAND
+from perf.lazy_image import ONLY_DEMAND
 from perf.start import scratch
 from tests.helpers import real
 from tests.helpers.fake_registry import FakeRegistry
