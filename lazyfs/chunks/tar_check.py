@@ -10,7 +10,9 @@ from __future__ import annotations
 from array import array
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+
+from msgspec.structs import replace
 
 from lazyfs.chunks.zero_runs import ZeroRuns
 from lazyfs.errors import TocMismatch

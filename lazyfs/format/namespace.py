@@ -9,8 +9,9 @@ Every step costs time in proportion to the names of the input; what symlinks add
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Generic, NamedTuple, TypeVar
+
+from msgspec.structs import replace
 
 from lazyfs.errors import TarInvalid
 from lazyfs.format.entry import MAX_PATH, WHITEOUT_PREFIX, Entry, Kind

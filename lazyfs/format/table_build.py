@@ -308,13 +308,14 @@ def _fill_chunks(
 ) -> int:
     col: dict[str, array] = columns  # type: ignore[type-arg, assignment]
     data_offsets, first_chunks, chunk_counts = col["data_offset"], col["first_chunk"], col["chunk_count"]
-    offsets, sizes, frames, inners = array("Q"), array("I"), array("I"), array("Q")
-    add_offset, add_size, add_frame, add_inner = offsets.append, sizes.append, frames.append, inners.append
-    digests: list[bytes] = []
     frame_start, frame_first = array("Q"), array("I")
     frame, frame_at = -1, -1  # the last one: its number, and where it starts
+    offsets: list[int] = []
+    frames: list[int] = []
+    kept: list[Chunk] = []
+    add_offset, add_frame, add_chunk = offsets.append, frames.append, kept.append
     is_plain = facts.form == FORM_PLAIN
-    count = data_offset = 0
+    data_offset = 0
     for live, entry, row in zip(survivors, entries, row_of, strict=True):
         chunks = live.tag
         if not chunks:
@@ -332,7 +333,7 @@ def _fill_chunks(
             continue  # markers and landmarks have content too, and nobody can read it
         # A plain layer was written to its data space before anybody knew which of its names survive.
         base = chunks[0].blob_offset if is_plain else data_offset
-        data_offsets[row], first_chunks[row], chunk_counts[row] = base, count, len(chunks)
+        data_offsets[row], first_chunks[row], chunk_counts[row] = base, len(kept), len(chunks)
         for chunk in chunks:
             start = chunk.blob_offset
             if start < 0 or is_plain:
@@ -343,22 +344,22 @@ def _fill_chunks(
                         raise TocInvalid(f"{entry.path[:200]!r} is not in blob order")
                     frame, frame_at = frame + 1, start
                     frame_start.append(start)
-                    frame_first.append(count)
+                    frame_first.append(len(kept))
                 add_frame(frame)
             add_offset(base + chunk.offset)
-            add_size(chunk.size)
-            add_inner(max(chunk.inner_offset, 0))
-            digests.append(chunk.digest)
-            count += 1
+            add_chunk(chunk)
         data_offset = (base + size + PAGE - 1) & -PAGE
         if data_offset > _MAX_DATA:
             raise TocInvalid(f"the layer claims more than {_MAX_DATA} bytes of content")
     # A frame ends where the next one in the TOC begins: headers of empty entries may lie in between, in frames of their
     # own, so a reader decodes the first frame of the range and no more.
     ends = array("Q", [*frame_start[1:], facts.payload_end]) if frame_start else array("Q")
-    columns.update(chunk_data_offset=offsets, chunk_size=sizes, chunk_frame=frames, chunk_inner=inners)
     columns.update(
-        chunk_digest=b"".join(digests),
+        chunk_data_offset=array("Q", offsets),
+        chunk_size=array("I", [chunk.size for chunk in kept]),
+        chunk_frame=array("I", frames),
+        chunk_inner=array("Q", [max(chunk.inner_offset, 0) for chunk in kept]),
+        chunk_digest=b"".join([chunk.digest for chunk in kept]),
         frame_blob_offset=frame_start,
         frame_blob_end=ends,
         frame_first_chunk=frame_first,

@@ -14,7 +14,7 @@ import msgspec
 
 from lazyfs.digest import EMPTY
 from lazyfs.errors import TocInvalid
-from lazyfs.format.entry import MAX_FILE, MAX_PATH, MAX_XATTRS, Chunk, Entry, Kind, clean_path
+from lazyfs.format.entry import MAX_FILE, MAX_NAME, MAX_PATH, MAX_XATTRS, Chunk, Entry, Kind, clean_path
 from lazyfs.format.rfc3339 import TimeTable
 from lazyfs.format.toc_json import (
     HOLE,
@@ -36,6 +36,7 @@ from lazyfs.format.toc_json import (
 from lazyfs.format.zeros import ZeroDigests
 
 _REG = Kind.REG  # an attribute of an enumeration takes longer to find than most else here
+_ODD_STARTS = ("", ".", "/")
 _FEW = max(Kind.DIR, Kind.REG)  # kinds above it are those of few entries
 
 
@@ -44,7 +45,7 @@ def parse_toc(raw: bytes, payload_end: int) -> Iterator[tuple[Entry, list[Chunk]
 
     `payload_end` is the blob offset behind the last frame; no chunk may start there or later. Landmarks and whiteouts
     are yielded like other files, the TOC's own tar entry is not in a TOC. Names may still occur twice: see
-    `Namespace`. Pure; about 4 µs an entry, and the decoded JSON is held until the last one. Raise TocInvalid, possibly
+    `Namespace`. Pure; about 3 µs an entry, and the decoded JSON is held until the last one. Raise TocInvalid, possibly
     only after some entries.
     """
     if len(raw) > MAX_TOC:
@@ -85,26 +86,30 @@ class _Reader:
                 if item.type == "chunk":
                     raise TocInvalid("is a chunk of no file")
                 entry = self._entry(item)
-                chunks: list[Chunk] = []
                 size = entry.size
-                if size:
+                if not size:
+                    chunks: list[Chunk] = []
+                elif (
                     # Nearly all files: one chunk, which is all there is.
-                    one_chunk = item.chunk_size in (0, size) and size <= MAX_CHUNK and not item.chunk_offset
-                    if one_chunk and not item.chunk_type and not item.end_offset:
-                        self._place(item, size)
-                        told = item.chunk_digest or item.digest
-                        chunks.append(Chunk(0, size, item.offset, item.inner_offset, _digest(told)))
-                        if item.digest and item.digest != told:
-                            _digest(item.digest)
-                    else:
-                        number = self._chunks(items, number, chunks)
+                    size <= MAX_CHUNK
+                    and item.chunk_size in (0, size)
+                    and not (item.chunk_offset or item.chunk_type or item.end_offset)
+                ):
+                    self._place(item, size)
+                    whole, told = item.digest, item.chunk_digest or item.digest
+                    chunks = [Chunk(0, size, item.offset, item.inner_offset, _digest(told))]
+                    if whole and whole != told:
+                        _digest(whole)
+                else:
+                    chunks = []
+                    number = self._chunks(items, number, chunks)
             except TocInvalid as error:
                 raise TocInvalid(f"entry {number} of the TOC, {item.name[:200]!r}: {error.message}") from None
             yield entry, chunks
             number += 1
 
     def _entry(self, item: TocItem) -> Entry:
-        path = clean_path(_octets(item.name, item.name_raw), TocInvalid)
+        path = _path(item.name, item.name_raw)
         uid, gid, uname, gname = item.uid, item.gid, item.user_name, item.group_name
         if uid > MAX_ID or gid > MAX_ID:
             raise TocInvalid(f"has the owner {uid}:{gid}, which no file can have")
@@ -132,7 +137,7 @@ class _Reader:
             if not entry.link or len(entry.link) >= MAX_PATH or b"\0" in entry.link:
                 raise TocInvalid("is a symlink whose target is empty, too long or holds a NUL byte")
         elif kind is Kind.HARDLINK:
-            entry.link = clean_path(_octets(item.link_name, item.link_name_raw), TocInvalid)
+            entry.link = _path(item.link_name, item.link_name_raw)
             if not entry.link:
                 raise TocInvalid("is a hard link to nothing")
         elif kind is Kind.CHAR or kind is Kind.BLOCK:
@@ -215,9 +220,25 @@ def _digest(text: str) -> bytes:
         raw = unhexlify(text[7:])
     except ValueError:
         raw = b""
-    if len(raw) == 32 and text[:7] == "sha256:" and text.islower():  # unhexlify takes capitals too
+    if len(raw) == 32 and f"sha256:{raw.hex()}" == text:  # unhexlify takes capitals too
         return raw
     raise TocInvalid(f"has content without a sha256 digest for it: {text[:80]!r}")
+
+
+def _path(text: str, raw: bytes | None) -> bytes:
+    """Return the cleaned bytes of a name. Raise TocInvalid as `clean_path` does."""
+    # Nearly all names have nothing to be cleaned, and in text that is found out four times faster than in bytes.
+    if (
+        raw is None
+        and text.isascii()
+        and len(text) <= MAX_NAME
+        and "/." not in text
+        and "//" not in text
+        and "\0" not in text
+        and text[:1] not in _ODD_STARTS
+    ):
+        return text.removesuffix("/").encode()
+    return clean_path(_octets(text, raw), TocInvalid)
 
 
 def _octets(text: str, raw: bytes | None) -> bytes:

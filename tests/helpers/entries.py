@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 from hypothesis import strategies as st
+from msgspec.structs import replace
 
 from lazyfs.format.entry import OPAQUE_MARKER, WHITEOUT_PREFIX, Entry, Kind
 

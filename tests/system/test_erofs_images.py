@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 import subprocess
-from dataclasses import replace
 from pathlib import Path
+
+from msgspec.structs import replace
 
 from lazyfs.format.entry import Entry, Kind
 from lazyfs.format.erofs_write import write_erofs
