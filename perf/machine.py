@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import platform
 from pathlib import Path
@@ -17,6 +18,20 @@ def facts() -> dict[str, Any]:
         "kernel": platform.release(),
         "python": platform.python_version(),
     }
+
+
+def cpu_seconds(pid: int) -> float:
+    """Return the processor time of a process and of its children, those that ended and those that run."""
+    ticks = 0
+    for entry in os.listdir("/proc"):
+        if entry.isdigit():
+            with contextlib.suppress(OSError):
+                fields = Path("/proc", entry, "stat").read_text().rpartition(") ")[2].split()
+                if int(entry) == pid:
+                    ticks += sum(map(int, fields[11:15]))  # user, system, and both of children that were waited for
+                elif int(fields[1]) == pid:
+                    ticks += sum(map(int, fields[11:13]))
+    return ticks / os.sysconf("SC_CLK_TCK")
 
 
 def caches_dropped() -> int:
