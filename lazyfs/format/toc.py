@@ -35,6 +35,8 @@ from lazyfs.format.toc_json import (
 )
 from lazyfs.format.zeros import ZeroDigests
 
+# Made here, where one thread imports: two that make their first one of a type at once crash the process.
+_DECODER = msgspec.json.Decoder(TocDocument)
 _REG = Kind.REG  # an attribute of an enumeration takes longer to find than most else here
 _ODD_STARTS = ("", ".", "/")
 _FEW = max(Kind.DIR, Kind.REG)  # kinds above it are those of few entries
@@ -54,7 +56,7 @@ def parse_toc(raw: bytes, payload_end: int) -> Iterator[tuple[Entry, list[Chunk]
     if raw.count(b"{") > 2 * MAX_ENTRIES:
         raise TocInvalid(f"the TOC has more than {MAX_ENTRIES} entries")
     try:
-        toc = msgspec.json.decode(raw, type=TocDocument)
+        toc = _DECODER.decode(raw)
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
         raise TocInvalid(f"the TOC can't be decoded: {str(error)[:200]}") from None
     if toc.version != 1:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import base64
 import json
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
@@ -370,3 +372,25 @@ def test_a_hundred_thousand_entries_take_no_more_than_seconds() -> None:
     raw = written(*triples)
     assert _cost(lambda: written(*triples)) < 6
     assert _cost(lambda: sum(1 for _ in parse_toc(raw, 1000 * 1000 + 1))) < 6
+
+
+FIRST_TOCS = """
+import sys, threading
+sys.setswitchinterval(1e-6)
+from lazyfs.format.toc import parse_toc
+barrier, read = threading.Barrier(8), []
+def first():
+    barrier.wait()
+    read.append(list(parse_toc(b'{"version":1,"entries":[{"name":"a/","type":"dir"}]}', 10)))
+threads = [threading.Thread(target=first) for _ in range(8)]
+for thread in threads: thread.start()
+for thread in threads: thread.join()
+print(len(read))
+"""
+
+
+@pytest.mark.parametrize("attempt", range(6))
+def test_first_tocs_of_a_process_may_be_read_side_by_side(attempt: int) -> None:
+    """`inspect` reads those of all layers at once. (It crashed one process in five.)"""
+    done = subprocess.run([sys.executable, "-c", FIRST_TOCS], capture_output=True, text=True, check=False, timeout=60)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "8\n", "")
