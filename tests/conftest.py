@@ -21,6 +21,7 @@ from typing import Any
 import pytest
 
 from tests.helpers import real, real_image, service_images
+from tests.helpers.daemon import Node
 from tests.helpers.fake_registry import FakeRegistry
 
 LINGER = 10.0  # seconds that a daemon may take to end after its last mount
@@ -155,12 +156,35 @@ def _leftovers(config: pytest.Config) -> list[str]:
 @pytest.fixture
 def scratch(request: pytest.FixtureRequest) -> Iterator[Path]:
     """Yield an empty directory with a short path on disk; what is still mounted in it afterwards is a failure."""
+    yield from _scratch(request)
+
+
+@pytest.fixture(scope="module")
+def module_scratch(request: pytest.FixtureRequest) -> Iterator[Path]:
+    """Yield a directory like `scratch` for all tests of a module."""
+    yield from _scratch(request)
+
+
+def _scratch(request: pytest.FixtureRequest) -> Iterator[Path]:
     directory = Path(tempfile.mkdtemp(dir=request.config.stash[_TOP]))
     directory.chmod(0o755)
     yield directory
     left = real.unmount_below(directory)
     shutil.rmtree(directory, ignore_errors=True)
     assert not left, f"still mounted after the test: {left}"
+
+
+@pytest.fixture
+def driver() -> str:
+    """How trees reach the kernel: what is the default. `tests.helpers.daemon.both_drivers` runs a test with each."""
+    return "auto"
+
+
+@pytest.fixture
+def node(scratch: Path, driver: str) -> Iterator[Node]:
+    """Yield a store and its daemon, not yet started; whatever it leaves behind fails the test."""
+    with Node(scratch, DRIVER=driver) as one:
+        yield one
 
 
 @pytest.fixture
@@ -215,4 +239,4 @@ def services(request: pytest.FixtureRequest) -> Iterator[service_images.ServiceI
     shared = Path(os.environ["LAZYFS_TEST_SHARED"])
     blobs = service_images.build(shared)
     with real.docker_registry(request.config.stash[_TOP] / "services", blobs) as one:
-        yield service_images.ServiceImages(one, service_images.sizes(shared))
+        yield service_images.ServiceImages(one, service_images.sizes(shared), shared / "services/layout")

@@ -9,7 +9,7 @@ import pytest
 
 from lazyfs.container import mounts
 from tests.helpers.blobs import zstd_chunked_layer
-from tests.helpers.daemon import Node, add, until
+from tests.helpers.daemon import Node, add, both_drivers, until
 from tests.helpers.fake_registry import FakeRegistry
 from tests.helpers.tars import file, tar_of
 
@@ -87,6 +87,7 @@ def test_umount_of_what_is_no_mount(node: Node) -> None:
     assert "is no mount of lazyfs" in node.refused(8, "umount", directory)
 
 
+@both_drivers
 def test_session_unmounted_by_hand(node: Node, registry: FakeRegistry) -> None:
     image = image_of(registry)
     tree = node.mount(image)

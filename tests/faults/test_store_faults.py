@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.helpers.blobs import zstd_chunked_layer
-from tests.helpers.daemon import Node, add, pattern, tmpfs, until
+from tests.helpers.daemon import Node, add, both_drivers, pattern, tmpfs, until
 from tests.helpers.fake_registry import AddedImage, FakeRegistry
 from tests.helpers.tars import file, tar_of
 
@@ -38,6 +38,7 @@ def flip(path: Path, offset: int) -> None:
         handle.write(bytes([byte[0] ^ 0xFF]))
 
 
+@both_drivers
 def test_disk_full_in_mid_read(node: Node, registry: FakeRegistry) -> None:
     node.settings["MEMORY_SIZE"] = "1MB"
     with tmpfs(node.root, 3 << 20):
@@ -88,6 +89,7 @@ def test_disk_without_a_free_block_starts_what_is_here_and_can_be_cleared(
         until(lambda: not node.processes(), "the daemon ends by itself")
 
 
+@both_drivers
 def test_damaged_chunks_are_fetched_again(node: Node, registry: FakeRegistry) -> None:
     node.settings["MEMORY_SIZE"] = "0"
     image = image_of(registry)
@@ -100,6 +102,7 @@ def test_damaged_chunks_are_fetched_again(node: Node, registry: FakeRegistry) ->
     assert node.status()["cache"]["store"]["damaged"] == 3
 
 
+@both_drivers
 def test_truncated_data_is_fetched_again(node: Node, registry: FakeRegistry) -> None:
     node.settings["MEMORY_SIZE"] = "0"
     image = image_of(registry)
@@ -149,6 +152,7 @@ def test_node_wide_file_damaged_between_mounts(node: Node, registry: FakeRegistr
         assert done.returncode == 9 and done.stderr.startswith("lazyfs: ") and "catalog.db" in done.stderr, done.stderr
 
 
+@both_drivers
 def test_store_removed_under_the_daemon(node: Node, registry: FakeRegistry) -> None:
     image = image_of(registry)
     tree = node.mount(image)
@@ -157,6 +161,7 @@ def test_store_removed_under_the_daemon(node: Node, registry: FakeRegistry) -> N
     assert node.read(tree / "data") == DATA
 
 
+@both_drivers
 def test_plain_layer_damaged(node: Node, registry: FakeRegistry) -> None:
     node.settings["MEMORY_SIZE"] = "0"
     image = add(registry, "plain", tar_of(file("data", DATA)))

@@ -11,7 +11,7 @@ import pytest
 
 from lazyfs.digest import of
 from tests.helpers.blobs import LayerBlob, annotated, flipped, flipped_chunk, toc_entry, zstd_chunked_layer
-from tests.helpers.daemon import Node, add, pattern, until
+from tests.helpers.daemon import Node, add, both_drivers, pattern, until
 from tests.helpers.fake_registry import AddedImage, FakeRegistry
 from tests.helpers.tars import file, tar_of
 
@@ -26,6 +26,7 @@ def image_of(registry: FakeRegistry, layer: LayerBlob, diff_id: str | None = Non
     return add(registry, name, layer, rootfs=rootfs)
 
 
+@both_drivers
 def test_tampered_chunk(node: Node, registry: FakeRegistry) -> None:
     layer = flipped_chunk(zstd_chunked_layer(TAR, frame_size=0, chunk_size=2 << 20), b"other")
     tree = node.mount(image_of(registry, layer))
@@ -93,6 +94,7 @@ def liars() -> dict[str, tuple[LayerBlob, str | None]]:
     }
 
 
+@both_drivers
 @pytest.mark.parametrize("kind", ["diff ID", "TOC", "content"])
 def test_liar_is_quarantined(node: Node, registry: FakeRegistry, kind: str) -> None:
     node.settings["BACKGROUND"] = "1"

@@ -1,4 +1,4 @@
-"""A daemon of the test's own."""
+"""A daemon that the tests of a module share, once with each driver: for what readers see, whoever else reads."""
 
 from __future__ import annotations
 
@@ -8,16 +8,20 @@ from pathlib import Path
 import pytest
 
 from tests.helpers.daemon import Node
+from tests.helpers.fake_registry import FakeRegistry
 
 
-@pytest.fixture
-def driver() -> str:
-    """How trees reach the kernel: what is the default. `tests.helpers.daemon.both_drivers` runs a test with each."""
-    return "auto"
+@pytest.fixture(scope="module", params=["fuse", "erofs"])
+def shared_node(request: pytest.FixtureRequest, module_scratch: Path) -> Iterator[Node]:
+    """Yield a store and its daemon; the mounts of a test stay until the last one is over."""
+    place = module_scratch / request.param
+    place.mkdir()
+    with Node(place, DRIVER=request.param) as one:
+        yield one
 
 
-@pytest.fixture
-def node(scratch: Path, driver: str) -> Iterator[Node]:
-    """Yield a store and its daemon, not yet started; whatever it leaves behind fails the test."""
-    with Node(scratch, DRIVER=driver) as one:
+@pytest.fixture(scope="module")
+def shared_registry() -> Iterator[FakeRegistry]:
+    """Yield a registry in this process; each test has images of its own there."""
+    with FakeRegistry() as one:
         yield one

@@ -5,18 +5,34 @@ from __future__ import annotations
 import os
 import stat
 
+import pytest
+
 from tests.helpers import odd
 from tests.helpers.blobs import without_sparse, zstd_chunked_layer
-from tests.helpers.daemon import Node, add, both_drivers
+from tests.helpers.daemon import Node, add
 from tests.helpers.fake_registry import FakeRegistry
 from tests.helpers.tars import capability, char, dir_, fifo, file, hardlink, symlink, tar_of
 
-pytestmark = both_drivers
 LSTAT = """
 found = os.lstat(a[0])
 print(json.dumps([found.st_mode, found.st_uid, found.st_gid, found.st_size, found.st_mtime_ns, found.st_nlink,
                   found.st_rdev, found.st_blocks]))
 """
+
+
+@pytest.fixture
+def node(shared_node: Node) -> Node:
+    return shared_node
+
+
+@pytest.fixture
+def registry(shared_registry: FakeRegistry) -> FakeRegistry:
+    return shared_registry
+
+
+@pytest.fixture
+def driver(shared_node: Node) -> str:
+    return shared_node.settings["DRIVER"]
 
 
 def test_large_directory_is_complete_and_sorted(node: Node, registry: FakeRegistry) -> None:
@@ -94,7 +110,7 @@ def test_xattrs_and_capabilities(node: Node, registry: FakeRegistry) -> None:
     }
     assert node.python(code, tree / "bare") == {}
     assert node.python(code, tree / "sly") == {}  # an image could steer overlayfs with them
-    assert node.layer()["dropped_xattrs"] == 2
+    assert node.layer(mount=-1)["dropped_xattrs"] == 2
     missing = """
 try:
     os.getxattr(a[0], "user.nothing")

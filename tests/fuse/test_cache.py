@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from tests.helpers.blobs import zstd_chunked_layer
-from tests.helpers.daemon import Node, add, pattern, until
+from tests.helpers.daemon import Node, add, both_drivers, pattern, until
 from tests.helpers.fake_registry import AddedImage, FakeRegistry
 from tests.helpers.tars import file, tar_of
 
@@ -94,6 +94,7 @@ def test_rm_takes_what_no_other_image_needs(
     assert cache(node, "verify")["clean"]
 
 
+@both_drivers
 def test_rm_of_what_is_mounted(node: Node, registry: FakeRegistry, images: tuple[AddedImage, AddedImage]) -> None:
     tree = node.mount(images[0])
     assert f"is mounted on {tree}" in node.refused(2, "cache", "rm", images[0].reference)
@@ -141,6 +142,7 @@ print(json.dumps(sorted(seen)))
 """
 
 
+@both_drivers
 def test_every_byte_is_right_while_the_store_is_emptied(
     node: Node, registry: FakeRegistry, images: tuple[AddedImage, AddedImage]
 ) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.helpers.blobs import zstd_chunked_layer
-from tests.helpers.daemon import Node, add, pattern, until
+from tests.helpers.daemon import Node, add, both_drivers, pattern, until
 from tests.helpers.fake_registry import AddedImage, FakeRegistry, Fault
 from tests.helpers.tars import file, tar_of
 
@@ -79,6 +79,7 @@ def test_whole_images_mount_by_tag_and_digest(
     node.refused(5, "mount", "--pull=always", image.reference, node.new_dir())
 
 
+@both_drivers
 def test_no_request_is_made_where_none_may_be(node: Node, registry: FakeRegistry) -> None:
     image = image_of(registry)
     fetched(node, image)
@@ -104,6 +105,7 @@ def test_the_setting_offline_holds_for_a_daemon_that_runs_already(node: Node, re
     assert registry.requests == []
 
 
+@both_drivers
 def test_what_was_mounted_offline_is_not_evicted_for_others(node: Node, registry: FakeRegistry) -> None:
     node.settings |= {"STORE_SIZE": "5MB", "MEMORY_SIZE": "0", "READ_TIMEOUT": "60"}
     image = image_of(registry)
@@ -133,6 +135,7 @@ def test_a_tag_moves_on_when_the_registry_is_back(node: Node, registry: FakeRegi
     assert node.read(node.mount(old.reference, "--pull=missing") / "data") == b"new"
 
 
+@both_drivers
 def test_an_incomplete_image_says_what_is_missing(node: Node, registry: FakeRegistry) -> None:
     image = image_of(registry)
     tree = node.mount(image)  # background off: the lazy layer's bytes are not fetched

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import gzip
 import hashlib
+from pathlib import Path
+
+import pytest
 
 from tests.helpers.blobs import zstd_chunked_layer
 from tests.helpers.daemon import Node, add, pattern
@@ -14,20 +17,39 @@ BIG = pattern(5_300_001)
 CHUNK = 1 << 20
 
 
+@pytest.fixture
+def node(shared_node: Node) -> Node:
+    return shared_node
+
+
+@pytest.fixture
+def registry(shared_registry: FakeRegistry) -> FakeRegistry:
+    return shared_registry
+
+
+@pytest.fixture
+def driver(shared_node: Node) -> str:
+    return shared_node.settings["DRIVER"]
+
+
+@pytest.fixture(scope="module")
+def tree(shared_node: Node, shared_registry: FakeRegistry) -> Path:
+    """Return where an image shows that has a file of BIG."""
+    return shared_node.mount(big_image(shared_registry))
+
+
 def big_image(registry: FakeRegistry, name: str = "big") -> str:
     layer = zstd_chunked_layer(tar_of(file("big", BIG), file("small", b"small\n"), file("empty")))
     return add(registry, name, layer).reference
 
 
-def test_whole_files(node: Node, registry: FakeRegistry) -> None:
-    tree = node.mount(big_image(registry))
+def test_whole_files(node: Node, tree: Path) -> None:
     assert node.read(tree / "big") == BIG
     assert node.read(tree / "small") == b"small\n"
     assert node.read(tree / "empty") == b""
 
 
-def test_ranges_and_beyond_the_end(node: Node, registry: FakeRegistry) -> None:
-    tree = node.mount(big_image(registry))
+def test_ranges_and_beyond_the_end(node: Node, tree: Path) -> None:
     places = [
         (0, 1),
         (4095, 2),
@@ -45,8 +67,7 @@ print(json.dumps([os.pread(fd, size, offset).hex() for offset, size in json.load
     assert [bytes.fromhex(part) for part in found] == [BIG[offset : offset + size] for offset, size in places]
 
 
-def test_mapped(node: Node, registry: FakeRegistry) -> None:
-    tree = node.mount(big_image(registry))
+def test_mapped(node: Node, tree: Path) -> None:
     code = """
 import hashlib
 with open(a[0], "rb") as handle, mmap.mmap(handle.fileno(), 0, prot=mmap.PROT_READ) as view:
@@ -56,23 +77,25 @@ with open(a[0], "rb") as handle, mmap.mmap(handle.fileno(), 0, prot=mmap.PROT_RE
     assert node.python(code, tree / "big") == [BIG[-3:].hex(), hashlib.sha256(BIG).hexdigest()]
 
 
-def test_direct(node: Node, registry: FakeRegistry) -> None:
-    tree = node.mount(big_image(registry))
+def test_direct(node: Node, tree: Path, driver: str) -> None:
     done = node.tool("dd", f"if={tree / 'big'}", "iflag=direct", "bs=65536", "status=none")
-    assert done.stdout == BIG, done.stderr
+    if driver == "erofs":  # the kernel has none for mounts whose devices are files: refused before a byte is read
+        assert b"Invalid argument" in done.stderr and done.stdout == b""
+    else:
+        assert done.stdout == BIG, done.stderr
 
 
 def test_many_readers_at_once_fetch_each_byte_once(node: Node, registry: FakeRegistry) -> None:
-    image = big_image(registry)
-    tree = node.mount(image)
+    data = pattern(5_300_001, 2)
+    tree = node.mount(add(registry, "crowd", zstd_chunked_layer(tar_of(file("big", data)))))
     before = registry.bytes_sent("/blobs/")
     readers = [node.spawn(["sha256sum", str(tree / "big")]) for _ in range(12)]
     found = {node.finish(reader, 30).stdout.split()[0].decode() for reader in readers}
-    assert found == {hashlib.sha256(BIG).hexdigest()}
-    assert registry.bytes_sent("/blobs/") - before <= len(BIG) * 1.02
+    assert found == {hashlib.sha256(data).hexdigest()}
+    assert registry.bytes_sent("/blobs/") - before <= len(data) * 1.02
 
 
-def test_warm_reads_and_stats_stay_in_the_kernel(node: Node, registry: FakeRegistry) -> None:
+def test_warm_reads_and_stats_stay_in_the_kernel(node: Node, registry: FakeRegistry, driver: str) -> None:
     layer = zstd_chunked_layer(tar_of(*(file(f"d{i % 5}/f{i}", pattern(9000, i)) for i in range(60))))
     tree = node.mount(add(registry, "warm", layer))
     walk = """
@@ -86,16 +109,21 @@ for path, _, names in os.walk(a[0]):
     except FileNotFoundError:
         pass
 """
+    earlier = node.fuse_calls()
     node.python(walk, tree)
     before = node.fuse_calls()
     node.python(walk, tree)
     after = node.fuse_calls()
     grown = {name: after[name] - before.get(name, 0) for name in after if after[name] != before.get(name, 0)}
-    assert before["read"] >= 60
-    assert not {"lookup", "getattr", "read", "readlink", "getxattr"} & set(grown), grown
+    if driver == "erofs":
+        assert before["read"] > earlier.get("read", 0)
+        assert grown == {}
+    else:
+        assert before["read"] - earlier.get("read", 0) >= 60
+        assert not {"lookup", "getattr", "read", "readlink", "getxattr"} & set(grown), grown
 
 
-def test_two_images_share_a_layer(node: Node, registry: FakeRegistry) -> None:
+def test_two_images_share_a_layer(node: Node, registry: FakeRegistry, driver: str) -> None:
     shared = zstd_chunked_layer(tar_of(file("common", pattern(300_000, 7))))
     one = node.mount(add(registry, "one", shared, zstd_chunked_layer(tar_of(file("a", b"a")))))
     two = node.mount(add(registry, "two", shared, zstd_chunked_layer(tar_of(file("b", b"b")))))
@@ -103,17 +131,18 @@ def test_two_images_share_a_layer(node: Node, registry: FakeRegistry) -> None:
     sent, reads = registry.bytes_sent(shared.digest), node.fuse_calls()["read"]
     assert node.read(two / "common") == pattern(300_000, 7)
     assert registry.bytes_sent(shared.digest) == sent
-    assert node.fuse_calls()["read"] == reads  # one inode, one page cache
-    code = "print(json.dumps([os.stat(path).st_ino for path in a]))"
-    first, second = node.python(code, one / "common", two / "common")
-    assert first == second
+    if driver == "fuse":  # with erofs each image has inodes and pages of its own
+        assert node.fuse_calls()["read"] == reads  # one inode, one page cache
+        code = "print(json.dumps([os.stat(path).st_ino for path in a]))"
+        first, second = node.python(code, one / "common", two / "common")
+        assert first == second
     assert node.read(one / "a") + node.read(two / "b") == b"ab"
 
 
 def test_layer_kept_while_another_image_uses_it(node: Node, registry: FakeRegistry) -> None:
     shared = zstd_chunked_layer(tar_of(file("common", pattern(300_000, 7)), file("later", pattern(99_000, 8))))
-    one = node.mount(add(registry, "one", shared, zstd_chunked_layer(tar_of(file("a", b"a")))))
-    two = node.mount(add(registry, "two", shared, zstd_chunked_layer(tar_of(file("b", b"b")))))
+    one = node.mount(add(registry, "goes", shared, zstd_chunked_layer(tar_of(file("a", b"a")))))
+    two = node.mount(add(registry, "stays", shared, zstd_chunked_layer(tar_of(file("b", b"b")))))
     node.umount(one)
     assert node.read(two / "common") == pattern(300_000, 7)
     assert node.read(two / "later") == pattern(99_000, 8)
@@ -136,8 +165,12 @@ def test_mixed_layers_and_the_note_for_a_plain_one(node: Node, registry: FakeReg
     assert node.read(directory / "big") == BIG
 
 
-def test_eviction_under_reads(node: Node, registry: FakeRegistry) -> None:
-    node.settings |= {"STORE_SIZE": "4MB", "MEMORY_SIZE": "1MB"}
+def test_eviction_under_reads(scratch: Path, registry: FakeRegistry, driver: str) -> None:
+    with Node(scratch, DRIVER=driver, STORE_SIZE="4MB", MEMORY_SIZE="1MB") as node:
+        check_eviction(node, registry)
+
+
+def check_eviction(node: Node, registry: FakeRegistry) -> None:
     contents = {f"f{i}": pattern(700_000, i) for i in range(16)}
     layer = zstd_chunked_layer(tar_of(*(file(name, data) for name, data in contents.items())))
     tree = node.mount(add(registry, "evicted", layer))
