@@ -14,7 +14,7 @@ import zstandard
 
 from lazyfs.errors import TocInvalid
 from lazyfs.format.crc64 import crc64
-from lazyfs.format.toc_json import MAX_TOC
+from lazyfs.format.toc_json import MAX_STORAGE_TOC
 from lazyfs.units import MiB
 
 _MAX_SEGMENT = 8 * MiB  # bytes of headers at once; longer runs are zeros behind the end
@@ -86,5 +86,7 @@ class TarSplitWriter:
         self._position += 1
         self.raw_size += len(raw)
         self._out += self._compressor.compress(raw)
-        if len(self._out) > MAX_TOC or self.raw_size > MAX_TOC:
-            raise TocInvalid(f"the layer's tar headers take more than {MAX_TOC} bytes, which podman would not read")
+        if len(self._out) > MAX_STORAGE_TOC or self.raw_size > MAX_STORAGE_TOC:
+            raise TocInvalid(
+                f"the layer's tar headers take more than {MAX_STORAGE_TOC} bytes, which podman would not read"
+            )

@@ -16,7 +16,8 @@ import msgspec
 from lazyfs.format.entry import Kind
 from lazyfs.units import GiB, MiB
 
-MAX_TOC = 150 * MiB  # bytes, compressed and decompressed alike; containers/storage draws the line there too
+MAX_TOC = 200 * MiB  # bytes, compressed and decompressed alike: half a million files with all their attributes
+MAX_STORAGE_TOC = 150 * MiB  # bytes; where containers/storage draws the line, for TOC and tar headers
 MAX_ENTRIES = 4_000_000  # names and chunks together
 MAX_CHUNK = 64 * MiB  # bytes; a chunk is held in memory whole
 MAX_INNER = 64 * MiB  # bytes before a chunk in its frame; they are decompressed to get at it

@@ -45,12 +45,12 @@ from lazyfs.units import MiB
 
 log = logging.getLogger(__name__)
 
-# An image may have hundreds of layers, each with a TOC of 150 MiB: to hold them, or what they parse to, takes a node.
+# An image may have hundreds of layers, each with a TOC of 200 MiB: to hold them, or what they parse to, takes a node.
 _LARGE_TAIL = 8 * MiB  # bytes; larger ones are fetched when their layer's turn comes
 _LARGE_TOC = 16 * MiB  # bytes of JSON; larger ones take a gigabyte to turn into a table
 _LARGE_AT_ONCE = 2
 _BUILT_AT_ONCE = 8  # tables
-_DECODED_AT_ONCE = 4  # TOCs held against their digest: a small one may swell to 150 MiB
+_DECODED_AT_ONCE = 4  # TOCs held against their digest: a small one may swell to 200 MiB
 _LOST_NAMES = (b"\xef\xbf\xbd", b"\\ufffd", b"\\uFFFD")  # U+FFFD in JSON
 
 # What a layer's `source` file calls its form.
