@@ -15,6 +15,7 @@ from tests.helpers.fake_registry import AddedImage, FakeRegistry
 from tests.helpers.tars import file, tar_of
 
 DATA = pattern(6_000_000, 3)
+LAYER_FILES = ("data", "chunks", "toc", "table", "source")
 
 
 def image_of(registry: FakeRegistry) -> AddedImage:
@@ -113,25 +114,32 @@ def test_truncated_data_is_fetched_again(node: Node, registry: FakeRegistry) -> 
     assert node.read(tree / "data") == DATA
 
 
-@pytest.mark.parametrize("name", ["data", "chunks", "toc", "table", "source"])
 @pytest.mark.parametrize("damage", ["flipped", "truncated", "emptied", "removed"])
-def test_layer_file_damaged_between_mounts(node: Node, registry: FakeRegistry, name: str, damage: str) -> None:
-    image = image_of(registry)
-    tree = node.mount(image)
-    assert node.read(tree / "data") == DATA
-    node.umount(tree)
+def test_layer_file_damaged_between_mounts(node: Node, registry: FakeRegistry, damage: str) -> None:
+    """Of five images side by side, of each another file."""
+    contents = {name: pattern(3_000_000, seed) for seed, name in enumerate(LAYER_FILES, 10)}
+    images = {
+        name: add(registry, name, zstd_chunked_layer(tar_of(file("data", data), file("small", name.encode()))))
+        for name, data in contents.items()
+    }
+    trees = {name: node.mount(image) for name, image in images.items()}
+    for name, tree in trees.items():
+        assert node.read(tree / "data") == contents[name]
+        node.umount(tree)
     until(lambda: not node.processes(), "the daemon ends by itself")
-    path = layer_file(node, image, name)
-    size = path.stat().st_size
-    if damage == "flipped":
-        flip(path, size // 2)
-    elif damage == "removed":
-        path.unlink()
-    else:
-        os.truncate(path, 0 if damage == "emptied" else size // 2)
-    tree = node.mount(image)
-    assert node.read(tree / "data") == DATA
-    assert node.read(tree / "small") == b"small"
+    for name, image in images.items():
+        path = layer_file(node, image, name)
+        size = path.stat().st_size
+        if damage == "flipped":
+            flip(path, size // 2)
+        elif damage == "removed":
+            path.unlink()
+        else:
+            os.truncate(path, 0 if damage == "emptied" else size // 2)
+    for name, image in images.items():
+        tree = node.mount(image)
+        assert node.read(tree / "data") == contents[name]
+        assert node.read(tree / "small") == name.encode()
 
 
 @pytest.mark.parametrize("what", ["catalog.db", "trees"])

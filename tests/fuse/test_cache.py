@@ -130,7 +130,7 @@ def test_prune_spares_pins_and_mounts(node: Node, images: tuple[AddedImage, Adde
 
 READER = """
 import hashlib, time
-seen, end = set(), time.monotonic() + 6
+seen, end = set(), time.monotonic() + 3
 while time.monotonic() < end:
     for path in a[:2]:
         fd = os.open(path, os.O_RDONLY)

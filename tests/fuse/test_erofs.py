@@ -164,6 +164,36 @@ cmp "$1/big" m2/big
     assert (done.returncode, done.stdout) == (0, b"one\ntwo\n"), done.stderr
 
 
+IDMAPPED = """
+import ctypes
+from lazyfs.container import idmap, mounts
+tree, place = sys.argv[1:]
+mounts.unshare(mounts.CLONE_NEWNS)
+mounts.follow_host()
+mounts.mount(b"none", os.fsencode(place), "tmpfs")
+os.chdir(place)
+for name in ("shown", "upper", "work", "merged"):
+    os.mkdir(name)
+copy = idmap._open_tree(os.fsencode(tree))
+idmap._idmap(copy, idmap._user_namespace())  # 0 is shown as 100000
+assert mounts.syscall(429, copy, b"", -100, b"shown", 4) == 0  # move_mount(2)
+mounts.mount(b"overlay", b"merged", "overlay", 0, b"lowerdir=shown,upperdir=upper,workdir=work")
+os.chmod("merged/d1/f1", 0o600)
+print([os.stat(path + "/d1/f1").st_uid for path in (tree, "shown", "merged")])
+sys.stdout.flush()
+sys.stdout.buffer.write(open("merged/d1/f1", "rb").read())
+"""
+
+
+def test_idmapped_mounts_with_an_overlay_above(node: Node, registry: FakeRegistry) -> None:
+    tree = node.mount(add(registry, "mapped", layer()))
+    words = [sys.executable, "-c", "import os, sys" + IDMAPPED, str(tree), str(node.new_dir())]
+    done = node.finish(node.spawn(words), 20)
+    assert (done.returncode, done.stderr) == (0, b"")
+    told, _, content = done.stdout.partition(b"\n")
+    assert told == b"[0, 100000, 100000]" and content == SMALL["d1/f1"]
+
+
 def test_loop_devices_do_where_files_do_not(node: Node, registry: FakeRegistry) -> None:
     node.mount(add(registry, "loops", layer()))
     (image,) = node.root.glob("trees/*.erofs")

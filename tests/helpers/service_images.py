@@ -27,6 +27,7 @@ from typing import Any
 from tests.helpers import real
 from tests.helpers.fake_registry import FakeRegistry
 
+TOGETHER = "together"  # an image of all their layers, one over the other
 PACKAGES = {"python": ("python3",), "nginx": ("nginx",), "postgres": ("postgresql-15",)}
 PROGRAMS = "/usr/lib/postgresql/15/bin"
 POSTGRES = (100, 101)  # user and group of PostgreSQL in the image
@@ -252,6 +253,7 @@ class ServiceImages:
 
     registry: real.DockerRegistry
     sizes: dict[str, int]  # bytes of all layer blobs, by name
+    layout: Path  # an OCI layout of what they were converted from: a tag for each name, and for TOGETHER
 
     def reference(self, name: str) -> str:
         """Return HOST/NAME:lazy, as containerd writes it."""
@@ -266,6 +268,20 @@ class ServiceImages:
             for descriptor in (manifest["config"], *manifest["layers"]):
                 if descriptor["digest"] not in other.blobs:
                     other.add_blob(self._get(f"{name}/blobs/{descriptor['digest']}")[1])
+
+    def fill_together(self, other: FakeRegistry) -> None:
+        """Add TOGETHER:lazy to a registry that was filled."""
+        config = json.loads(real.call("skopeo", "inspect", "--config", "--raw", f"oci:{self.layout}:{TOGETHER}"))
+        layers: dict[str, dict[str, Any]] = {}
+        for name in PACKAGES:
+            manifest = json.loads(self._get(f"{name}/manifests/lazy")[1])
+            layers |= {layer["digest"]: layer for layer in manifest["layers"]}
+        raw = json.dumps(config).encode()
+        about = {"mediaType": f"{_KIND}.config.v1+json", "digest": other.add_blob(raw), "size": len(raw)}
+        whole = {"schemaVersion": 2, "mediaType": f"{_KIND}.manifest.v1+json", "config": about}
+        other.add_manifest(
+            TOGETHER, "lazy", whole["mediaType"], json.dumps({**whole, "layers": list(layers.values())}).encode()
+        )
 
     def _get(self, path: str) -> tuple[str, bytes]:
         asked = urllib.request.Request(
@@ -307,7 +323,8 @@ def _build(place: Path) -> None:
         _write_service(tars[name], own, done, name)
     images: dict[str, list[bytes | Path]] = {name: [tars["base"], tars[name]] for name in PACKAGES}
     images["pause"] = [pause_layer(place)]
-    commands = {name: ["/bin/sh"] for name in PACKAGES} | {"pause": ["/pause"]}
+    images[TOGETHER] = list(tars.values())
+    commands = {name: ["/bin/sh"] for name in (*PACKAGES, TOGETHER)} | {"pause": ["/pause"]}
     layout = place / "layout"
     _write_layout(layout, images, commands)
     found = {}
@@ -318,6 +335,6 @@ def _build(place: Path) -> None:
             command = [sys.executable, "-m", "lazyfs", "convert", "--work-dir", str(place / "work"), *words]
             report = subprocess.run(command, check=True, capture_output=True, text=True, timeout=real.RUN)
             found[name] = sum(layer["result"]["size"] for layer in json.loads(report.stdout)["layers"])
-    real.call("rm", "-rf", layout, place / "work")
+    real.call("rm", "-rf", place / "work")
     (place / "sizes.new").write_text(json.dumps(found))
     (place / "sizes.new").rename(place / "sizes.json")

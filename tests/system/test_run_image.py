@@ -35,7 +35,8 @@ class Lazyfs:
 
     def __init__(self, place: Path) -> None:
         self.place = place
-        self.environment = {**os.environ, "LAZYFS_ROOT": f"{place}/store", "LAZYFS_RUN": f"{place}/run"}
+        ours = {"ROOT": f"{place}/store", "RUN": f"{place}/run", "DAEMON_LINGER": "0.3"}
+        self.environment = {**os.environ, **{f"LAZYFS_{name}": value for name, value in ours.items()}}
 
     def start(self, *words: str | Path) -> subprocess.Popen[str]:
         argv = [sys.executable, "-m", "lazyfs", *map(str, words)]
@@ -78,7 +79,7 @@ def until(condition: Callable[[], bool]) -> None:
 
 def test_run(lazyfs: Lazyfs, image: str) -> None:
     assert lazyfs.run("run", image)[:2] == (0, "no program\n")
-    assert lazyfs.run("run", "--rm", image, "sh", "-c", "id -u; exit 3")[:2] == (3, "33\n")
+    assert lazyfs.run("run", "--rm", image, "sh", "-c", "id -u; id-as-root -u; exit 3")[:2] == (3, "33\n0\n")
 
 
 def test_a_layout_is_found_from_where_the_command_was_typed(
@@ -101,6 +102,7 @@ def test_status_names_a_running_container(lazyfs: Lazyfs, image: str) -> None:
     assert process.stdout.readline() == "ready\n", process.communicate(timeout=_DEADLINE)
     (mount,) = json.loads(lazyfs.run("status", "--json")[1])["mounts"]
     assert (mount["kind"], Path(mount["dir"]).name) == ("container", "web")
+    assert (mount["driver"], mount["reason"]) == ("erofs", "its self-test passed")  # by default
     assert "in container web," in lazyfs.run("status")[1]
     process.communicate("", timeout=_DEADLINE)
     assert process.returncode == 0

@@ -76,6 +76,12 @@ def test_a_service_answers_before_a_third_of_its_image_came(scratch: Path, servi
         pod = node.cri.run_pod("one")
         until(START[name](node, pod, image), f"{name} answers", PATIENCE)
         assert before < node.fetched() < services.sizes[name] / 3
+        status = node.status()
+        assert (status["daemon"]["driver"], status["daemon"]["reason"]) == (
+            "erofs",
+            "its self-test passed",
+        )  # by default
+        assert {mount["driver"] for mount in status["mounts"]} == {"erofs"}
         known = node.cri.image(image)
         assert known is not None and known.id == reference
         until(lambda: 0 < node.cri.image_bytes() < services.sizes[name], "kubelet is told what lies on this disk")
@@ -195,4 +201,4 @@ def test_thirty_containers_of_three_images_at_once(
         for done in [pool.submit(one, name, number) for number in range(10) for name in PACKAGES]:
             done.result()
         assert len(node.cri.containers()) == 30
-        assert served_twice(registry) == []
+        assert served_twice(registry) == [], node.status()["errors"]
