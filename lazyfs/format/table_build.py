@@ -307,50 +307,51 @@ def _fill_chunks(
     facts: LayerFacts,
 ) -> int:
     col: dict[str, array] = columns  # type: ignore[type-arg, assignment]
-    data_offsets, first_chunks, chunk_counts = col["data_offset"], col["first_chunk"], col["chunk_count"]
+    data_offsets, first_chunks, chunk_counts = ([0] * len(col["size"]) for _ in range(3))
     frame_start, frame_first = array("Q"), array("I")
-    frame, frame_at = -1, -1  # the last one: its number, and where it starts
+    frame, frame_at = -1, -2  # the last one: its number, and where it starts
     offsets: list[int] = []
     frames: list[int] = []
     kept: list[Chunk] = []
-    add_offset, add_frame, add_chunk = offsets.append, frames.append, kept.append
+    add_offset, add_frame = offsets.append, frames.append
     is_plain = facts.form == FORM_PLAIN
-    data_offset = 0
-    for live, entry, row in zip(survivors, entries, row_of, strict=True):
-        chunks = live.tag
+    count = data_offset = 0
+    for (whole, chunks), entry, row in zip(survivors, entries, row_of, strict=True):
         if not chunks:
             if entry.size and entry.kind is _REG:
                 raise TocInvalid(f"{entry.path[:200]!r} has chunks up to 0 of its {entry.size} bytes")
             continue
-        if live.entry.kind is not _REG:
+        if whole.kind is not _REG:
             continue
-        size, last = live.entry.size, chunks[-1]
+        size, last = whole.size, chunks[-1]
         if last.offset + last.size != size:
-            raise TocInvalid(
-                f"{entry.path[:200]!r} has chunks up to {last.offset + last.size} of its {live.entry.size} bytes"
-            )
+            raise TocInvalid(f"{entry.path[:200]!r} has chunks up to {last.offset + last.size} of its {size} bytes")
         if row < 0 or entry.kind is not _REG:
             continue  # markers and landmarks have content too, and nobody can read it
         # A plain layer was written to its data space before anybody knew which of its names survive.
         base = chunks[0].blob_offset if is_plain else data_offset
-        data_offsets[row], first_chunks[row], chunk_counts[row] = base, len(kept), len(chunks)
+        data_offsets[row], first_chunks[row], chunk_counts[row] = base, count, len(chunks)
         for chunk in chunks:
             start = chunk.blob_offset
-            if start < 0 or is_plain:
+            if start == frame_at:
+                add_frame(frame)
+            elif start < 0 or is_plain:
                 add_frame(NO_FRAME)
             else:
-                if start != frame_at:
-                    if start < frame_at:
-                        raise TocInvalid(f"{entry.path[:200]!r} is not in blob order")
-                    frame, frame_at = frame + 1, start
-                    frame_start.append(start)
-                    frame_first.append(len(kept))
+                if start < frame_at:
+                    raise TocInvalid(f"{entry.path[:200]!r} is not in blob order")
+                frame, frame_at = frame + 1, start
+                frame_start.append(start)
+                frame_first.append(count)
                 add_frame(frame)
             add_offset(base + chunk.offset)
-            add_chunk(chunk)
+            count += 1
+        kept += chunks
         data_offset = (base + size + PAGE - 1) & -PAGE
         if data_offset > _MAX_DATA:
             raise TocInvalid(f"the layer claims more than {_MAX_DATA} bytes of content")
+    col["data_offset"], col["first_chunk"] = array("Q", data_offsets), array("I", first_chunks)
+    col["chunk_count"] = array("I", chunk_counts)
     # A frame ends where the next one in the TOC begins: headers of empty entries may lie in between, in frames of their
     # own, so a reader decodes the first frame of the range and no more.
     ends = array("Q", [*frame_start[1:], facts.payload_end]) if frame_start else array("Q")
@@ -358,7 +359,7 @@ def _fill_chunks(
         chunk_data_offset=array("Q", offsets),
         chunk_size=array("I", [chunk.size for chunk in kept]),
         chunk_frame=array("I", frames),
-        chunk_inner=array("Q", [max(chunk.inner_offset, 0) for chunk in kept]),
+        chunk_inner=array("Q", [chunk.inner_offset for chunk in kept]),
         chunk_digest=b"".join([chunk.digest for chunk in kept]),
         frame_blob_offset=frame_start,
         frame_blob_end=ends,
