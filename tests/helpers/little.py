@@ -66,9 +66,10 @@ class Little:
         """Return the layer as gzip."""
         return gzip.compress(tar, 1, mtime=0)
 
-    def add(self, name: str, *layers: Layer) -> str:
-        """Store an image and return HOST/NAME:latest."""
-        return self.registry.add_image(name, "latest", layers, _CONFIG).reference
+    def add(self, name: str, *layers: Layer, **config: str) -> str:
+        """Store an image and return HOST/NAME:latest. `config`: more of its config, such as User."""
+        whole = {"config": {**_CONFIG["config"], **config}}
+        return self.registry.add_image(name, "latest", layers, whole).reference
 
     def numbered(self, number: int) -> str:
         """Store a lazy image of its own: the system, and `data(number)`."""

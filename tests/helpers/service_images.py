@@ -27,7 +27,8 @@ from typing import Any
 from tests.helpers import real
 from tests.helpers.fake_registry import FakeRegistry
 
-TOGETHER = "together"  # an image of all their layers, one over the other
+TOGETHER = "together"  # an image of three layers: the base, and these over it
+PARTS = ("python", "nginx")
 PACKAGES = {"python": ("python3",), "nginx": ("nginx",), "postgres": ("postgresql-15",)}
 PROGRAMS = "/usr/lib/postgresql/15/bin"
 POSTGRES = (100, 101)  # user and group of PostgreSQL in the image
@@ -273,7 +274,7 @@ class ServiceImages:
         """Add TOGETHER:lazy to a registry that was filled."""
         config = json.loads(real.call("skopeo", "inspect", "--config", "--raw", f"oci:{self.layout}:{TOGETHER}"))
         layers: dict[str, dict[str, Any]] = {}
-        for name in PACKAGES:
+        for name in PARTS:
             manifest = json.loads(self._get(f"{name}/manifests/lazy")[1])
             layers |= {layer["digest"]: layer for layer in manifest["layers"]}
         raw = json.dumps(config).encode()
@@ -323,7 +324,7 @@ def _build(place: Path) -> None:
         _write_service(tars[name], own, done, name)
     images: dict[str, list[bytes | Path]] = {name: [tars["base"], tars[name]] for name in PACKAGES}
     images["pause"] = [pause_layer(place)]
-    images[TOGETHER] = list(tars.values())
+    images[TOGETHER] = [tars[name] for name in ("base", *PARTS)]
     commands = {name: ["/bin/sh"] for name in (*PACKAGES, TOGETHER)} | {"pause": ["/pause"]}
     layout = place / "layout"
     _write_layout(layout, images, commands)

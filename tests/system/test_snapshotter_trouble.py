@@ -68,7 +68,9 @@ def test_plain_and_mixed_images_run_and_it_is_told_why(scratch: Path, images: Li
         assert states(node, named["below"]) == [("fallback", "no_toc"), ("fallback", "below_not_lazy")]
         assert states(node, named["above"]) == [("lazy", ""), ("fallback", "no_toc")]
         assert states(node, named["lazy"]) == [("lazy", ""), ("lazy", "")]
-        su = ("run", "--rm", "--snapshotter", "lazyfs", "--user", "33:34", named["lazy"], "su")
+        web = images.add("web", *every["lazy"], User="33:34")
+        node.cri.pull(web)
+        su = ("run", "--rm", "--allow-new-privs", "--snapshotter", "lazyfs", web, "su")
         assert node.ctr(*su, "sh", "-c", "id -u; id-as-root -u") == "33\n0\n"
         assert all(layer["reason"] for layer in layers_of(node, named["plain"]))
         log = node.log("snapshotter")
