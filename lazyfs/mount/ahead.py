@@ -136,12 +136,17 @@ class _Job:
     async def _fetch(self, layer: ServedLayer, row: int) -> None:
         """Bring the missing frames of a file, neighbours in one request."""
         table = layer.table
-        frames = sorted({table.chunk_frame[c] for c in table.file_chunks(row) if not layer.store.has(c)} - {NO_FRAME})
-        start = 0
-        for at in range(1, len(frames) + 1):
-            if at == len(frames) or frames[at] != frames[at - 1] + 1:
-                await self._remote.bring(layer, frames[start], frames[at - 1] + 1, Priority.PREFETCH)
-                start = at
+        frames = sorted({table.chunk_frame[c] for c in table.file_chunks(row)} - {NO_FRAME})
+        at = 0
+        while at < len(frames):
+            first = stop = frames[at]
+            while at < len(frames) and frames[at] == stop and layer.frame_missing(stop):
+                stop, at = stop + 1, at + 1
+            if stop > first:
+                # What is further on is looked at afterwards: readers may have fetched it by then.
+                await self._remote.bring(layer, first, stop, Priority.PREFETCH)
+            else:
+                at += 1
 
     async def _read(self, layer: ServedLayer, row: int, span: elf.Span) -> bytes:
         parts = []

@@ -201,4 +201,5 @@ def test_thirty_containers_of_three_images_at_once(
         for done in [pool.submit(one, name, number) for number in range(10) for name in PACKAGES]:
             done.result()
         assert len(node.cri.containers()) == 30
-        assert served_twice(registry) == [], node.status()["errors"]
+        told = node.status()
+        assert served_twice(registry) == [], (told["errors"], told["cache"]["store"])
