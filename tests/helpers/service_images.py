@@ -279,10 +279,9 @@ class ServiceImages:
             layers |= {layer["digest"]: layer for layer in manifest["layers"]}
         raw = json.dumps(config).encode()
         about = {"mediaType": f"{_KIND}.config.v1+json", "digest": other.add_blob(raw), "size": len(raw)}
-        whole = {"schemaVersion": 2, "mediaType": f"{_KIND}.manifest.v1+json", "config": about}
-        other.add_manifest(
-            TOGETHER, "lazy", whole["mediaType"], json.dumps({**whole, "layers": list(layers.values())}).encode()
-        )
+        kind = f"{_KIND}.manifest.v1+json"
+        whole = {"schemaVersion": 2, "mediaType": kind, "config": about, "layers": list(layers.values())}
+        other.add_manifest(TOGETHER, "lazy", kind, json.dumps(whole).encode())
 
     def _get(self, path: str) -> tuple[str, bytes]:
         asked = urllib.request.Request(
