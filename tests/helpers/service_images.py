@@ -27,8 +27,7 @@ from typing import Any
 from tests.helpers import real
 from tests.helpers.fake_registry import FakeRegistry
 
-TOGETHER = "together"  # an image of three layers: the base, and these over it
-PARTS = ("python", "nginx")
+OTHERS = {"minbase": (), "together": ("python", "nginx")}  # images of the base, and of these one over the other on it
 PACKAGES = {"python": ("python3",), "nginx": ("nginx",), "postgres": ("postgresql-15",)}
 PROGRAMS = "/usr/lib/postgresql/15/bin"
 POSTGRES = (100, 101)  # user and group of PostgreSQL in the image
@@ -254,7 +253,7 @@ class ServiceImages:
 
     registry: real.DockerRegistry
     sizes: dict[str, int]  # bytes of all layer blobs, by name
-    layout: Path  # an OCI layout of what they were converted from: a tag for each name, and for TOGETHER
+    layout: Path  # an OCI layout of what they were converted from: a tag for each name, and for OTHERS
 
     def reference(self, name: str) -> str:
         """Return HOST/NAME:lazy, as containerd writes it."""
@@ -270,18 +269,16 @@ class ServiceImages:
                 if descriptor["digest"] not in other.blobs:
                     other.add_blob(self._get(f"{name}/blobs/{descriptor['digest']}")[1])
 
-    def fill_together(self, other: FakeRegistry) -> None:
-        """Add TOGETHER:lazy to a registry that was filled."""
-        config = json.loads(real.call("skopeo", "inspect", "--config", "--raw", f"oci:{self.layout}:{TOGETHER}"))
-        layers: dict[str, dict[str, Any]] = {}
-        for name in PARTS:
-            manifest = json.loads(self._get(f"{name}/manifests/lazy")[1])
-            layers |= {layer["digest"]: layer for layer in manifest["layers"]}
-        raw = json.dumps(config).encode()
-        about = {"mediaType": f"{_KIND}.config.v1+json", "digest": other.add_blob(raw), "size": len(raw)}
+    def fill_others(self, other: FakeRegistry) -> None:
+        """Add NAME:lazy for NAME in OTHERS to a registry that was filled."""
+        layers = {name: json.loads(self._get(f"{name}/manifests/lazy")[1])["layers"] for name in PACKAGES}
         kind = f"{_KIND}.manifest.v1+json"
-        whole = {"schemaVersion": 2, "mediaType": kind, "config": about, "layers": list(layers.values())}
-        other.add_manifest(TOGETHER, "lazy", kind, json.dumps(whole).encode())
+        for name, parts in OTHERS.items():
+            raw = real.call("skopeo", "inspect", "--config", "--raw", f"oci:{self.layout}:{name}").encode()
+            about = {"mediaType": f"{_KIND}.config.v1+json", "digest": other.add_blob(raw), "size": len(raw)}
+            own = [layers["python"][0], *(layers[part][1] for part in parts)]
+            whole = {"schemaVersion": 2, "mediaType": kind, "config": about, "layers": own}
+            other.add_manifest(name, "lazy", kind, json.dumps(whole).encode())
 
     def _get(self, path: str) -> tuple[str, bytes]:
         asked = urllib.request.Request(
@@ -323,8 +320,8 @@ def _build(place: Path) -> None:
         _write_service(tars[name], own, done, name)
     images: dict[str, list[bytes | Path]] = {name: [tars["base"], tars[name]] for name in PACKAGES}
     images["pause"] = [pause_layer(place)]
-    images[TOGETHER] = [tars[name] for name in ("base", *PARTS)]
-    commands = {name: ["/bin/sh"] for name in (*PACKAGES, TOGETHER)} | {"pause": ["/pause"]}
+    images |= {name: [tars["base"], *(tars[part] for part in parts)] for name, parts in OTHERS.items()}
+    commands = {name: ["/bin/sh"] for name in (*PACKAGES, *OTHERS)} | {"pause": ["/pause"]}
     layout = place / "layout"
     _write_layout(layout, images, commands)
     found = {}

@@ -1,6 +1,6 @@
 """Real images, file for file: the trees of both drivers are a full unpack of the images they were made of, by umoci.
 
-Debian systems of 100 to 400 MB, of two layers and of three, lazy and fetched in full, with whiteouts and without.
+Debian systems of about 100 MB, of one layer to three, lazy and fetched in full, with whiteouts and without.
 """
 
 from __future__ import annotations
@@ -15,17 +15,17 @@ import pytest
 
 from tests.helpers.daemon import Node
 from tests.helpers.fake_registry import FakeRegistry
-from tests.helpers.service_images import PACKAGES, TOGETHER, ServiceImages
+from tests.helpers.service_images import OTHERS, ServiceImages
 from tests.helpers.trees import TOC_FILES, compare, snapshot, umoci_unpack
 
-NAMES = (*PACKAGES, TOGETHER, "small")
+NAMES = ("python", "nginx", *OTHERS, "small")
 
 
 @pytest.fixture(scope="module")
 def filled(services: ServiceImages) -> Iterator[FakeRegistry]:
     with FakeRegistry() as one:
         services.fill(one)
-        services.fill_together(one)
+        services.fill_others(one)
         yield one
 
 
