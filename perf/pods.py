@@ -56,7 +56,7 @@ def measure(directory: Path, name: str, runs: int, rtt: float, mbit: float) -> d
     """Return the medians of interleaved pairs."""
     found: dict[str, list[Started]] = {"overlayfs": [], "lazyfs": []}
     with real.docker_registry(directory / f"registry-{name}", service_images.build(directory)) as registry:
-        pause = service_images.ServiceImages(registry, {}).pause
+        pause = service_images.ServiceImages(registry, {}, directory).pause
         with Shaper(("127.0.0.1", registry.port), rtt=rtt, mbit=mbit) as link:
             for run in range(runs):
                 for snapshotter, starts in found.items():
