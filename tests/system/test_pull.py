@@ -246,6 +246,7 @@ def test_a_pull_that_was_ended_goes_on_where_it_was(how: signal.Signals, place: 
     place.registry.clear_log()
     process = place.node.spawn(place.words("pull", "--snapshotter", "overlayfs", one.reference))
     until(lambda: place.client.content.uploaded(f"layer-{big}") > half // 2, "half of the blob has come")
+    until(lambda: place.client.content.info(one.layers[0]), "the other layer has come")
     os.kill(process.pid, how)
     place.node.finish(process, 20)
     if how is signal.SIGINT:
