@@ -176,8 +176,12 @@ def _scratch(request: pytest.FixtureRequest) -> Iterator[Path]:
 
 @pytest.fixture
 def driver() -> str:
-    """How trees reach the kernel: what is the default. `tests.helpers.daemon.both_drivers` runs a test with each."""
-    return "auto"
+    """How trees reach the kernel: `tests.helpers.daemon.both_drivers` runs a test with each.
+
+    What is about commands, the store or the network runs with the one whose daemons start with the least work; the
+    default is what whole commands and containerd's tests have.
+    """
+    return "fuse"
 
 
 @pytest.fixture

@@ -27,7 +27,13 @@ from typing import Any
 from tests.helpers import real
 from tests.helpers.fake_registry import FakeRegistry
 
-OTHERS = {"minbase": (), "together": ("python", "nginx")}  # images of the base, and of these one over the other on it
+# Images of the same layers: each alone, and two services one over the other.
+OTHERS = {
+    "minbase": ("base",),
+    "python-alone": ("python",),
+    "nginx-alone": ("nginx",),
+    "together": ("base", "python", "nginx"),
+}
 PACKAGES = {"python": ("python3",), "nginx": ("nginx",), "postgres": ("postgresql-15",)}
 PROGRAMS = "/usr/lib/postgresql/15/bin"
 POSTGRES = (100, 101)  # user and group of PostgreSQL in the image
@@ -271,12 +277,13 @@ class ServiceImages:
 
     def fill_others(self, other: FakeRegistry) -> None:
         """Add NAME:lazy for NAME in OTHERS to a registry that was filled."""
-        layers = {name: json.loads(self._get(f"{name}/manifests/lazy")[1])["layers"] for name in PACKAGES}
+        images = {name: json.loads(self._get(f"{name}/manifests/lazy")[1])["layers"] for name in PACKAGES}
+        layers = {"base": images["python"][0], **{name: found[1] for name, found in images.items()}}
         kind = f"{_KIND}.manifest.v1+json"
         for name, parts in OTHERS.items():
             raw = real.call("skopeo", "inspect", "--config", "--raw", f"oci:{self.layout}:{name}").encode()
             about = {"mediaType": f"{_KIND}.config.v1+json", "digest": other.add_blob(raw), "size": len(raw)}
-            own = [layers["python"][0], *(layers[part][1] for part in parts)]
+            own = [layers[part] for part in parts]
             whole = {"schemaVersion": 2, "mediaType": kind, "config": about, "layers": own}
             other.add_manifest(name, "lazy", kind, json.dumps(whole).encode())
 
@@ -320,7 +327,7 @@ def _build(place: Path) -> None:
         _write_service(tars[name], own, done, name)
     images: dict[str, list[bytes | Path]] = {name: [tars["base"], tars[name]] for name in PACKAGES}
     images["pause"] = [pause_layer(place)]
-    images |= {name: [tars["base"], *(tars[part] for part in parts)] for name, parts in OTHERS.items()}
+    images |= {name: [tars[part] for part in parts] for name, parts in OTHERS.items()}
     commands = {name: ["/bin/sh"] for name in (*PACKAGES, *OTHERS)} | {"pause": ["/pause"]}
     layout = place / "layout"
     _write_layout(layout, images, commands)

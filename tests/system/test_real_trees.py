@@ -1,6 +1,7 @@
 """Real images, file for file: the trees of both drivers are a full unpack of the images they were made of, by umoci.
 
-Debian systems of about 100 MB, of one layer to three, lazy and fetched in full, with whiteouts and without.
+Debian's packages in one layer to three, with their base and without, lazy and fetched in full, with whiteouts and
+without.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from tests.helpers.fake_registry import FakeRegistry
 from tests.helpers.service_images import OTHERS, ServiceImages
 from tests.helpers.trees import TOC_FILES, compare, snapshot, umoci_unpack
 
-NAMES = ("python", "nginx", *OTHERS, "small")
+NAMES = (*OTHERS, "small")
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +49,7 @@ def test_both_drivers_show_what_umoci_unpacks(
     full = snapshot(umoci_unpack(Path(layout), name, scratch / "full"))
     shutil.rmtree(scratch / "full")
     undated = {b"", *(at for at, node in full.items() if node.mtime_ns > began and stat.S_ISDIR(node.mode))}
-    assert len(full) > 1000 and len(undated) < 50  # those are dated by umoci's own writes
+    assert len(full) > 100 and len(undated) < 50  # those are dated by umoci's own writes
     trees = [shared.mount(image, "--driver", driver) for driver in ("fuse", "erofs")]
     fuse, erofs = (snapshot(tree) for tree in trees)
     assert compare(fuse, full, ignore=TOC_FILES, undated=undated) == []
