@@ -9,7 +9,7 @@ SUDO := $(shell [ "$$(id -u)" = 0 ] || echo sudo)
 PATH := $(PATH):/usr/sbin:/sbin
 export PATH
 
-.PHONY: demo test lint venv debs clean help
+.PHONY: demo test lint bytecode venv debs clean help
 
 help:
 	@echo 'make demo    start a real image lazily and by a full pull, behind a slow link, and compare (IMAGE=… for another one)'
@@ -18,13 +18,16 @@ help:
 	@echo 'make venv    the virtual environment alone    make debs    the Debian packages alone'
 	@echo 'make clean   remove what the others made'
 
-# An installed lazyfs has its bytecode; this tree gets it here, also where PYTHONDONTWRITEBYTECODE is set.
-demo: venv
-	.venv/bin/python -m compileall -q lazyfs indexer snapshotter
+demo: bytecode
 	$(SUDO) env "PATH=$$PATH" "IMAGE=$(IMAGE)" .venv/bin/python -m perf.demo
 
-test: lint
+test: lint bytecode
 	$(SUDO) env "PATH=$$PATH" CI=true .venv/bin/python -m pytest -q $(PYTEST_ARGS)
+
+# An installed lazyfs has its bytecode; this tree gets it here, also where PYTHONDONTWRITEBYTECODE is set: without it half
+# of a daemon's start is compiling, and the tests start some thousand processes.
+bytecode: venv
+	.venv/bin/python -m compileall -q lazyfs indexer snapshotter tests perf
 
 lint: venv
 	.venv/bin/ruff check lazyfs indexer snapshotter tests perf
