@@ -10,10 +10,11 @@ import contextlib
 import ctypes
 import logging
 import os
+import select
 import signal
+import socket
 import stat
 import sys
-import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -157,23 +158,30 @@ def _own_root(root: Path) -> Path:
 
 def serve(settings: Settings, connect: Connect = no_collaborators) -> None:
     """Serve until a signal says stop. Raise LazyfsError when it can't start."""
-    stop = threading.Event()
-    for number in _STOPS:
-        signal.signal(number, lambda number, frame: _stop(stop, number))
+    stop = _stop_signals()
     server = build(settings, connect)
     try:
-        if not stop.is_set():
+        if not select.select([stop], [], [], 0)[0]:
             server.start()
             notify.tell("READY=1")
-        stop.wait()
+        stop.recv(1)
         notify.tell("STOPPING=1")
         log.info("stopping")
     finally:
         server.close()
 
 
-def _stop(stop: threading.Event, number: int) -> None:
-    stop.set()
+def _stop_signals() -> socket.socket:
+    """Return what can be read once a signal has said stop.
+
+    The kernel may give a signal to any thread, and then nothing wakes the main one from a lock that it waits for.
+    """
+    ours, theirs = socket.socketpair()
+    theirs.setblocking(False)
+    signal.set_wakeup_fd(theirs.detach(), warn_on_full_buffer=False)
+    for number in _STOPS:
+        signal.signal(number, lambda number, frame: None)
+    return ours
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -11,6 +11,7 @@ Neither starts a lazyfsd. `Client` raises Refused with gRPC's code. Mounts are m
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
 import signal
 import subprocess
@@ -207,6 +208,18 @@ class Node:
             self._client.close()
             self._client = None
         process.send_signal(number)
+        return self._end(process)
+
+    def stop_by_another_thread(self) -> int:
+        """Send SIGTERM to one thread of the process that is not its first; else as `stop`."""
+        assert self._process is not None
+        process, self._process = self._process, None
+        thread = max(int(name) for name in os.listdir(f"/proc/{process.pid}/task"))
+        assert thread != process.pid
+        assert ctypes.CDLL(None).tgkill(process.pid, thread, int(signal.SIGTERM)) == 0
+        return self._end(process)
+
+    def _end(self, process: subprocess.Popen[bytes]) -> int:
         try:
             process.communicate(timeout=30)
         except subprocess.TimeoutExpired:

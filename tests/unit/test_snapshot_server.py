@@ -48,6 +48,12 @@ def test_it_starts_tells_systemd_answers_and_ends_well(scratch: Path, monkeypatc
     assert not node.address.exists()
 
 
+def test_a_signal_that_another_thread_gets_ends_it_too(scratch: Path) -> None:
+    """The kernel chooses the thread, and seldom another one than the first."""
+    with Node(scratch) as node:
+        assert node.stop_by_another_thread() == 0
+
+
 def test_a_database_that_can_not_be_used_is_one_sentence(scratch: Path) -> None:
     node = Node(scratch)
     node.root.mkdir(mode=0o700)
