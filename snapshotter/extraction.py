@@ -1,7 +1,8 @@
 """Whether a layer that containerd wants extracted is there already, lazily, or must be downloaded, and why.
 
-The first layer of an image that is asked for has the whole image resolved; the others find the answer. Never an error:
-what can't be lazy is pulled in the ordinary way, and the reason is recorded.
+The first layer of an image that is asked for has the whole image resolved, and waits for itself and what is below it;
+the others find the answer, or ask for it once more. Never an error: what can't be lazy is pulled in the ordinary way,
+and the reason is recorded.
 """
 
 from __future__ import annotations
@@ -48,15 +49,15 @@ class _Known:
 
 
 class Extraction:
-    """Decides. Thread-safe; `offer` blocks for as long as an image takes to be resolved, `prepare_timeout` at most.
+    """Decides. Thread-safe; `offer` blocks until a layer and those below it are settled, `prepare_timeout` at most.
 
-    `resolve` asks the daemon (image, manifest digest); `number` puts an image into the records; `note` is told of every
-    decision.
+    `resolve` asks the daemon (image, manifest digest, chain ID of the layer that is waited for); `number` puts an image
+    into the records; `note` is told of every decision.
     """
 
     def __init__(
         self,
-        resolve: Callable[[str, str], ResolvedChain],
+        resolve: Callable[[str, str, str], ResolvedChain],
         number: Callable[[LazyImage], LazyImage],
         note: Callable[[Decision], None],
     ) -> None:
@@ -115,46 +116,68 @@ class Extraction:
     def _chain(self, asked: Asked, good: float = _GOOD) -> ResolvedChain:
         """Return what is known of the image, asking once whoever comes at the same time. Raise LazyfsError.
 
-        `good`: seconds for which an answer without a fault holds.
+        `good`: seconds for which an answer without a fault holds. Blocking: as long as the daemon is asked for this
+        layer, and before for another one.
         """
+        while True:
+            known, ours = self._take(asked, good)
+            if ours:
+                self._ask(asked, known)
+            found = known.answer.result()
+            if ours or _tells(found, asked.chain_id):
+                return found
+
+    def _take(self, asked: Asked, good: float) -> tuple[_Known, bool]:
+        """Return the answer that there is or will be; True: to be asked for by us."""
         key = (asked.image, asked.manifest_digest)
-        now = time.monotonic()
         with self._lock:
             known = self._known.get(key)
-            ours = known is None or _is_old(known, now, good)
-            if ours:
-                known = self._known[key] = _Known(Future())
-                self._known.move_to_end(key)
-                while len(self._known) > _KEPT:
-                    self._known.popitem(last=False)
-        assert known is not None
-        if ours:
-            try:
-                found = self._resolve(asked.image, asked.manifest_digest)
-                # Once an image, not once a layer. What was fetched for layers that no snapshot will stand for is given
-                # back with this record.
-                layers = tuple(one.layer for one in found.layers)
-                self._number(LazyImage(0, asked.image, found.manifest_digest, layers))
-                known.since = time.monotonic()
-                known.answer.set_result(found)
-            except BaseException as error:
-                known.since = time.monotonic()
-                known.answer.set_exception(error)
-                if not isinstance(error, LazyfsError):
-                    with self._lock:
-                        self._known.pop(key, None)
-        return known.answer.result()
+            if known is not None and not _is_old(known, asked, time.monotonic(), good):
+                return known, False
+            known = self._known[key] = _Known(Future())
+            self._known.move_to_end(key)
+            while len(self._known) > _KEPT:
+                self._known.popitem(last=False)
+        return known, True
+
+    def _ask(self, asked: Asked, known: _Known) -> None:
+        try:
+            found = self._resolve(asked.image, asked.manifest_digest, asked.chain_id)
+            # Once an answer, not once a layer. What was fetched for layers that no snapshot will stand for is given
+            # back with this record.
+            layers = tuple(one.layer for one in found.layers)
+            self._number(LazyImage(0, asked.image, found.manifest_digest, layers))
+            known.since = time.monotonic()
+            known.answer.set_result(found)
+        except BaseException as error:
+            known.since = time.monotonic()
+            known.answer.set_exception(error)
+            if not isinstance(error, LazyfsError):
+                with self._lock:
+                    self._known.pop((asked.image, asked.manifest_digest), None)
 
     def _decide(self, key: str, image: str, layer: str, outcome: Outcome, reason: str, began: float) -> None:
         self._note(Decision(image, layer, key, outcome, reason, time.monotonic() - began))
 
 
-def _is_old(known: _Known, now: float, good: float) -> bool:
+def _is_old(known: _Known, asked: Asked, now: float, good: float) -> bool:
+    """Tell whether an answer must be asked for again. One that is not there yet need not."""
     if not known.answer.done():
         return False
-    if known.answer.exception() is not None or not all(one.ready for one in known.answer.result().layers):
+    if known.answer.exception() is not None:
         return now - known.since > _BAD
-    return now - known.since > good
+    found = known.answer.result()
+    if not _tells(found, asked.chain_id):
+        return True
+    return now - known.since > (good if all(one.ready for one in found.layers) else _BAD)
+
+
+def _tells(found: ResolvedChain, chain_id: str) -> bool:
+    """Tell whether an answer says what became of this layer and those below it, or that there is no such layer."""
+    for number, one in enumerate(found.layers):
+        if one.layer.chain_id == chain_id:
+            return all(below.settled for below in found.layers[: number + 1])
+    return True
 
 
 def _promises(known: _Known, gone: Set[str]) -> bool:
@@ -163,7 +186,7 @@ def _promises(known: _Known, gone: Set[str]) -> bool:
         return True
     if known.answer.exception() is not None:
         return False
-    offered = itertools.takewhile(lambda one: one.ready, known.answer.result().layers)
+    offered = itertools.takewhile(lambda one: one.ready or not one.settled, known.answer.result().layers)
     return any(one.layer.digest in gone for one in offered)
 
 

@@ -38,12 +38,16 @@ _SETTLE = 5.0  # seconds for which a chain that was just shown counts as used, w
 
 @dataclass(frozen=True, slots=True)
 class ResolvedLayer:
-    """A layer as the daemon found it. `reason`: why it is not lazy, or not ready; "" otherwise."""
+    """A layer as the daemon found it. `reason`: why it is not lazy, or not ready; "" otherwise.
+
+    `settled`: the daemon is done with it; else it was still being made ready for this image's next caller.
+    """
 
     layer: LazyLayer
     ready: bool
     lazy: bool
     reason: str
+    settled: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,8 +115,11 @@ class Remote:
 
     # -- calls
 
-    def resolve(self, image: str, manifest_digest: str) -> ResolvedChain:
-        """Have all layers of an image made ready side by side, and say which are. Blocking, `prepare_timeout`."""
+    def resolve(self, image: str, manifest_digest: str, chain_id: str) -> ResolvedChain:
+        """Have all layers of an image made ready side by side, and say which are. Blocking, `prepare_timeout`.
+
+        Only the layer of this chain ID and those below it are waited for.
+        """
         deadline = self._settings.prepare_timeout
         self._greeted.wait(_GREETING)
         answer = self._call(
@@ -121,6 +128,7 @@ class Remote:
             image=image,
             manifest_digest=manifest_digest,
             small=self._settings.small_layer,
+            until=chain_id,
             deadline=deadline,
             access=None,
         )
@@ -138,6 +146,7 @@ class Remote:
                     one["ready"] is True,
                     one["lazy"] is True,
                     str(one["reason"]),
+                    one.get("settled") is not False,  # a daemon of the release before waits for all
                 )
                 for one in answer["layers"]
             )

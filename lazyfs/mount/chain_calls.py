@@ -67,7 +67,9 @@ class ChainCalls:
         """Answer one call. Raise LazyfsError."""
         match name:
             case "resolve_chain":
-                return await self._resolver.resolve(await self._source(args, largest=_size(args, "small")))
+                source = await self._source(args, largest=_size(args, "small"))
+                until = str(args.get("until") or "")
+                return await self._resolver.resolve(source, until, share=args.get("access") is None)
             case "mount_chain":
                 layers = _layers(args)
                 source = await self._source(args, largest=None)

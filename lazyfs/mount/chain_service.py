@@ -61,6 +61,6 @@ def serve_chains(
         pull = Pull.NEVER if settings.offline else Pull.NEWER
         return images.open(reference, None, pull, access, reachable.noting(reference.host, images.on_hop))
 
-    resolver = ChainResolver(documents, layers, keeping)
+    resolver = ChainResolver(documents, layers, keeping, apart)
     calls = ChainCalls(open_repository, resolver, chains, layers, keeping, census.store, clearing, rest)
     return ChainService(calls, chains, keeping)

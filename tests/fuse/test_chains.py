@@ -16,7 +16,7 @@ from lazyfs import oci
 from lazyfs.digest import of
 from lazyfs.errors import LayerQuarantined, LazyfsError, ManifestMissing, RegistryTimeout
 from tests.helpers.blobs import LayerBlob, annotated, zstd_chunked_layer
-from tests.helpers.chains import Snapshotter, mount_args, running, told
+from tests.helpers.chains import Snapshotter, mount_args, resolve_args, running, told
 from tests.helpers.daemon import Node, add, pattern, until
 from tests.helpers.fake_registry import AddedImage, FakeRegistry, Fault
 from tests.helpers.tars import file, tar_of
@@ -133,9 +133,7 @@ def test_all_of_an_image_is_asked_for_at_once_and_only_once(node: Node, registry
         with client.again() as other:
             both: list[Callable[[], Any]] = [
                 lambda: client.resolve(image, deadline=30),
-                lambda: other.call(
-                    "resolve_chain", image=image.reference, manifest_digest=image.digest, small=0, deadline=30
-                ),
+                lambda: other.call("resolve_chain", **resolve_args(image, deadline=30)),
                 let_go,
             ]
             first, second, _ = at_once(*both)
@@ -145,6 +143,28 @@ def test_all_of_an_image_is_asked_for_at_once_and_only_once(node: Node, registry
         assert all(registry.count(path=digest) == 2 for digest in (image.config, *image.layers))
         client.mount(image, first)
         assert registry.count(path="/blobs/") == 22
+
+
+def test_a_layer_that_is_slow_holds_up_none_below_it(node: Node, registry: FakeRegistry) -> None:
+    node.settings["ANSWER_TIMEOUT"] = "20"
+    image = add(registry, "app", *(lazy(number, 2000) for number in range(4)))
+    registry.fault(Fault.BLACK_HOLE, path=image.layers[2])
+    with running(node) as client:
+        layers = client.resolve(image, until="sha256:" + "00" * 32)  # of none: as soon as the layers are known
+        chain_ids = [layer["chain_id"] for layer in layers]
+        layers = client.resolve(image, until=chain_ids[1])
+        assert summary(layers[:2]) == [(True, True)] * 2
+        assert [layer["settled"] for layer in layers] == [True, True, False, layers[3]["settled"]]
+        assert client.resolve(image, until=chain_ids[0])[0] == layers[0]
+        with client.again() as other:
+            _, whole, upper = at_once(
+                registry.clear_faults,
+                lambda: client.resolve(image),
+                lambda: other.call("resolve_chain", **resolve_args(image, until=chain_ids[3])),
+            )
+        assert summary(whole) == summary(upper["layers"]) == [(True, True)] * 4
+        assert registry.count(path="/manifests/") == 1
+        assert [registry.count(path=digest) for digest in image.layers] == [1, 1, 2, 1]  # once more after the fault
 
 
 def test_what_does_not_come_in_time_is_not_ready_and_holds_up_nobody(node: Node, registry: FakeRegistry) -> None:

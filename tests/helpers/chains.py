@@ -65,20 +65,34 @@ class Snapshotter:
         """Make a call on the first connection, within a minute."""
         return self._daemon.call(name, timeout=60, **args)
 
-    def resolve(
-        self, image: AddedImage | str, *, small: int = SMALL, deadline: float = DEADLINE, digest: str | None = None
-    ) -> list[dict[str, Any]]:
-        """Return what is said of an image's layers."""
-        reference = image if isinstance(image, str) else image.reference
-        wanted = digest if digest is not None else "" if isinstance(image, str) else image.digest
-        found: list[dict[str, Any]] = self.call(
-            "resolve_chain", image=reference, manifest_digest=wanted, small=small, deadline=deadline, access=None
-        )["layers"]
+    def resolve(self, image: AddedImage | str, **more: Any) -> list[dict[str, Any]]:
+        """Return what is said of an image's layers; see `resolve_args`."""
+        found: list[dict[str, Any]] = self.call("resolve_chain", **resolve_args(image, **more))["layers"]
         return found
 
     def mount(self, image: AddedImage, layers: list[dict[str, Any]], *, deadline: float = DEADLINE) -> dict[str, Any]:
         """Show a chain of layers, as `resolve` told of them."""
         return self.call("mount_chain", **mount_args(image, layers, deadline=deadline))
+
+
+def resolve_args(
+    image: AddedImage | str,
+    *,
+    small: int = SMALL,
+    deadline: float = DEADLINE,
+    digest: str | None = None,
+    until: str = "",
+) -> dict[str, Any]:
+    """Return what `resolve_chain` takes. `until`: the chain ID of the layer that is waited for."""
+    wanted = digest if digest is not None else "" if isinstance(image, str) else image.digest
+    return {
+        "image": image if isinstance(image, str) else image.reference,
+        "manifest_digest": wanted,
+        "small": small,
+        "until": until,
+        "deadline": deadline,
+        "access": None,
+    }
 
 
 def mount_args(image: AddedImage, layers: list[dict[str, Any]], *, deadline: float = DEADLINE) -> dict[str, Any]:

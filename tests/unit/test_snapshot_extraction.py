@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import grpc
@@ -73,10 +74,12 @@ class Daemon:
     def __init__(self, answer: ResolvedChain | Exception) -> None:
         self.answer = answer
         self.asked: list[tuple[str, str]] = []
+        self.waited_for: list[str] = []
         self.shown: list[LazyPlace] = []
 
-    def resolve(self, image: str, manifest_digest: str) -> ResolvedChain:
+    def resolve(self, image: str, manifest_digest: str, chain_id: str) -> ResolvedChain:
         self.asked.append((image, manifest_digest))
+        self.waited_for.append(chain_id)
         if isinstance(self.answer, Exception):
             raise self.answer
         return self.answer
@@ -140,9 +143,9 @@ def test_layers_that_are_asked_for_at_once_share_the_question() -> None:
     scene = Scene(chain(True, True, True))
     gate, resolve = threading.Event(), scene.daemon.resolve
 
-    def slow(image: str, digest: str) -> ResolvedChain:
+    def slow(image: str, digest: str, chain_id: str) -> ResolvedChain:
         gate.wait(10)
-        return resolve(image, digest)
+        return resolve(image, digest, chain_id)
 
     extraction = Extraction(slow, lambda image: image, scene.decisions.append)
     found: list[int] = []
@@ -159,6 +162,29 @@ def test_layers_that_are_asked_for_at_once_share_the_question() -> None:
     for thread in threads:
         thread.join(10)
     assert sorted(found) == [0, 1, 2] and len(scene.daemon.asked) == 1
+
+
+def test_a_layer_waits_for_none_above_it() -> None:
+    """The first answer comes when its layer is settled; later ones are asked for as long as theirs is not."""
+    done = chain(True, True, True)
+    scene = Scene(done)
+    scene.daemon.answer = replace(
+        done, layers=(*done.layers[:2], replace(done.layers[2], ready=False, lazy=False, settled=False))
+    )
+    assert [scene.offer(cri(number)) for number in (0, 1)] == [0, 1]
+    assert scene.daemon.waited_for == [CHAIN_IDS[0]]
+    assert scene.offer(cri(2)) is None, "a daemon that leaves its own question open"
+    scene.daemon.answer = done
+    assert [scene.offer(cri(number)) for number in (2, 0)] == [2, 0]
+    assert scene.daemon.waited_for == [CHAIN_IDS[0], CHAIN_IDS[2], CHAIN_IDS[2]]
+
+
+def test_what_is_still_coming_may_be_promised() -> None:
+    done = chain(True, True, True)
+    scene = Scene(replace(done, layers=(done.layers[0], *(replace(one, settled=False) for one in done.layers[1:]))))
+    assert scene.offer(cri(0)) == 0
+    scene.extraction.forget({BLOBS[2]})
+    assert scene.offer(cri(0)) == 0 and len(scene.daemon.asked) == 2
 
 
 def test_nothing_is_lazy_above_a_layer_that_is_not() -> None:

@@ -108,7 +108,7 @@ def test_who_needs_a_login_waits_for_the_greeting(
     with ThreadPoolExecutor(1) as pool:
         remote.start()
         greeting.wait(PATIENCE)
-        asked = pool.submit(remote.resolve, "i", "m")
+        asked = pool.submit(remote.resolve, "i", "m", "")
         assert daemon.named("resolve_chain") == []
         told.set()
         assert asked.result(PATIENCE).layers == ()
@@ -261,7 +261,7 @@ def test_answers_that_lack_something(
     daemon.answers[call] = lambda args: answer
     ask: dict[str, Any] = {
         "mount_chain": lambda: remote.show(place(1)),
-        "resolve_chain": lambda: remote.resolve("i", ""),
+        "resolve_chain": lambda: remote.resolve("i", "", ""),
         "chains": remote.shown,
         "layer_usage": lambda: remote.usage([sha(1)]),
         "remove_layers": lambda: remote.remove_layers([sha(1)]),
