@@ -2,23 +2,26 @@
 
     python -m perf.prepare [--latency-ms 50] [--layers 1 10] [--runs 5]
 
-A registry in this process answers each request after a fixed time. A client speaks to lazyfs-snapshotter's socket as
-containerd does while it pulls: Prepare for each layer from the base up, until ALREADY_EXISTS, then Prepare of a
-container's snapshot. Fresh store for each run; the daemon runs already and has shown another image, as on a node (the
-first image of a daemon's life is told beside it). Exits with 1 when Prepare takes 50 ms or more beyond its round trips,
-or ten layers cost more round trips in sequence than one. Method: perf/README.md.
+A registry in this process answers each request after a fixed time. A client in a process of its own, so that neither
+waits for the other's interpreter, speaks to lazyfs-snapshotter's socket as containerd does while it pulls: Prepare for
+each layer from the base up, until ALREADY_EXISTS, then Prepare of a container's snapshot. Fresh store for each run; the
+daemon runs already and has shown another image, as on a node (the first image of a daemon's life is told beside it).
+Exits with 1 when Prepare takes 50 ms or more beyond its round trips, or ten layers cost more round trips in sequence
+than one. Method: perf/README.md.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
 import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -38,6 +41,14 @@ _PREFIX = "containerd.io/snapshot/cri."
 
 
 @dataclass(frozen=True, slots=True)
+class Asked:
+    """A layer that is asked for."""
+
+    chain_id: str
+    labels: dict[str, str]
+
+
+@dataclass(frozen=True, slots=True)
 class Pulled:
     """One pull. Seconds: the first Prepare, all of them, the container's; and requests one after another."""
 
@@ -47,9 +58,17 @@ class Pulled:
     in_sequence: int
 
 
+@dataclass(frozen=True, slots=True)
+class Node:
+    """A running snapshotter: its socket, and the process that asks it."""
+
+    socket: Path
+    asker: ProcessPoolExecutor
+
+
 @contextmanager
-def node(directory: Path, name: str) -> Iterator[Client]:
-    """Start a snapshotter with a store of its own, wait for its daemon, and yield a client of its socket."""
+def node(directory: Path, name: str) -> Iterator[Node]:
+    """Start a snapshotter with a store of its own, and wait for its daemon."""
     root, run = directory / name, directory / f"{name}.run"
     words = [sys.executable, "-m", "snapshotter.server", "--root", str(root), "--run", str(run)]
     with (directory / f"{name}.log").open("wb") as log:
@@ -57,15 +76,11 @@ def node(directory: Path, name: str) -> Iterator[Client]:
             words, stdout=log, stderr=log, env=lazyfs_env(directory) | {"LAZYFS_BACKGROUND": "0"}
         )
     text = directory / f"{name}.log"
-    client = None
     try:
         until(lambda: b"connected to lazyfsd" in text.read_bytes(), "the snapshotter has its daemon")
-        client = Client(run / "snapshotter" / "snapshotter.sock")
-        client.list()
-        yield client
+        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as asker:
+            yield Node(run / "snapshotter" / "snapshotter.sock", asker)
     finally:
-        if client is not None:
-            client.close()
         process.terminate()
         process.wait(30)
         real.end_below(root)
@@ -73,7 +88,7 @@ def node(directory: Path, name: str) -> Iterator[Client]:
 
 
 def pull(
-    client: Client,
+    at: Node,
     registry: FakeRegistry,
     image: str,
     manifest: oci.Manifest,
@@ -81,9 +96,7 @@ def pull(
     name: str = "image",
 ) -> Pulled:
     """Pull as containerd does, and make a container's snapshot."""
-    latency, parent = registry.latency, ""
-    registry.clear_log()
-    times = []
+    asked = []
     for number, (layer, chain_id) in enumerate(zip(manifest.layers, oci.chain_ids(diff_ids), strict=True)):
         rest = ",".join(each.digest for each in manifest.layers[number:])
         labels = {
@@ -93,20 +106,31 @@ def pull(
             f"{_PREFIX}layer-digest": layer.digest,
             f"{_PREFIX}image-layers": rest[:4000],
         }
+        asked.append(Asked(chain_id, labels))
+    registry.clear_log()
+    times, container = at.asker.submit(ask, at.socket, name, asked).result(120)
+    return Pulled(times[0], sum(times), container, longest_chain(list(registry.requests), registry.latency))
+
+
+def ask(socket: Path, name: str, layers: list[Asked]) -> tuple[list[float], float]:
+    """Ask for an image's layers and a container's snapshot, and return the seconds of each call. In a process apart."""
+    times, parent = [], ""
+    with closing(Client(socket)) as client:
+        client.list()  # it is connected
+        for number, layer in enumerate(layers):
+            began = time.monotonic()
+            try:
+                client.prepare(f"{name}/extract-{number} {layer.chain_id}", parent, layer.labels)
+            except Refused as refused:
+                if refused.code is not grpc.StatusCode.ALREADY_EXISTS:
+                    raise
+            else:
+                raise SystemExit(f"layer {number} is not lazy: see `lazyfs why`")
+            times.append(time.monotonic() - began)
+            parent = layer.chain_id
         began = time.monotonic()
-        try:
-            client.prepare(f"{name}/extract-{number} {chain_id}", parent, labels)
-        except Refused as refused:
-            if refused.code is not grpc.StatusCode.ALREADY_EXISTS:
-                raise
-        else:
-            raise SystemExit(f"layer {number} is not lazy: see `lazyfs why`")
-        times.append(time.monotonic() - began)
-        parent = chain_id
-    chain = longest_chain(list(registry.requests), latency)
-    began = time.monotonic()
-    client.prepare(f"{name}/container", parent, {})
-    return Pulled(times[0], sum(times), time.monotonic() - began, chain)
+        client.prepare(f"{name}/container", parent, {})
+        return times, time.monotonic() - began
 
 
 def documents(layout: Path) -> tuple[oci.Manifest, oci.ImageConfig]:
@@ -117,13 +141,13 @@ def documents(layout: Path) -> tuple[oci.Manifest, oci.ImageConfig]:
     return manifest, oci.parse_config((blobs / manifest.config.digest[7:]).read_bytes())
 
 
-def warm_up(client: Client, registry: FakeRegistry, here: Path) -> Pulled:
+def warm_up(at: Node, registry: FakeRegistry, here: Path) -> Pulled:
     """Pull another image of one layer, the first one of this daemon."""
     manifest, config = documents(here / "other")
     for blob in (here / "other" / "blobs" / "sha256").iterdir():
         registry.add_blob(blob.read_bytes())
     registry.add_manifest("other", "lazy", manifest.media_type, manifest.raw)
-    return pull(client, registry, f"docker://{registry.host}/other:lazy", manifest, config.diff_ids, "other")
+    return pull(at, registry, f"docker://{registry.host}/other:lazy", manifest, config.diff_ids, "other")
 
 
 def make(here: Path, name: str, numbers: range) -> None:
@@ -146,9 +170,9 @@ def measure(directory: Path, layers: int, latency: float, runs: int) -> dict[str
         image = serve(registry, here / "lazy")
         manifest, config = documents(here / "lazy")
         for run in range(runs):
-            with node(here, f"n{run}") as client:
-                cold.append(warm_up(client, registry, here))
-                found.append(pull(client, registry, image, manifest, config.diff_ids))
+            with node(here, f"n{run}") as at:
+                cold.append(warm_up(at, registry, here))
+                found.append(pull(at, registry, image, manifest, config.diff_ids))
     chain = max(one.in_sequence for one in found)
     first = statistics.median(one.first for one in found)
     return {
