@@ -11,6 +11,7 @@ import trio
 from lazyfs import oci
 from lazyfs import reference as references
 from lazyfs.digest import of
+from lazyfs.mount.apart import Apart
 from lazyfs.mount.chain_documents import ChainDocuments, ChainImage
 from lazyfs.mount.chain_layers import ChainLayers, ChainSource
 from lazyfs.mount.chain_resolving import ChainResolver
@@ -56,9 +57,14 @@ def _manifest(document: object) -> Manifest:
 def test_documents_that_come_with_the_deadline_leave_layers_that_are_not_ready() -> None:
     reference = references.parse("registry.invalid/app")
     repository = OfflineRepository("registry.invalid", "app")
-    resolver = ChainResolver(cast(ChainDocuments, Late()), cast(ChainLayers, Slow()), cast(Keeping, None))
     source = ChainSource(reference, repository, time.monotonic() - 0.1, 0)
-    answer = trio.run(resolver.resolve, source)
+
+    async def resolve() -> dict[str, Any]:
+        async with trio.open_nursery() as nursery:
+            documents, layers = cast(ChainDocuments, Late()), cast(ChainLayers, Slow())
+            return await ChainResolver(documents, layers, cast(Keeping, None), Apart(nursery)).resolve(source)
+
+    answer = trio.run(resolve)
     (layer,) = answer["layers"]
     assert (layer["ready"], layer["lazy"], layer["diff_id"]) == (False, False, of(b"tar"))
     assert "in time" in layer["reason"]
