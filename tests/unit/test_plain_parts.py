@@ -247,7 +247,8 @@ def test_both_inflaters_give_the_same(monkeypatch: pytest.MonkeyPatch, without: 
     packed = gzip_members(data, [1, 2 << 20, 6 << 20]) + bytes(512)
     pieces = list(inflate.decompress(packed[at : at + 1000] for at in range(0, len(packed), 1000)))
     assert b"".join(pieces) == data and max(map(len, pieces)) <= inflate.STEP
-    for bad in (packed[:-520], packed[:4000] + b"\xff" + packed[4001:], packed + b"rubbish"):
+    flipped = packed[:4000] + bytes([packed[4000] ^ 0xFF]) + packed[4001:]
+    for bad in (packed[:-520], flipped, packed + b"rubbish"):
         with pytest.raises(inflate.FrameInvalid):
             list(inflate.decompress([bad]))
 
