@@ -83,8 +83,10 @@ class Unpacker:
                 self._hide(parent + b"/" + child if parent else child)
             return
         if name.startswith(WHITEOUT_PREFIX):
-            gone = name[len(WHITEOUT_PREFIX) :]
-            self._hide(parent + b"/" + gone if parent else gone)
+            gone = parent + b"/" + name[len(WHITEOUT_PREFIX) :] if parent else name[len(WHITEOUT_PREFIX) :]
+            if any(_within(link, gone) for link, _ in self._through):
+                raise Ambiguous(gone)  # a whiteout before what went through the symlink would have stopped that
+            self._hide(gone)
             self._parents.add(parent)
             return
         found = self._kind(path)
