@@ -14,10 +14,12 @@ from pathlib import Path
 from typing import Any
 
 from lazyfs.errors import UsageError
-from lazyfs.units import GiB, MiB, parse_size
+from lazyfs.units import GiB, KiB, MiB, parse_size
 
 _CHOICES = {"driver": {word: word for word in ("auto", "erofs", "fuse")}}
-_SIZES = frozenset({"store_size", "memory_size", "small_layer"})
+_RATES = frozenset({"prefetch_rate", "background_rate"})
+_SIZES = frozenset({"store_size", "memory_size", "small_layer"}) | _RATES
+_LEAST_RATE = 64 * KiB  # bytes a second: a request of a slower one would take minutes, and whoever waits gives up
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +37,8 @@ class Settings:
     offline: bool = False  # ask no registry: only images that are whole on this node can be mounted
     prefetch: bool = True  # fetch up to the landmark after a mount
     background: bool = True  # fill and verify whole layers after a mount
+    prefetch_rate: int = 0  # bytes a second that prefetch may ask for, all registries together; 0: any
+    background_rate: int = 0  # the same of background
     lazy_from: tuple[str, ...] = ("*",)  # repositories (shell patterns) whose layers are used before the whole check
     allow_unverified: bool = False  # be lazy with layers that have a TOC and no digest for it
     host_connections: int = 8  # concurrent requests to one registry host
@@ -116,8 +120,12 @@ def _coerce(name: str, value: Any, where: str) -> Any:
             good = tuple(str(v) for v in (value if isinstance(value, list) else str(value).split(",")))
     except (ValueError, KeyError, TypeError):
         raise UsageError(f"{where}: {name} can't be {value!r}") from None
+    except UsageError as error:
+        raise UsageError(f"{where}: {name}: {error.message}", hint=error.hint) from None
     if isinstance(good, (int, float)) and good < 0:
         raise UsageError(f"{where}: {name} can't be negative")
+    if name in _RATES and 0 < good < _LEAST_RATE:
+        raise UsageError(f"{where}: {name} is 64KiB a second at least, or 0 for as fast as it goes")
     return good
 
 

@@ -228,7 +228,7 @@ class Filler:
             # The spool's extents have passed `fetch_frames`; of these nobody has looked at the chunks' digests yet.
             unproven = 0 < extent < layer.extents - 1 and at == offset
             piece = needed(layer.table, extent - 1) if unproven else min(_PIECE, end - at)
-            rest += await self._scheduler.run(ticket, partial(_fetch_bytes, layer, at, piece))
+            rest += await self._scheduler.run(ticket, partial(_fetch_bytes, layer, at, piece), piece)
             layer.bytes_by_priority[Priority.BACKGROUND] += piece
             if extent == layer.extents - 1:
                 await trio.to_thread.run_sync(check.whole.feed_tail, rest, limiter=self._limiter)

@@ -299,7 +299,8 @@ class Remote:
             repository = layer.repository
             try:
                 layer.ensure_readable()
-                fetched = await self._scheduler.run(fetch.ticket, self._job(layer, fetch, left, end))
+                size = layer.table.frame_blob_end[left[1] - 1] - layer.table.frame_blob_offset[left[0]]
+                fetched = await self._scheduler.run(fetch.ticket, self._job(layer, fetch, left, end), size)
             except LazyfsError as error:
                 self._on_error(error)
                 layer.trouble = error

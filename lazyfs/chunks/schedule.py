@@ -2,13 +2,13 @@
 
 A job is one range request in a worker thread. Nothing that runs is cancelled for something more urgent; what waits is
 overtaken, and can be promoted when a reader turns up for it. Background and prefetch never take a host's last
-connections, so a demand read finds one free.
+connections, so a demand read finds one free; a node's owner may bound their bytes a second, whatever the host.
 """
 
 from __future__ import annotations
 
 import heapq
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import IntEnum
@@ -40,12 +40,13 @@ class Priority(IntEnum):
 class Ticket:
     """A job's place in the queue of a host. `promote` moves it forward while it waits."""
 
-    __slots__ = ("_host", "entered", "granted", "priority", "queued")
+    __slots__ = ("_host", "entered", "granted", "priority", "promoted", "queued")
 
     def __init__(self, host: _Host, priority: Priority) -> None:
         self._host = host
         self.priority = priority
         self.granted = trio.Event()
+        self.promoted = trio.Event()
         self.queued = False  # `run` was called
         self.entered = False  # it has left the queue: runs, is over, or was cancelled
 
@@ -53,9 +54,26 @@ class Ticket:
         """Raise the priority of a job that waits or is to come. One that runs is left alone."""
         if priority < self.priority and not self.entered:
             self.priority = priority
+            self.promoted.set()
             if self.queued:  # a slot for a job that nobody runs yet would never come back
                 self._host.push(self)
                 self._host.grant()
+
+
+class _Pace:
+    """The bytes a second that jobs of one priority may ask for: a request waits for the excess of those before it."""
+
+    def __init__(self, rate: int, clock: Callable[[], float]) -> None:
+        self._rate = rate
+        self._clock = clock
+        self._next = float("-inf")  # when the next request may leave
+
+    def wait_for(self, size: int) -> float:
+        """Note a request of `size` bytes. Return the seconds that it has to wait."""
+        now = self._clock()
+        begin = max(now, self._next)
+        self._next = begin + size / self._rate
+        return begin - now
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,9 +143,16 @@ class _Host:
 class Scheduler:
     """Run fetch jobs in worker threads by host and priority. Belongs to one trio loop."""
 
-    def __init__(self, connections: int, clock: Callable[[], float] = trio.current_time) -> None:
+    def __init__(
+        self,
+        connections: int,
+        clock: Callable[[], float] = trio.current_time,
+        rates: Mapping[Priority, int] | None = None,
+    ) -> None:
+        """`connections`: to a host. `rates`: bytes a second that a priority may ask for, all hosts together; 0: any."""
         self._connections = connections
         self._clock = clock
+        self._paces = {priority: _Pace(rate, clock) for priority, rate in (rates or {}).items() if rate}
         self._hosts: dict[str, _Host] = {}
 
     def _host(self, name: str) -> _Host:
@@ -182,12 +207,17 @@ class Scheduler:
         state = self._host(host)
         return max(_FEW, int(state.round_trip * state.rate))
 
-    async def run(self, ticket: Ticket, job: Callable[[], T]) -> T:
-        """Run `job` in a worker thread once the ticket's host has room. A ticket serves one run.
+    async def run(self, ticket: Ticket, job: Callable[[], T], size: int) -> T:
+        """Run `job`, a request for `size` bytes, in a worker thread once the ticket's host has room and its priority's
+        rate allows it. A ticket serves one run.
 
         Cancelling the wait gives the place back; a job that runs is abandoned only by its own deadline.
         """
         host = ticket._host
+        pace = self._paces.get(ticket.priority)
+        if pace is not None and (wait := pace.wait_for(size)):
+            with trio.move_on_after(wait):
+                await ticket.promoted.wait()  # a reader waits for it now
         ticket.queued = True
         host.push(ticket)
         host.grant()

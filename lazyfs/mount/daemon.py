@@ -31,7 +31,7 @@ from lazyfs.chunks.fill import Filler
 from lazyfs.chunks.memory import MemoryCache
 from lazyfs.chunks.read import Reader
 from lazyfs.chunks.remote import Remote
-from lazyfs.chunks.schedule import Scheduler
+from lazyfs.chunks.schedule import Priority, Scheduler
 from lazyfs.chunks.stock import Stock
 from lazyfs.chunks.store import Store
 from lazyfs.config import Settings
@@ -120,7 +120,8 @@ class Daemon:
     async def _serve(self, catalog: Catalog, store: Store) -> None:
         settings = self._settings
         requests = RequestCounters()
-        scheduler = Scheduler(settings.host_connections)
+        rates = {Priority.PREFETCH: settings.prefetch_rate, Priority.BACKGROUND: settings.background_rate}
+        scheduler = Scheduler(settings.host_connections, rates=rates)
         memory = MemoryCache(settings.memory_size)
         donors = Donors(catalog, store)
         preparer = Preparer(store, catalog, settings)
@@ -129,7 +130,7 @@ class Daemon:
         forest = Forest(solo=self._solo is not None, squash=squash)
         async with trio.open_nursery() as nursery:
             remote = Remote(scheduler, nursery, settings.read_timeout, requests.note_error)
-            reader = Reader(memory, remote, donors.find)
+            reader = Reader(memory, remote, donors.find, nursery)
             filler = Filler(scheduler, remote)
             uses = NodeUses()
             census = Census(store, catalog, uses)

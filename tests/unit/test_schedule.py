@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable
 
 import pytest
@@ -37,7 +38,7 @@ class Jobs:
 
     async def _run(self, name: str, ticket: Ticket) -> None:
         with self.scopes[name]:
-            await self.scheduler.run(ticket, self._job(name))
+            await self.scheduler.run(ticket, self._job(name), 0)
         self.over.add(name)
 
     def _job(self, name: str) -> Callable[[], None]:
@@ -80,9 +81,9 @@ class Jobs:
 
 async def test_jobs_return_and_raise_what_they_do() -> None:
     scheduler = Scheduler(2)
-    assert await scheduler.run(scheduler.ticket(HOST, DEMAND), lambda: 5) == 5
+    assert await scheduler.run(scheduler.ticket(HOST, DEMAND), lambda: 5, 10) == 5
     with pytest.raises(ZeroDivisionError):
-        await scheduler.run(scheduler.ticket(HOST, DEMAND), lambda: 1 // 0)
+        await scheduler.run(scheduler.ticket(HOST, DEMAND), lambda: 1 // 0, 10)
     assert scheduler.statistics()[HOST].running == 0
 
 
@@ -171,12 +172,35 @@ async def test_promotion_before_the_run_takes_no_slot() -> None:
         ticket = scheduler.ticket(HOST, BACKGROUND)
         ticket.promote(DEMAND)  # and whoever made it never runs it
     with trio.fail_after(5):
-        assert await scheduler.run(scheduler.ticket(HOST, DEMAND), lambda: 1) == 1
+        assert await scheduler.run(scheduler.ticket(HOST, DEMAND), lambda: 1, 10) == 1
         ticket = scheduler.ticket(HOST, BACKGROUND)
         ticket.promote(DEMAND)
         assert ticket.priority is DEMAND
-        assert await scheduler.run(ticket, lambda: 2) == 2
+        assert await scheduler.run(ticket, lambda: 2, 10) == 2
     assert scheduler.statistics()[HOST].running == 0
+
+
+async def test_a_rate_bounds_what_nobody_waits_for_and_no_reader() -> None:
+    scheduler = Scheduler(8, rates={BACKGROUND: 1_000_000, PREFETCH: 1})
+    began: list[float] = []
+
+    async def fetch(host: str, priority: Priority, size: int) -> None:
+        await scheduler.run(scheduler.ticket(host, priority), lambda: began.append(time.monotonic()), size)
+
+    await fetch("one", BACKGROUND, 100_000)
+    await fetch("other", BACKGROUND, 100_000)  # the rate is the node's
+    await fetch("one", BACKGROUND, 100_000)
+    assert began[2] - began[0] >= 0.2
+    with trio.fail_after(10):
+        await fetch(HOST, PREFETCH, 1_000_000)
+        await fetch(HOST, DEMAND, 1_000_000)
+        async with trio.open_nursery() as nursery:
+            ticket = scheduler.ticket(HOST, PREFETCH)  # its turn is in eleven days
+            nursery.start_soon(scheduler.run, ticket, lambda: began.append(time.monotonic()), 1_000_000)
+            await trio.testing.wait_all_tasks_blocked(0.01)
+            assert len(began) == 5
+            ticket.promote(DEMAND)
+    assert len(began) == 6 and scheduler.statistics()[HOST].running == 0
 
 
 async def test_hosts_do_not_wait_for_each_other() -> None:
