@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import compress
 from pathlib import Path
 from typing import Protocol
@@ -138,6 +138,24 @@ class LayerStore:
             self._files.touch(chunk)
         return data
 
+    def read_in_order(self, chunks: Iterable[int]) -> Iterator[tuple[int, bytes | None]]:
+        """Yield chunks and their bytes as `read` returns them, one behind; nothing is forgotten or counted here.
+
+        Each is yielded when the next one was read from the disk already: whoever takes it keeps the interpreter busy
+        for a while, and meanwhile the next one can be hashed but not read.
+        """
+        ready: tuple[int, bytes | None] | None = None
+        for chunk in chunks:
+            hole = chunk in self._hole_chunks
+            data = bytes(min(self.table.chunk_size[chunk], MAX_CHUNK)) if hole else self._load_raw(chunk)
+            if ready is not None:
+                yield ready
+            ready = chunk, self._checked(data, chunk) if data is not None else None
+            if ready[1] is not None and not hole:
+                self._files.touch(chunk)
+        if ready is not None:
+            yield ready
+
     def examine(self, chunk: int) -> bool | None:
         """Hash a chunk on the disk without using it. None: it is not there; False: it was damaged, and is forgotten.
 
@@ -168,6 +186,11 @@ class LayerStore:
         return data
 
     def _load(self, chunk: int) -> bytes | None:
+        data = self._load_raw(chunk)
+        return self._checked(data, chunk) if data is not None else None
+
+    def _load_raw(self, chunk: int) -> bytes | None:
+        """Return the bytes in a chunk's place, whatever they are: the caller checks them."""
         fd: OwnedFd | None = self._files.data
         size, offset = self.table.chunk_size[chunk], self.table.chunk_data_offset[chunk]
         if fd is None or size > MAX_CHUNK:
@@ -177,7 +200,7 @@ class LayerStore:
         except OSError:
             return None
         drop_pages(fd.number, offset, size)  # the reader's page cache has them from now on
-        return self._checked(data, chunk) if len(data) == size else None
+        return data if len(data) == size else None
 
     def _checked(self, data: bytes, chunk: int) -> bytes | None:
         return data if hashlib.sha256(data).digest() == self.table.chunk_digest(chunk) else None

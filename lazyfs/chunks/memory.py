@@ -41,6 +41,16 @@ class MemoryCache:
         self._lock = threading.Lock()
         self._size = self._hits = self._misses = self._evicted = self._refused = 0
 
+    @property
+    def bound(self) -> int:
+        """Bytes that it may hold."""
+        return self._bound
+
+    def __contains__(self, key: Key) -> bool:
+        """Tell whether a chunk is held. Not counted, and no use of it."""
+        with self._lock:
+            return key in self._entries
+
     def get(self, key: Key) -> bytes | None:
         """Return the chunk's bytes, which become the most recently used, or None."""
         with self._lock:

@@ -16,6 +16,7 @@ from lazyfs.chunks.memory import MemoryCache
 from lazyfs.chunks.remote import Remote
 from lazyfs.chunks.schedule import Priority
 from lazyfs.chunks.single_flight import SingleFlight
+from lazyfs.chunks.verify_ahead import VerifyAhead
 from lazyfs.errors import BlobMissing, LazyfsError, StoreFull
 from lazyfs.format.table import NO_FRAME, Place
 
@@ -39,7 +40,8 @@ class ReadCounters:
 class Reader:
     """Reads of all layers. Belongs to one trio loop.
 
-    `donors(digest)` names other layers' chunks with the same bytes as (their layer, chunk) pairs; blocking.
+    `donors(digest)` names other layers' chunks with the same bytes as (their layer, chunk) pairs; blocking. What looks
+    ahead of readers runs in `nursery`.
     """
 
     def __init__(
@@ -47,11 +49,13 @@ class Reader:
         memory: MemoryCache,
         remote: Remote,
         donors: Callable[[ServedLayer, bytes], bytes | None],
+        nursery: trio.Nursery,
     ) -> None:
         self._memory = memory
         self._remote = remote
         self._donors = donors
         self._single: SingleFlight[tuple[int, int], bytes] = SingleFlight()
+        self._ahead = VerifyAhead(memory, nursery, self._single.__contains__)
         self.counters = ReadCounters()
         # Apart from the disk's threads: a registry that stalls must not hold up reads of what is here.
         self._refills = trio.CapacityLimiter(_REFILLS)
@@ -65,6 +69,7 @@ class Reader:
         places = list(layer.table.places(row, offset, size))
         if not places:
             return b""
+        self._ahead.note(layer, places[0].chunk, places[-1].chunk)
         last = layer.table.file_chunks(row)[-1]
         if len(places) == 1:
             place = places[0]
@@ -87,7 +92,10 @@ class Reader:
         found = list(layer.table.data_places(data_offset, size))
         if not found:
             return bytes(size)
-        last = layer.table.run_end(found[-1][1].chunk)
+        last = found[-1][1].chunk
+        self._ahead.note(layer, found[0][1].chunk, last)
+        if not all(layer.store.has(place.chunk) for _, place in found):
+            last = layer.table.run_end(last)  # wanted by fetches alone, and it takes longer than all else here
         if len(found) == 1:
             at, place = found[0]
             data = memoryview(await self.chunk(layer, place.chunk, Priority.DEMAND, last))
@@ -105,19 +113,21 @@ class Reader:
         return out
 
     async def _side_by_side(self, layer: ServedLayer, places: list[Place], last: int) -> list[memoryview]:
+        if all((layer.number, place.chunk) in self._ahead for place in places):
+            return [await self._part(layer, place, last) for place in places]  # in this order they become ready
         read = places[0].chunk, places[-1].chunk
         found: dict[Place, memoryview] = {}
         failed: list[LazyfsError] = []
 
         async def one(place: Place) -> None:
             try:
-                data = await self.chunk(layer, place.chunk, Priority.DEMAND, last, read)
+                part = await self._part(layer, place, last, read)
             except LazyfsError as error:
                 # Not raised here: a reader that is cancelled at the same moment would get a group of both.
                 failed.append(error)
                 nursery.cancel_scope.cancel()
             else:
-                found[place] = memoryview(data)[place.offset : place.offset + place.size]
+                found[place] = part
 
         async with trio.open_nursery() as nursery:
             for place in places:
@@ -125,6 +135,12 @@ class Reader:
         if failed:
             raise failed[0]
         return [found[place] for place in places]
+
+    async def _part(
+        self, layer: ServedLayer, place: Place, last: int, read: tuple[int, int] | None = None
+    ) -> memoryview:
+        data = await self.chunk(layer, place.chunk, Priority.DEMAND, last, read)
+        return memoryview(data)[place.offset : place.offset + place.size]
 
     async def chunk(
         self, layer: ServedLayer, chunk: int, priority: Priority, last_chunk: int, read: tuple[int, int] | None = None
@@ -135,8 +151,13 @@ class Reader:
         """
         key = layer.number, chunk
         data = self._memory.get(key)
+        if data is None and await self._ahead.wait(key):
+            data = self._memory.get(key)
         if data is not None:
-            self.counters.from_memory += len(data)
+            if self._ahead.take(key):
+                self.counters.from_store += len(data)
+            else:
+                self.counters.from_memory += len(data)
             self._remote.note_read(layer, chunk)
             return data
         began = trio.current_time()

@@ -62,7 +62,7 @@ class Node:
         self.memory = MemoryCache(memory)
         self.scheduler = Scheduler(connections)
         self.remote = Remote(self.scheduler, nursery, read_timeout, self.errors.append)
-        self.reader = Reader(self.memory, self.remote, self._find_copy)
+        self.reader = Reader(self.memory, self.remote, self._find_copy, nursery)
         self.filler = Filler(self.scheduler, self.remote)
         self.transport = Transport()
         self.layers: list[ServedLayer] = []
