@@ -9,18 +9,28 @@ import ssl
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
 from lazyfs.cli import exit_codes
-from lazyfs.errors import BadAnswer, LazyfsError, RegistryError, RegistryTimeout, TooManyRequests, Unauthorized
+from lazyfs.errors import (
+    BadAnswer,
+    LazyfsError,
+    RegistryError,
+    RegistryTimeout,
+    RegistryUnreachable,
+    TooManyRequests,
+    Unauthorized,
+)
 from lazyfs.reference import parse
 from lazyfs.registry.config.access import Access
 from lazyfs.registry.http.retry import RetryPolicy
 from lazyfs.registry.mirrored import PATIENCE
 from lazyfs.registry.open import OpenOptions, open_repository
 from lazyfs.registry.repository import Repository
+from tests.helpers.certs import Pair, TestAuthority, server_context
 from tests.helpers.chunk_tables import noise
 from tests.helpers.fake_registry import FakeRegistry, Fault
 from tests.helpers.mirrors import Mirrors
@@ -189,3 +199,91 @@ def test_a_mirror_whose_certificate_nobody_knows_is_passed_by(tmp_path: Path) ->
         with mirrors.open().fetch(digest, 0, 100) as stream:
             assert stream.read(100) == BLOB[:100]
         assert mirror.count() == 0
+
+
+# -- certificates
+
+WRONG = {
+    "expired": "has expired",
+    "not yet valid": "is not valid yet",
+    "another host": "is for another",
+    "another authority": "comes from an authority that is not trusted here",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Certificates:
+    authority: Path
+    good: Pair
+    wrong: dict[str, Pair]
+
+
+@pytest.fixture(scope="module")
+def certificates(tmp_path_factory: pytest.TempPathFactory) -> Certificates:
+    place = tmp_path_factory.mktemp("certificates")
+    ours, other = TestAuthority(place / "ours"), TestAuthority(place / "other", "Other")
+    wrong = (ours.expired(), ours.not_yet_valid(), ours.issue("DNS:other.example"), other.issue())
+    return Certificates(ours.certificate, ours.issue(), dict(zip(WRONG, wrong, strict=True)))
+
+
+def trusting(registry: FakeRegistry, certificates: Certificates, place: Path) -> Repository:
+    options = OpenOptions(
+        connect_timeout=1.0, answer_timeout=1.0, retry=QUICK, plain_http=False,
+        access=Access(ca=(certificates.authority,), certs_dirs=(place,)),
+    )  # fmt: skip
+    return open_repository(parse(f"{registry.host}/image"), options)
+
+
+@pytest.mark.parametrize("kind", WRONG)
+@pytest.mark.parametrize("where", ["registry", "storage", "token endpoint", "mirror"])
+def test_a_wrong_certificate(where: str, kind: str, certificates: Certificates, tmp_path: Path) -> None:
+    """One sentence at once that names the host, which hears nothing of us; and a mirror is passed by."""
+    wrong = server_context(certificates.wrong[kind])
+    ours = wrong if where == "registry" else server_context(certificates.good)
+    with ExitStack() as stack:
+        registry = stack.enter_context(FakeRegistry(tls=ours, auth="bearer" if where == "token endpoint" else ""))
+        other = registry if where == "registry" else stack.enter_context(FakeRegistry(tls=wrong))
+        digest = registry.add_blob(BLOB)
+        other.add_blob(BLOB)
+        if where == "storage":
+            location = f"https://{other.host}/v2/image/blobs/{digest}"
+            registry.fault(Fault.REDIRECT, path="/blobs/", location=location)
+        if where == "token endpoint":
+            registry.challenge = f'Bearer realm="https://{other.host}/token",service="s"'
+        if where == "mirror":
+            (tmp_path / registry.host).mkdir()
+            (tmp_path / registry.host / "hosts.toml").write_text(
+                f'server = "https://{registry.host}"\n[host."https://{other.host}"]\ncapabilities = ["pull"]\n'
+            )
+        repository = trusting(registry, certificates, tmp_path)
+        stack.callback(repository.close)
+        began = time.monotonic()
+        if where == "mirror":
+            with repository.fetch(digest, 7, 100) as stream:
+                assert stream.read(100) == BLOB[7:107]
+        else:
+            with pytest.raises(RegistryUnreachable) as caught, repository.fetch(digest, 7, 100) as stream:
+                stream.read(100)
+            assert f"the certificate of {other.host} {WRONG[kind]}" in caught.value.message
+            assert not caught.value.temporary and "\n" not in str(caught.value)
+        assert other.count() == 0
+        assert time.monotonic() - began < 3
+
+
+def test_a_certificate_that_runs_out_between_two_reads(certificates: Certificates, tmp_path: Path) -> None:
+    with FakeRegistry(tls=server_context(certificates.good)) as registry:
+        digest = registry.add_blob(BLOB)
+        repository = trusting(registry, certificates, tmp_path)
+        for pair in (certificates.good, certificates.wrong["expired"], certificates.good):
+            registry.tls = server_context(pair)
+            registry.hang_up()
+            if pair is certificates.good:
+                with repository.fetch(digest, 0, 100) as stream:
+                    assert stream.read(100) == BLOB[:100]
+            else:
+                with (
+                    pytest.raises(RegistryUnreachable, match="has expired"),
+                    repository.fetch(digest, 0, 100) as stream,
+                ):
+                    stream.read(100)
+        repository.close()

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import gzip
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
 
 from lazyfs import oci
-from tests.helpers.blobs import LayerBlob, flipped_chunk
-from tests.helpers.daemon import Node, add, pattern
+from lazyfs.format.entry import LANDMARK, LANDMARK_CONTENT, NO_LANDMARK
+from tests.helpers.blobs import LayerBlob, flipped_chunk, zstd_chunked_layer
+from tests.helpers.daemon import Node, add, pattern, until
 from tests.helpers.fake_registry import FakeRegistry
 from tests.helpers.foreign import estargz_footer, estargz_layer, gzip_member, storage_layer
 from tests.helpers.tars import file, tar_of
@@ -85,3 +87,25 @@ def test_a_toc_bomb_costs_a_full_fetch_and_no_more(node: Node, registry: FakeReg
     assert done.returncode == 0, done.stderr
     assert "TOC" in done.stderr
     assert node.read(directory / "big") == BIG
+
+
+FRONT, REST = pattern(1_500_000, 5), pattern(3_000_000, 6)
+
+
+@pytest.mark.parametrize(
+    "maker", [estargz_layer, lambda tar: zstd_chunked_layer(tar, frame_size=0)], ids=["estargz", "zstd-chunked"]
+)
+def test_what_stands_before_the_landmark_is_fetched_ahead_and_no_more(
+    maker: Callable[[bytes], LayerBlob], node: Node, registry: FakeRegistry
+) -> None:
+    node.settings |= {"PREFETCH": "true"}
+    trees = []
+    for name, mark in (("none", NO_LANDMARK), ("some", LANDMARK)):
+        layer = maker(tar_of(file("front", FRONT), file(mark, LANDMARK_CONTENT), file("rest", REST)))
+        trees.append(node.mount(add(registry, name, layer).reference))
+    until(lambda: node.status()["bytes"]["prefetch"] >= len(FRONT), "what stands before the landmark is here")
+    for tree in trees:
+        assert node.read(tree / "front") == FRONT
+    none, some = (mount["layers"][0]["bytes"] for mount in node.status()["mounts"])
+    assert none["prefetch"] == 0 and none["demand"] >= len(FRONT), none
+    assert len(FRONT) <= some["prefetch"] < len(FRONT) + len(REST) // 2 and some["demand"] == 0, some

@@ -15,6 +15,7 @@ import pytest
 
 from lazyfs.container import mounts
 from tests.helpers import small_image
+from tests.helpers.fake_registry import FakeRegistry
 
 _DEADLINE = 60.0  # seconds that anything may take on a busy machine
 
@@ -35,11 +36,12 @@ class Lazyfs:
 
     def __init__(self, place: Path) -> None:
         self.place = place
+        self.prefix: tuple[str, ...] = ()  # words before every command
         ours = {"ROOT": f"{place}/store", "RUN": f"{place}/run", "DAEMON_LINGER": "0.3"}
         self.environment = {**os.environ, **{f"LAZYFS_{name}": value for name, value in ours.items()}}
 
     def start(self, *words: str | Path) -> subprocess.Popen[str]:
-        argv = [sys.executable, "-m", "lazyfs", *map(str, words)]
+        argv = [*self.prefix, sys.executable, "-m", "lazyfs", *map(str, words)]
         pipe = subprocess.PIPE
         return subprocess.Popen(argv, stdin=pipe, stdout=pipe, stderr=pipe, text=True, env=self.environment)
 
@@ -94,6 +96,18 @@ def test_a_layout_is_found_from_where_the_command_was_typed(
     assert lazyfs.run("mount", relative, target)[0] == 0
     assert (target / "etc/plain").read_text() == "no program\n"
     assert lazyfs.run("umount", target)[0] == 0
+
+
+def test_a_whole_image_runs_by_tag_with_no_network_at_all(lazyfs: Lazyfs, image: str) -> None:
+    """Not even a loopback is there, and nobody said --offline; the daemon starts in there too."""
+    with FakeRegistry() as registry:
+        reference = f"{registry.host}/team/small:1"
+        assert lazyfs.run("convert", image, reference)[0] == 0
+        assert lazyfs.run("fetch", reference)[0] == 0
+    until(lazyfs.idle)
+    lazyfs.prefix = ("unshare", "--net")
+    code, out, err = lazyfs.run("run", "--network", "none", reference)
+    assert (code, out) == (0, "no program\n") and "the registry does not answer" in err
 
 
 def test_status_names_a_running_container(lazyfs: Lazyfs, image: str) -> None:
