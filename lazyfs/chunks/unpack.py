@@ -25,6 +25,7 @@ from lazyfs.chunks.stages import Ahead, Sink
 from lazyfs.errors import DiffIdMismatch, DigestMismatch, FormatError, LazyfsError, StoreBroken, StoreFull, TarInvalid
 from lazyfs.format.entry import Chunk, Kind
 from lazyfs.format.inflate import LONGEST_MAGIC, STEP, decompress, is_compressed
+from lazyfs.format.listing import Listing
 from lazyfs.format.namespace import Namespace
 from lazyfs.format.table import FORM_PLAIN
 from lazyfs.format.table_build import LayerFacts, write_table
@@ -77,6 +78,11 @@ class Unpacker:
     def finish(self) -> None:
         """Raise TarInvalid when the stream stopped inside an entry."""
         self._scanner.finish()
+
+    def write_table(self, path: Path, blob_size: int) -> None:
+        """Write the table of what was unpacked, all pieces written. Blocking; errors as `table_build.build_table`."""
+        listing = Listing.of(zip(self.pairs.entries, self.pairs.tags, strict=True))
+        write_table(path, LayerFacts(FORM_PLAIN, blob_size, blob_size), listing, self.pairs.survivors)
 
     def _payload(self, view: memoryview) -> None:
         file = self._file
@@ -168,7 +174,7 @@ def _unpack(job: dict[str, Any], source: int) -> None:
     writing.finish()
     os.ftruncate(fd, unpacker.data_size)
     os.close(fd)
-    write_table(Path(job["table"]), LayerFacts(FORM_PLAIN, blob.size, blob.size), unpacker.pairs.finish())
+    unpacker.write_table(Path(job["table"]), blob.size)
 
 
 def main() -> int:

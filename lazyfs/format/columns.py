@@ -20,9 +20,13 @@ import struct
 import sys
 from array import array
 from collections.abc import Mapping, Sequence
+from operator import itemgetter
 from pathlib import Path
+from typing import TypeVar
 
 from lazyfs.errors import StoreBroken, StoreFull, TableInvalid
+
+T = TypeVar("T")
 
 _HEAD = struct.Struct("<8sII32sQ8x")
 _COLUMN = struct.Struct("<24sc7xQQ")
@@ -31,6 +35,17 @@ _MAX_COLUMNS = 64
 _DIGEST_AT = 16  # bytes in front of the digest
 
 Column = array | bytes | bytearray  # type: ignore[type-arg]
+
+
+def pick(column: Sequence[T], rows: Sequence[int]) -> Sequence[T]:
+    """Return a column's items of these rows, negative ones counted from its end."""
+    if isinstance(rows, range) and rows.step == 1:
+        return column[rows.start : rows.stop]
+    if len(rows) > 1:
+        values = column.tolist() if isinstance(column, memoryview) and len(rows) > len(column) // 8 else column
+        found: tuple[T, ...] = itemgetter(*rows)(values)
+        return found
+    return [column[row] for row in rows]
 
 
 def write_columns(path: Path, magic: bytes, version: int, columns: Mapping[str, Column]) -> None:

@@ -11,9 +11,9 @@ import stat
 from array import array
 from collections.abc import Sequence
 from itertools import compress
-from operator import itemgetter
 
 from lazyfs.errors import TocInvalid
+from lazyfs.format.columns import pick
 from lazyfs.format.entry import Kind
 from lazyfs.format.erofs_dirs import Directories, TreeColumns
 from lazyfs.format.erofs_layout import (
@@ -113,17 +113,17 @@ class Inodes:
             for row in compress(every, is_ordinary):
                 by_layer[layers[row]].append(row)
         for place, (rows, table) in enumerate(zip(by_layer, tables, strict=True)):
-            rows_of_table = _pick(sources, rows)
+            rows_of_table = pick(sources, rows)
             odd = {
                 row
                 for row, xattr, size in zip(
-                    rows, _pick(table.xattr, rows_of_table), _pick(table.size, rows_of_table), strict=True
+                    rows, pick(table.xattr, rows_of_table), pick(table.size, rows_of_table), strict=True
                 )
                 if (xattr and self._attributes(row, place, xattr)) or size > _ALIKE
             }
             if odd:
                 rows = [row for row in rows if row not in odd]
-                rows_of_table = _pick(sources, rows)
+                rows_of_table = pick(sources, rows)
                 for row in odd:
                     is_ordinary[row] = 0
             self._ordinary.append((rows, rows_of_table))
@@ -230,21 +230,21 @@ class Inodes:
         CHUNK_INDEX.pack_into(model, INODE_BYTES, 0, self._device.get(layer, 0), 0)
         out = bytearray(model * count)
         with memoryview(out) as whole, whole.cast("H") as halves, whole.cast("I") as words, whole.cast("Q") as longs:
-            modes = _pick(table.mode, sources)
-            sizes = _pick(table.size, sources)
-            offsets = _pick(table.data_offset, sources)
+            modes = pick(table.mode, sources)
+            sizes = pick(table.size, sources)
+            offsets = pick(table.data_offset, sources)
             halves[2 :: _STRIDE // 2] = memoryview(array("H", [stat.S_IFREG | mode for mode in modes]))
             longs[1 :: _STRIDE // 8] = memoryview(array("Q", sizes))
             words[5 :: _STRIDE // 4] = memoryview(array("I", range(number, number + count)))
-            words[6 :: _STRIDE // 4] = memoryview(array("I", _pick(table.uid, sources)))
-            words[7 :: _STRIDE // 4] = memoryview(array("I", _pick(table.gid, sources)))
-            words[10 :: _STRIDE // 4] = memoryview(array("I", _pick(table.mtime_fraction, sources)))
-            words[11 :: _STRIDE // 4] = memoryview(array("I", _pick(self._tree.nlink, rows)))
+            words[6 :: _STRIDE // 4] = memoryview(array("I", pick(table.uid, sources)))
+            words[7 :: _STRIDE // 4] = memoryview(array("I", pick(table.gid, sources)))
+            words[10 :: _STRIDE // 4] = memoryview(array("I", pick(table.mtime_fraction, sources)))
+            words[11 :: _STRIDE // 4] = memoryview(array("I", pick(self._tree.nlink, rows)))
             words[17 :: _STRIDE // 4] = memoryview(
                 array("I", [at >> BLOCK_BITS if size else NULL_BLOCK for at, size in zip(offsets, sizes, strict=True)])
             )
             with whole.cast("q") as times:
-                times[4 :: _STRIDE // 8] = memoryview(array("q", _pick(table.mtime, sources)))
+                times[4 :: _STRIDE // 8] = memoryview(array("q", pick(table.mtime, sources)))
         return out
 
 
@@ -254,15 +254,6 @@ def check_devices(tables: Sequence[LayerTable]) -> list[int]:
     if any(size >= MAX_BLOCKS for size in sizes):
         raise TocInvalid("a layer has more content than an EROFS image can name, 16 TiB")
     return sizes
-
-
-def _pick(column: Sequence[int] | memoryview, rows: Sequence[int]) -> Sequence[int]:
-    """Return a column's items of these rows."""
-    if len(rows) > 1:
-        values = column.tolist() if isinstance(column, memoryview) and len(rows) > len(column) // 8 else column
-        found: tuple[int, ...] = itemgetter(*rows)(values)
-        return found
-    return [column[row] for row in rows]
 
 
 def _chunks_at(head: int) -> int:

@@ -2,13 +2,14 @@
 
 Last wins; a directory replaced by a file takes its subtree with it; a parent that is a symlink is followed inside the
 root (as a full unpack does); hard links bind to the inode that their target names at that moment. The converter uses
-it to list only living entries in a TOC, the table builder to make the tree of a layer.
+`Namespace` to list only living entries in a TOC, the table builder `Survivors` to make the tree of a layer.
 
 Every step costs time in proportion to the names of the input; what symlinks add to that has a budget of its own.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Generic, NamedTuple, TypeVar
 
 from msgspec.structs import replace
@@ -23,6 +24,7 @@ _MAX_SYMLINKS = 40  # the kernel's own limit for one path
 _MAX_FOLLOWED = 10_000_000  # parts of symlinks' targets walked for one layer: seconds, where sane layers need none
 _ROOT = b""
 _DIR, _HARDLINK = Kind.DIR, Kind.HARDLINK  # an attribute of an enumeration takes longer to find than all else here
+_NO_LINKS: Mapping[int, bytes] = {}
 _NO_WHITEOUTS = frozenset({WHITEOUT_PREFIX, WHITEOUT_PREFIX + b".", WHITEOUT_PREFIX + b".."})
 
 
@@ -33,149 +35,136 @@ class Live(NamedTuple, Generic[T]):
     tag: T
 
 
-class _Dir:
+class Directory:
     """A directory as it is now. A child that is no directory is the sequence number of its entry."""
 
-    __slots__ = ("children", "number", "path")
+    __slots__ = ("children", "flags", "number", "path", "row")
 
     def __init__(self, path: bytes, number: int = -1) -> None:
         self.path = path
         self.number = number  # of its last entry; -1: nothing but a parent of others
-        self.children: dict[bytes, _Dir | int] = {}
+        self.children: dict[bytes, Directory | int] = {}
+        self.row = self.flags = 0  # for who makes a table of it
 
 
-class Namespace(Generic[T]):
-    """Collect entries with `add`, then take the survivors with `finish`. Not thread-safe; raises TarInvalid."""
+class Survivors:
+    """Unpack entries with `put`, then `settle`: `root` has what is left. Not thread-safe; raises TarInvalid."""
 
     def __init__(self) -> None:
-        self._entries: list[Entry] = []  # by sequence number
-        self._tags: list[T] = []
-        self._root = _Dir(_ROOT)
-        self._parents: dict[bytes, _Dir] = {_ROOT: self._root}  # directory as written -> what it leads to now
+        self.root = Directory(_ROOT)
+        self.paths: list[bytes] = []  # by sequence number: where the entry came to
+        self.inode: dict[int, int] = {}  # hard link -> the entry that carries the inode
+        self.carrier: dict[int, int] = {}  # inode with hard links -> the entry with its first living name
+        self._kinds: list[Kind] = []
+        self._links: dict[int, bytes] = {}
+        self._parents: dict[bytes, Directory] = {_ROOT: self.root}  # directory as written -> what it leads to now
         self._implied = 0  # directories that were made because something lies in them
         self._followed = 0
-        self._inode: dict[int, int] = {}  # hard link -> the entry that carries the inode
         self._unbound: dict[int, None] = {}  # hard links whose target had not been seen yet, in order
 
-    def __len__(self) -> int:
-        return len(self._entries)
+    def put(self, paths: Sequence[bytes], kinds: Sequence[Kind], links: Mapping[int, bytes]) -> None:
+        """Unpack these entries; `links` has the targets of links by sequence number. Raise TarInvalid."""
+        first = len(self.paths)
+        room = MAX_ENTRIES - self._implied - first
+        if len(paths) > room:
+            raise TarInvalid(f"more than {MAX_ENTRIES} entries", paths[max(room, 0)])
+        self.paths += paths
+        self._kinds += kinds
+        self._links.update(links)
+        parents = self._parents
+        for number, (path, kind) in enumerate(zip(paths, kinds, strict=True), first):
+            written, _, name = path.rpartition(b"/")
+            if name in _NO_WHITEOUTS:
+                raise TarInvalid("is a whiteout of nothing that can be removed", path)
+            here = parents.get(written)
+            if here is None:
+                here = self._make_parent(written, path)
+            if not name:
+                if kind is not _DIR:
+                    raise TarInvalid("the root is not a directory", b"/")
+                here.number = number
+                continue
+            if here.path != written:
+                path = self.paths[number] = self._moved(here, name, path)
+            before = here.children.get(name)
+            if kind is _HARDLINK:
+                self._bind(path, number, here, name)
+            if kind is not _DIR:
+                if before is not None and (isinstance(before, Directory) or self._leads_on(before)):
+                    self._forget_parents()
+                here.children[name] = number
+            elif isinstance(before, Directory):
+                before.number = number
+            else:
+                if before is not None and self._leads_on(before):
+                    self._forget_parents()
+                here.children[name] = Directory(path, number)
 
-    def add(self, entry: Entry, tag: T) -> None:
-        """Unpack one more entry. `tag` is kept with it untouched (chunks, usually). Raise TarInvalid."""
-        number = len(self._entries)
-        if number + self._implied >= MAX_ENTRIES:
-            raise TarInvalid(f"more than {MAX_ENTRIES} entries", entry.path)
-        if not entry.path:
-            if entry.kind is not Kind.DIR:
-                raise TarInvalid("the root is not a directory", b"/")
-            self._root.number = number
-        else:
-            entry = self._place(entry, number)
-        self._entries.append(entry)
-        self._tags.append(tag)
-
-    def _place(self, entry: Entry, number: int) -> Entry:
-        """Put an entry where its path leads now. Return it with that path."""
-        written, _, name = entry.path.rpartition(b"/")
-        if name in _NO_WHITEOUTS:
-            raise TarInvalid("is a whiteout of nothing that can be removed", entry.path)
-        here = self._parents.get(written)
-        if here is None:
-            here = self._make_parent(written, entry)
-        if here.path != written:
-            path = here.path + b"/" + name if here.path else name
-            if len(path) >= MAX_PATH:
-                raise TarInvalid("lies deeper than a file system takes, symbolic links followed", entry.path)
-            entry = replace(entry, path=path)
-        before = here.children.get(name)
-        if entry.kind is _HARDLINK:
-            self._bind(entry, number, here, name)
-        if entry.kind is not _DIR:
-            if before is not None and (isinstance(before, _Dir) or self._leads_on(before)):
-                self._forget_parents()
-            here.children[name] = number
-        elif isinstance(before, _Dir):
-            before.number = number
-        else:
-            if before is not None and self._leads_on(before):
-                self._forget_parents()
-            here.children[name] = _Dir(entry.path, number)
-        return entry
-
-    def finish(self) -> list[Live[T]]:
-        """Return the survivors in the order of their content in the stream. Raise TarInvalid for hard links that lead
+    def settle(self) -> None:
+        """Bind what is not bound yet, and find a living name for each inode. Raise TarInvalid for hard links that lead
         nowhere or in a circle."""
         self._bind_late()
-        alive = self._alive()
-        entries, tags = self._entries, self._tags
-        if not self._inode:
-            return [Live(entries[number], tags[number]) for number in alive]
-        lives = bytearray(len(entries))
-        for number in alive:
-            lives[number] = 1
-        names: dict[int, int] = {}  # inode -> the entry with its first living name
-        order: list[tuple[int, int]] = []  # (where the content is, whose name it is)
-        for number in alive:
-            inode = self._inode.get(number, number)
-            # The target's own name may come later in the sequence than a link to it only if it is alive itself.
-            carrier = names.setdefault(inode, inode if lives[inode] else number)
-            order.append((inode if carrier == number else number, number))
-        order.sort()
-        return [self._survivor(number, names) for _, number in order]
+        if self.inode:
+            lives = bytearray(len(self.paths))
+            for number in self.alive():
+                lives[number] = 1
+            for number in sorted(self.inode):
+                if lives[number]:
+                    inode = self.inode[number]
+                    # The target's own name may come later than a link to it only if it is alive itself.
+                    self.carrier.setdefault(inode, inode if lives[inode] else number)
 
-    def _alive(self) -> list[int]:
+    def alive(self) -> list[int]:
         """Return the sequence numbers of all that is left, in order."""
         found = []
-        todo = [self._root]
+        todo = [self.root]
         while todo:
             here = todo.pop()
             if here.number >= 0:
                 found.append(here.number)
             for child in here.children.values():
-                if isinstance(child, _Dir):
+                if isinstance(child, Directory):
                     todo.append(child)
                 else:
                     found.append(child)
         return sorted(found)
 
-    def _survivor(self, number: int, names: dict[int, int]) -> Live[T]:
-        entry = self._entries[number]
-        inode = self._inode.get(number)
-        if inode is None:
-            return Live(entry, self._tags[number])
-        carrier = names[inode]
-        if carrier != number:
-            return Live(replace(entry, link=self._entries[carrier].path), self._tags[number])
-        return Live(replace(self._entries[inode], path=entry.path), self._tags[inode])
-
     # -- parents
 
     def _leads_on(self, number: int) -> bool:
         """Tell whether other paths may lead through an entry that is no directory."""
-        return self._entries[self._inode.get(number, number)].kind in (Kind.SYMLINK, Kind.HARDLINK)
+        kind = self._kinds[self.inode.get(number, number)]
+        return kind is Kind.SYMLINK or kind is _HARDLINK
+
+    def _moved(self, here: Directory, name: bytes, entry: bytes) -> bytes:
+        """Return the path of an entry that symbolic links on its way bring elsewhere."""
+        path = here.path + b"/" + name if here.path else name
+        if len(path) >= MAX_PATH:
+            raise TarInvalid("lies deeper than a file system takes, symbolic links followed", entry)
+        return path
 
     def _forget_parents(self) -> None:
         self._parents.clear()
-        self._parents[_ROOT] = self._root
+        self._parents[_ROOT] = self.root
 
-    def _make_parent(self, written: bytes, entry: Entry) -> _Dir:
+    def _make_parent(self, written: bytes, entry: bytes) -> Directory:
         """Return the directory that `written` leads to, made where it is missing (an unpack's mkdir -p)."""
         here, missing = self._walk(written, entry)
         for part in missing:
             path = here.path + b"/" + part if here.path else part
             if len(path) >= MAX_PATH:
-                raise TarInvalid("lies deeper than a file system takes, symbolic links followed", entry.path)
+                raise TarInvalid("lies deeper than a file system takes, symbolic links followed", entry)
             if part in here.children:
-                raise TarInvalid(f"lies below {path[:200]!r}, which is not a directory", entry.path)
+                raise TarInvalid(f"lies below {path[:200]!r}, which is not a directory", entry)
             self._implied += 1
-            if len(self._entries) + self._implied > MAX_ENTRIES:
-                raise TarInvalid(f"more than {MAX_ENTRIES} entries", entry.path)
-            made = here.children[part] = _Dir(path)
+            if len(self.paths) + self._implied > MAX_ENTRIES:
+                raise TarInvalid(f"more than {MAX_ENTRIES} entries", entry)
+            made = here.children[part] = Directory(path)
             here = made
         self._parents[written] = here
         return here
 
-    def _find(self, path: bytes, entry: Entry) -> tuple[_Dir, bytes] | None:
+    def _find(self, path: bytes, entry: bytes) -> tuple[Directory, bytes] | None:
         """Return the directory and the name that `path` leads to, its last part not followed; None: no such parent."""
         written, _, name = path.rpartition(b"/")
         here = self._parents.get(written)
@@ -186,9 +175,9 @@ class Namespace(Generic[T]):
             self._parents[written] = here
         return here, name
 
-    def _walk(self, written: bytes, entry: Entry) -> tuple[_Dir, list[bytes]]:
+    def _walk(self, written: bytes, entry: bytes) -> tuple[Directory, list[bytes]]:
         """Follow a directory's path inside the root. Return how far it leads, and what is missing behind that."""
-        trail = [self._root]
+        trail = [self.root]
         missing: list[bytes] = []
         todo = written.split(b"/")[::-1]
         links = 0
@@ -203,22 +192,22 @@ class Namespace(Generic[T]):
                     trail.pop()
                 continue
             if part.startswith(WHITEOUT_PREFIX):
-                raise TarInvalid("lies below a whiteout", entry.path)
+                raise TarInvalid("lies below a whiteout", entry)
             found = None if missing else trail[-1].children.get(part)
-            if isinstance(found, _Dir):
+            if isinstance(found, Directory):
                 trail.append(found)
                 continue
-            link = None if found is None else self._entries[self._inode.get(found, found)]
-            if link is None or link.kind is not Kind.SYMLINK:
+            inode = -1 if found is None else self.inode.get(found, found)
+            if inode < 0 or self._kinds[inode] is not Kind.SYMLINK:
                 missing.append(part)
                 continue
             links += 1
-            parts = link.link.split(b"/")
+            parts = self._links.get(inode, b"").split(b"/")
             self._followed += len(parts)
             if links > _MAX_SYMLINKS:
-                raise TarInvalid("lies below a cycle of symbolic links", entry.path)
+                raise TarInvalid("lies below a cycle of symbolic links", entry)
             if self._followed > _MAX_FOLLOWED:
-                raise TarInvalid("is one of too many below symbolic links", entry.path)
+                raise TarInvalid("is one of too many below symbolic links", entry)
             if parts[0] == b"":
                 del trail[1:]
             todo.extend(reversed(parts))
@@ -226,27 +215,28 @@ class Namespace(Generic[T]):
 
     # -- hard links
 
-    def _bind(self, entry: Entry, number: int, here: _Dir, name: bytes) -> None:
+    def _bind(self, path: bytes, number: int, here: Directory, name: bytes) -> None:
         """Bind a hard link that is about to come to `name` in `here`, or note it for later."""
-        target = self._target(entry)
+        target = self._target(number)
         if target == (here, name):
-            raise TarInvalid("is a hard link to itself", entry.path)
+            raise TarInvalid("is a hard link to itself", path)
         found = target[0].children.get(target[1]) if target is not None else None
         if found is None or found in self._unbound:
             self._unbound[number] = None
             return
-        if isinstance(found, _Dir):
-            raise TarInvalid("is a hard link to a directory", entry.path)
-        if target is not None and target[0].path.startswith(entry.path) and isinstance(here.children.get(name), _Dir):
+        if isinstance(found, Directory):
+            raise TarInvalid("is a hard link to a directory", path)
+        if target is not None and target[0].path.startswith(path) and isinstance(here.children.get(name), Directory):
             above = target[0].path
-            if above == entry.path or above[len(entry.path)] == ord("/"):
-                raise TarInvalid("is a hard link to a name below the directory that it replaces", entry.path)
-        self._inode[number] = self._inode.get(found, found)
+            if above == path or above[len(path)] == ord("/"):
+                raise TarInvalid("is a hard link to a name below the directory that it replaces", path)
+        self.inode[number] = self.inode.get(found, found)
 
-    def _target(self, entry: Entry) -> tuple[_Dir, bytes] | None:
-        target = self._find(entry.link, entry)
+    def _target(self, number: int) -> tuple[Directory, bytes] | None:
+        path = self.paths[number]
+        target = self._find(self._links.get(number, b""), path)
         if target is not None and target[1].startswith(WHITEOUT_PREFIX):
-            raise TarInvalid("is a hard link to a whiteout", entry.path)
+            raise TarInvalid("is a hard link to a whiteout", path)
         return target
 
     def _bind_late(self) -> None:
@@ -254,22 +244,66 @@ class Namespace(Generic[T]):
         for number in self._unbound:
             inode = number
             walked: dict[int, None] = {}
-            while inode in self._unbound and inode not in self._inode:
+            while inode in self._unbound and inode not in self.inode:
                 if inode in walked:
-                    raise TarInvalid("is part of a cycle of hard links", self._entries[number].path)
+                    raise TarInvalid("is part of a cycle of hard links", self.paths[number])
                 walked[inode] = None
                 inode = self._late_target(inode)
-            inode = self._inode.get(inode, inode)
+            inode = self.inode.get(inode, inode)
             for link in walked:
-                self._inode[link] = inode
+                self.inode[link] = inode
 
     def _late_target(self, number: int) -> int:
-        entry = self._entries[number]
-        target = self._target(entry)
+        target = self._target(number)
         found = target[0].children.get(target[1]) if target is not None else None
         if found is None:
-            shown = entry.link[:200].decode("utf-8", "backslashreplace")
-            raise TarInvalid(f"is a hard link to {shown!r}, which is not in this layer", entry.path)
-        if isinstance(found, _Dir):
-            raise TarInvalid("is a hard link to a directory", entry.path)
+            shown = self._links.get(number, b"")[:200].decode("utf-8", "backslashreplace")
+            raise TarInvalid(f"is a hard link to {shown!r}, which is not in this layer", self.paths[number])
+        if isinstance(found, Directory):
+            raise TarInvalid("is a hard link to a directory", self.paths[number])
         return found
+
+
+class Namespace(Generic[T]):
+    """Collect entries with `add`, then take the survivors with `finish`. Not thread-safe; raises TarInvalid."""
+
+    def __init__(self) -> None:
+        self.entries: list[Entry] = []  # by sequence number
+        self.tags: list[T] = []
+        self.survivors = Survivors()
+
+    def __len__(self) -> int:
+        return len(self.entries)
+
+    def add(self, entry: Entry, tag: T) -> None:
+        """Unpack one more entry. `tag` is kept with it untouched (chunks, usually). Raise TarInvalid."""
+        links = {len(self.entries): entry.link} if entry.link else _NO_LINKS
+        self.survivors.put((entry.path,), (entry.kind,), links)
+        self.entries.append(entry)
+        self.tags.append(tag)
+
+    def finish(self) -> list[Live[T]]:
+        """Return the survivors in the order of their content in the stream. Raise TarInvalid as `Survivors.settle`."""
+        self.survivors.settle()
+        inode, carrier = self.survivors.inode, self.survivors.carrier
+        order = alive = self.survivors.alive()
+        if inode:  # (where the content is, whose name it is)
+            places = sorted((self._content(number, inode, carrier), number) for number in alive)
+            order = [number for _, number in places]
+        return [self._survivor(number, inode, carrier) for number in order]
+
+    @staticmethod
+    def _content(number: int, inode: dict[int, int], carrier: dict[int, int]) -> int:
+        at = inode.get(number, number)
+        return at if carrier.get(at, number) == number else number
+
+    def _survivor(self, number: int, inode: dict[int, int], carrier: dict[int, int]) -> Live[T]:
+        paths = self.survivors.paths
+        at = inode.get(number, number)
+        named = carrier.get(at, number)
+        if named != number:
+            return Live(replace(self.entries[number], path=paths[number], link=paths[named]), self.tags[number])
+        entry = self.entries[at]
+        if entry.path != paths[number]:
+            entry = replace(entry, path=paths[number])
+        return Live(entry, self.tags[at])

@@ -1,54 +1,61 @@
-"""The TOC of a layer read: JSON to (Entry, chunks), every rule of the format checked.
+"""The TOC of a layer read: JSON to a listing, every rule of the format checked.
 
 Source: specs/estargz.md section 2. A TOC is an attacker's input even when its digest is right: the digest proves who
 wrote it, not that it makes sense.
+
+A TOC is decoded in blocks of some hundred items, and each block goes column by column into the listing while the
+processor's caches hold it: half a million items, all at once, take as long to get at as to check. Attributes are read
+here, content by `Content`.
 """
 
 from __future__ import annotations
 
+import re
 from base64 import b64decode
-from binascii import unhexlify
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import msgspec
 
 from lazyfs.digest import EMPTY
 from lazyfs.errors import TocInvalid
-from lazyfs.format.entry import MAX_FILE, MAX_NAME, MAX_PATH, MAX_XATTRS, Chunk, Entry, Kind, clean_path
+from lazyfs.format.entry import MAX_FILE, MAX_NAME, MAX_PATH, MAX_XATTRS, Kind, clean_path
+from lazyfs.format.listing import Listing
 from lazyfs.format.rfc3339 import TimeTable
+from lazyfs.format.toc_content import Content
 from lazyfs.format.toc_json import (
-    HOLE,
     KINDS,
     LOST,
-    MAX_CHUNK,
     MAX_ENTRIES,
-    MAX_HOLES,
     MAX_ID,
-    MAX_INNER,
     MAX_MAJOR,
     MAX_MINOR,
     MAX_TOC,
-    MIN_HOLE,
     TocDocument,
     TocItem,
+    TocOutline,
     is_utf8,
 )
-from lazyfs.format.zeros import ZeroDigests
 
 # Made here, where one thread imports: two that make their first one of a type at once crash the process.
-_DECODER = msgspec.json.Decoder(TocDocument)
-_REG = Kind.REG  # an attribute of an enumeration takes longer to find than most else here
+_WHOLE = msgspec.json.Decoder(TocDocument)
+_OUTLINE = msgspec.json.Decoder(TocOutline)
+_ITEMS = msgspec.json.Decoder(list[TocItem])
+_BLOCK = 128 << 10  # bytes of JSON
+_BORDER = re.compile(rb'\}[ \t\r\n]*(,)[ \t\r\n]*\{[ \t\r\n]*"name"[ \t\r\n]*:')
+_UNREADABLE = (msgspec.MsgspecError, UnicodeDecodeError, RecursionError)
+_ORDINARY = frozenset({"dir", "reg"})
+_EMPTY = ("", EMPTY)
 _ODD_STARTS = ("", ".", "/")
-_FEW = max(Kind.DIR, Kind.REG)  # kinds above it are those of few entries
+_ODD_NAMES = (b"/./", b"/../", b"/.\0", b"/..\0")  # each name is between "\0/" and "\0"
+_LOST = LOST.encode()
 
 
-def parse_toc(raw: bytes, payload_end: int) -> Iterator[tuple[Entry, list[Chunk]]]:
-    """Check a TOC and yield its entries in blob order, each with the chunks of its content (empty unless REG).
+def parse_toc(raw: bytes, payload_end: int) -> Listing:
+    """Check a TOC and return its entries in blob order, each with the chunks of its content (none unless REG).
 
     `payload_end` is the blob offset behind the last frame; no chunk may start there or later. Landmarks and whiteouts
-    are yielded like other files, the TOC's own tar entry is not in a TOC. Names may still occur twice: see
-    `Namespace`. Pure; about 3 µs an entry, and the decoded JSON is held until the last one. Raise TocInvalid, possibly
-    only after some entries.
+    are listed like other files, the TOC's own tar entry is not in a TOC. Names may still occur twice: see
+    `Survivors`. Pure; about 3 µs an entry. Raise TocInvalid.
     """
     if len(raw) > MAX_TOC:
         raise TocInvalid(f"the TOC has {len(raw)} bytes, more than the {MAX_TOC} allowed")
@@ -56,175 +63,188 @@ def parse_toc(raw: bytes, payload_end: int) -> Iterator[tuple[Entry, list[Chunk]
     if raw.count(b"{") > 2 * MAX_ENTRIES:
         raise TocInvalid(f"the TOC has more than {MAX_ENTRIES} entries")
     try:
-        toc = _DECODER.decode(raw)
-    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+        return _read(_blocks(raw), payload_end)
+    except _UNREADABLE:
+        return _read(iter([_decoded(raw)]), payload_end)
+
+
+def _blocks(raw: bytes) -> Iterator[list[TocItem]]:
+    """Yield a TOC's items, some hundred at once, all chunks of a file together. Raise _UNREADABLE or TocInvalid.
+
+    No text holds a quote that a name might begin with, so what looks like a border is one, or lies deep inside of an
+    item: then that can't be decoded.
+    """
+    outline = _OUTLINE.decode(raw)
+    _check_version(outline.version)
+    text, start, count = memoryview(outline.entries), 0, 0
+    held: list[TocItem] = []
+    opening = closing = b""
+    while start < len(text):
+        border = _BORDER.search(text, start + _BLOCK)
+        stop, closing = (border.start(1), b"]") if border is not None else (len(text), b"")
+        items = _ITEMS.decode(b"".join((opening, text[start:stop], closing)))
+        count += len(items)
+        _check_count(count)
+        if items and items[0].type != "chunk":
+            yield held
+            held = items
+        else:
+            held += items
+        opening, start = b"[", stop + 1
+    yield held
+
+
+def _decoded(raw: bytes) -> list[TocItem]:
+    """Return a TOC's items decoded at once. Raise TocInvalid, in the words of who decodes."""
+    try:
+        toc = _WHOLE.decode(raw)
+    except _UNREADABLE as error:
         raise TocInvalid(f"the TOC can't be decoded: {str(error)[:200]}") from None
-    if toc.version != 1:
-        raise TocInvalid(f"the TOC is of version {toc.version}, not 1")
-    if len(toc.entries) > MAX_ENTRIES:
+    _check_version(toc.version)
+    _check_count(len(toc.entries))
+    return toc.entries
+
+
+def _check_version(version: int) -> None:
+    if version != 1:
+        raise TocInvalid(f"the TOC is of version {version}, not 1")
+
+
+def _check_count(items: int) -> None:
+    if items > MAX_ENTRIES:
         raise TocInvalid(f"the TOC has more than {MAX_ENTRIES} entries")
-    return _Reader(payload_end).read(toc.entries)
+
+
+def _read(blocks: Iterator[list[TocItem]], payload_end: int) -> Listing:
+    reader = _Reader(payload_end)
+    for items in blocks:
+        reader.read(items)
+    return reader.listing
 
 
 class _Reader:
-    """The state of one pass over a TOC: the file that waits for chunks, and the place in the blob."""
+    """The state of one pass over a TOC's items, block by block."""
 
     def __init__(self, payload_end: int) -> None:
-        self._payload_end = payload_end
+        self.listing = Listing()
+        self._content = Content(self.listing, payload_end)
         self._times = TimeTable()
         self._users: dict[int, str] = {}  # a user's name may be told at its first entry only
         self._groups: dict[int, str] = {}
-        self._frame = -1  # blob offset of the frame of the last chunk
-        self._inner_end = 0  # bytes of that frame's decompressed form that are taken
-        self._end = 0  # blob offset before which the last file with an `endOffset` claims all frames
-        self._zeros = ZeroDigests()
-        self._holes = 0  # bytes of zeros so far
+        self._items = 0  # in the blocks before
+        self._entry = 0  # of the block: that is looked at
 
-    def read(self, items: list[TocItem]) -> Iterator[tuple[Entry, list[Chunk]]]:
-        number, total = 0, len(items)
-        while number < total:
-            item = items[number]
-            try:
-                if item.type == "chunk":
-                    raise TocInvalid("is a chunk of no file")
-                entry = self._entry(item)
-                size = entry.size
-                if not size:
-                    chunks: list[Chunk] = []
-                elif (
-                    # Nearly all files: one chunk, which is all there is.
-                    size <= MAX_CHUNK
-                    and item.chunk_size in (0, size)
-                    and not (item.chunk_offset or item.chunk_type or item.end_offset)
-                ):
-                    self._place(item, size)
-                    whole, told = item.digest, item.chunk_digest or item.digest
-                    chunks = [Chunk(0, size, item.offset, item.inner_offset, _digest(told))]
-                    if whole and whole != told:
-                        _digest(whole)
-                else:
-                    chunks = []
-                    number = self._chunks(items, number, chunks)
-            except TocInvalid as error:
-                raise TocInvalid(f"entry {number} of the TOC, {item.name[:200]!r}: {error.message}") from None
-            yield entry, chunks
-            number += 1
+    def read(self, items: list[TocItem]) -> None:
+        """Add a block of items. Raise TocInvalid."""
+        heads: Sequence[int] = range(len(items))
+        if "chunk" in {item.type for item in items}:
+            heads = [number for number, item in enumerate(items) if item.type != "chunk"]
+        content = self._content
+        content.number = -1
+        try:
+            self._attributes(items if len(heads) == len(items) else [items[number] for number in heads])
+            content.read(items)
+        except TocInvalid as error:
+            number = content.number if content.number >= 0 else heads[self._entry]
+            name = items[number].name[:200]
+            raise TocInvalid(f"entry {self._items + number} of the TOC, {name!r}: {error.message}") from None
+        self._items += len(items)
 
-    def _entry(self, item: TocItem) -> Entry:
-        path = _path(item.name, item.name_raw)
-        uid, gid, uname, gname = item.uid, item.gid, item.user_name, item.group_name
-        if uid > MAX_ID or gid > MAX_ID:
-            raise TocInvalid(f"has the owner {uid}:{gid}, which no file can have")
-        if uname:
-            self._users[uid] = uname
-        elif self._users:
-            uname = self._users.get(uid, "")
-        if gname:
-            self._groups[gid] = gname
-        elif self._groups:
-            gname = self._groups.get(gid, "")
-        mtime_ns = self._times.parse(item.modtime) if item.modtime else 0
-        kind, size = KINDS[item.type], 0
-        if kind is _REG:
-            size = item.size
-            if size > MAX_FILE:
-                raise TocInvalid(f"has the size {size}, more than any file")
-            if not size and item.digest not in ("", EMPTY):
+    def _attributes(self, entries: list[TocItem]) -> None:
+        """Add all but the content of entries. Raise TocInvalid; `_entry` tells of which."""
+        if not entries:
+            return
+        out, self._entry = self.listing, 0
+        types = [item.type for item in entries]
+        uids, gids = [item.uid for item in entries], [item.gid for item in entries]
+        sizes = [item.size for item in entries]
+        ordinary = _ORDINARY.issuperset(types)
+        if not ordinary:
+            sizes = [size if kind == "reg" else 0 for size, kind in zip(sizes, types, strict=True)]
+        self._judge(entries, uids, gids, sizes)
+        paths, times = self._paths(entries), self._mtimes([item.modtime for item in entries])
+        if not ordinary:
+            for self._entry, item in enumerate(entries):
+                if item.type not in _ORDINARY:
+                    self._few(item, KINDS[item.type])
+        for self._entry in [number for number, item in enumerate(entries) if item.xattrs or item.xattrs_raw]:
+            out.xattrs[len(out) + self._entry] = _xattrs(entries[self._entry])
+        _carry(self._users, out.unames, len(out), uids, [item.user_name for item in entries])
+        _carry(self._groups, out.gnames, len(out), gids, [item.group_name for item in entries])
+        out.kinds += [KINDS[kind] for kind in types]
+        out.modes += [item.mode & 0o7777 for item in entries]
+        out.uids += uids
+        out.gids += gids
+        out.mtimes += times
+        out.sizes += sizes
+        out.paths += paths
+
+    def _judge(self, entries: list[TocItem], uids: list[int], gids: list[int], sizes: list[int]) -> None:
+        """Hold owners and sizes against the rules."""
+        empty = [number for number, item in enumerate(entries) if not item.size and item.digest not in _EMPTY]
+        if not empty and max(uids) <= MAX_ID and max(gids) <= MAX_ID and max(sizes) <= MAX_FILE:
+            return
+        for self._entry, item in enumerate(entries):
+            if item.uid > MAX_ID or item.gid > MAX_ID:
+                raise TocInvalid(f"has the owner {item.uid}:{item.gid}, which no file can have")
+            if item.type == "reg" and item.size > MAX_FILE:
+                raise TocInvalid(f"has the size {item.size}, more than any file")
+            if item.type == "reg" and not item.size and item.digest not in _EMPTY:
                 raise TocInvalid("is empty, and its digest is not that of nothing")
-        entry = Entry(path, kind, item.mode & 0o7777, uid, gid, mtime_ns, size, b"", (0, 0), (), uname, gname)
-        if kind <= _FEW:  # directories and files: nearly all
-            pass
-        elif kind is Kind.SYMLINK:
-            entry.link = _octets(item.link_name, item.link_name_raw)
-            if not entry.link or len(entry.link) >= MAX_PATH or b"\0" in entry.link:
+
+    def _paths(self, entries: list[TocItem]) -> list[bytes]:
+        paths = [item.name.encode() for item in entries]
+        joined = b"\0/".join([b"", *paths, b""])
+        if (
+            joined.count(b"\0") == len(paths) + 1
+            and joined.find(b"//") < 0
+            and (joined.find(b"/.") < 0 or all(joined.find(odd) < 0 for odd in _ODD_NAMES))
+            and (joined.isascii() or joined.find(_LOST) < 0)
+            and max(map(len, paths)) <= MAX_NAME
+            and not [True for item in entries if item.name_raw is not None]
+        ):  # nothing to be cleaned in any
+            return [path.removesuffix(b"/") for path in paths]
+        for self._entry, item in enumerate(entries):
+            paths[self._entry] = _path(item.name, item.name_raw)
+        return paths
+
+    def _mtimes(self, texts: list[str]) -> list[int]:
+        times = [0] * len(texts)
+        if any(texts):
+            parse = self._times.parse
+            for self._entry, text in enumerate(texts):
+                if text:
+                    times[self._entry] = parse(text)
+        return times
+
+    def _few(self, item: TocItem, kind: Kind) -> None:
+        """Read what an entry leads to that is neither directory nor file."""
+        out, number = self.listing, len(self.listing) + self._entry
+        if kind is Kind.SYMLINK:
+            link = _octets(item.link_name, item.link_name_raw)
+            if not link or len(link) >= MAX_PATH or b"\0" in link:
                 raise TocInvalid("is a symlink whose target is empty, too long or holds a NUL byte")
+            out.links[number] = link
         elif kind is Kind.HARDLINK:
-            entry.link = _path(item.link_name, item.link_name_raw)
-            if not entry.link:
+            link = _path(item.link_name, item.link_name_raw)
+            if not link:
                 raise TocInvalid("is a hard link to nothing")
+            out.links[number] = link
         elif kind is Kind.CHAR or kind is Kind.BLOCK:
             if item.dev_major > MAX_MAJOR or item.dev_minor > MAX_MINOR:
                 raise TocInvalid(f"is the device {item.dev_major}:{item.dev_minor}, which can't be")
-            entry.rdev = (item.dev_major, item.dev_minor)
-        if item.xattrs or item.xattrs_raw:
-            entry.xattrs = _xattrs(item)
-        return entry
-
-    def _chunks(self, items: list[TocItem], number: int, out: list[Chunk]) -> int:
-        """Collect the chunks of the file at `number`; return the number of the last element that belongs to it."""
-        file = items[number]
-        size, done = file.size, 0
-        while True:
-            item = items[number]
-            if item.chunk_type not in ("", "zeros"):
-                raise TocInvalid(f"has a chunk of the unknown type {item.chunk_type[:20]!r}")
-            chunk_size = item.chunk_size or size - done
-            if item.chunk_offset != done or not 0 < chunk_size <= size - done:
-                raise TocInvalid(f"its chunk of {chunk_size} at {item.chunk_offset} does not follow {done} of {size}")
-            told = item.chunk_digest
-            if not told and chunk_size == size:
-                told = file.digest
-            if item.chunk_type and chunk_size >= MIN_HOLE:
-                self._hole(done, chunk_size, told, out)
-            else:
-                if chunk_size > MAX_CHUNK:
-                    raise TocInvalid(f"has a chunk of {chunk_size} bytes, more than the {MAX_CHUNK} allowed")
-                self._place(item, chunk_size)
-                out.append(Chunk(done, chunk_size, item.offset, item.inner_offset, _digest(told)))
-            done += chunk_size
-            if done == size:
-                break
-            number += 1
-            if number == len(items) or items[number].type != "chunk":
-                raise TocInvalid(f"has chunks for {done} of its {size} bytes")
-            if items[number].name not in (file.name, ""):
-                raise TocInvalid(f"is followed by a chunk of {items[number].name[:200]!r}")
-        if file.digest and file.digest != told:
-            _digest(file.digest)
-        if file.end_offset:
-            self._bound(file.end_offset, out)
-        return number
-
-    def _hole(self, offset: int, size: int, told: str, out: list[Chunk]) -> None:
-        """Add a run of zeros, which nobody fetches, in pieces that are no trouble to read."""
-        self._holes += size
-        if self._holes > MAX_HOLES:
-            raise TocInvalid(f"is one too many for the {MAX_HOLES} bytes of zeros that a layer may claim")
-        if told and _digest(told) != self._zeros.digest(size):
-            raise TocInvalid(f"has a chunk of {size} zeros whose digest is not that of zeros")
-        for start in range(0, size, HOLE):
-            piece = min(HOLE, size - start)
-            out.append(Chunk(offset + start, piece, -1, 0, self._zeros.digest(piece)))
-
-    def _bound(self, end: int, chunks: list[Chunk]) -> None:
-        """Check what a file says of the end of its frames: no other may begin before it."""
-        last = max((chunk.blob_offset for chunk in chunks), default=-1)
-        if not max(last, self._end - 1) < end <= self._payload_end:
-            raise TocInvalid(f"its last frame begins at {last} and claims to end at {end}")
-        self._end = end
-
-    def _place(self, item: TocItem, size: int) -> None:
-        """Check that a chunk lies behind the one before it: content of one stream can't overlap."""
-        at, inner = item.offset, item.inner_offset
-        if at >= self._payload_end:
-            raise TocInvalid(f"its content at {at} lies behind the last frame's end, {self._payload_end}")
-        if at < self._end:
-            raise TocInvalid(f"its content at {at} lies in another file's, which ends at {self._end}")
-        if inner > MAX_INNER:
-            raise TocInvalid(f"its content lies {inner} bytes into a frame, more than {MAX_INNER}")
-        if at < self._frame or (at == self._frame and inner < self._inner_end):
-            raise TocInvalid(f"its content at {at}+{inner} is not in blob order")
-        self._frame, self._inner_end = at, inner + size
+            out.rdevs[number] = (item.dev_major, item.dev_minor)
 
 
-def _digest(text: str) -> bytes:
-    try:
-        raw = unhexlify(text[7:])
-    except ValueError:
-        raw = b""
-    if len(raw) == 32 and f"sha256:{raw.hex()}" == text:  # unhexlify takes capitals too
-        return raw
-    raise TocInvalid(f"has content without a sha256 digest for it: {text[:80]!r}")
+def _carry(known: dict[int, str], out: dict[int, str], number: int, owners: list[int], names: list[str]) -> None:
+    """Note the owners' names of entries from `number` on, which may be told at an owner's first entry only."""
+    if known or any(names):
+        for at, (owner, name) in enumerate(zip(owners, names, strict=True), number):
+            if name:
+                known[owner] = name
+            found = known.get(owner)
+            if found:
+                out[at] = found
 
 
 def _path(text: str, raw: bytes | None) -> bytes:

@@ -85,6 +85,13 @@ class TocDocument(msgspec.Struct):
     entries: list[TocItem]
 
 
+class TocOutline(msgspec.Struct):
+    """A document whose entries are left as JSON."""
+
+    version: int
+    entries: msgspec.Raw
+
+
 def is_utf8(raw: bytes) -> bool:
     try:
         raw.decode()

@@ -11,8 +11,7 @@ from pathlib import Path
 from lazyfs.chunks.cut import PieceWriter
 from lazyfs.chunks.unpack import Unpacker
 from lazyfs.format.erofs_write import device_layers, write_erofs
-from lazyfs.format.table import FORM_PLAIN, LayerTable
-from lazyfs.format.table_build import LayerFacts, write_table
+from lazyfs.format.table import LayerTable
 from lazyfs.tree import Tree, build_tree
 from lazyfs.units import align
 
@@ -33,8 +32,7 @@ def unpacked(directory: Path, *tars: bytes) -> tuple[list[LayerTable], list[Path
         with open(space, "wb") as handle:
             PieceWriter(handle.fileno()).write(unpacker.feed(tar))
         unpacker.finish()
-        survivors = unpacker.pairs.finish()
-        write_table(directory / f"table-{number}", LayerFacts(FORM_PLAIN, len(tar), 0), survivors)
+        unpacker.write_table(directory / f"table-{number}", len(tar))
         tables.append(LayerTable(directory / f"table-{number}"))
         os.truncate(space, align(max(tables[-1].data_size, 1)))
         spaces.append(space)

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from lazyfs.format.entry import Chunk, Entry, Kind
+from lazyfs.format.listing import Listing
 from lazyfs.format.table import FORM_ZSTD_CHUNKED, LayerTable
 from lazyfs.format.table_build import LayerFacts, build_table
 from lazyfs.tree import Tree, build_tree
@@ -16,7 +17,7 @@ FACTS = LayerFacts(FORM_ZSTD_CHUNKED, 1 << 30, (1 << 30) - 100)
 
 def table_at(path: Path, entries: Iterable[Entry], chunks: dict[bytes, list[Chunk]] | None = None) -> LayerTable:
     """Build a table and open it; `chunks` by path."""
-    build_table(path, FACTS, ((entry, (chunks or {}).get(entry.path, [])) for entry in entries))
+    build_table(path, FACTS, Listing.of((entry, (chunks or {}).get(entry.path, [])) for entry in entries))
     return LayerTable(path)
 
 

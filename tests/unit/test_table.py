@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 
 from lazyfs.errors import TableInvalid, TarInvalid, TocInvalid
 from lazyfs.format import table as tables
-from lazyfs.format import table_build
+from lazyfs.format import table_build, table_content
 from lazyfs.format.entry import LANDMARK, LANDMARK_CONTENT, OPAQUE_MARKER, TOC_NAME, Chunk, Entry, Kind
+from lazyfs.format.listing import Listing
 from lazyfs.format.table import (
     FLAG_IMPLICIT,
     FLAG_OPAQUE,
@@ -183,7 +184,7 @@ def test_places_are_the_slice_of_the_file(
     reads: list[tuple[int, int]],
 ) -> None:
     path = tmp_path_factory.getbasetemp() / "places"
-    build_table(path, FACTS, ((item, chunks) for item, chunks, _ in files))
+    build_table(path, FACTS, Listing.of((item, chunks) for item, chunks, _ in files))
     table = LayerTable(path)
     of_chunk: dict[int, bytes] = {}
     for item, chunks, data in files:
@@ -241,7 +242,7 @@ def test_chunks_of_a_plain_layer_lie_where_they_were_written(tmp_path: Path) -> 
     first, second = [Chunk(0, 7, 0, 0, sha256(b"1"))], [Chunk(0, 9, 4096, 0, sha256(b"2"))]
     path = tmp_path / "table"
     facts = LayerFacts(FORM_PLAIN, 100, 100)
-    build_table(path, facts, [(regular(b"f", 7), first), (regular(b"f", 9), second)])
+    build_table(path, facts, Listing.of([(regular(b"f", 7), first), (regular(b"f", 9), second)]))
     table = LayerTable(path)
     assert (table.form, table.rows, table.chunk_count) == (FORM_PLAIN, 2, 1)
     assert list(table.chunk_data_offset) == [4096]
@@ -252,7 +253,7 @@ def test_chunks_of_a_plain_layer_lie_where_they_were_written(tmp_path: Path) -> 
 
 def test_facts_come_back(tmp_path: Path) -> None:
     path = tmp_path / "table"
-    build_table(path, LayerFacts(FORM_ZSTD_CHUNKED, 1 << 39, 12345), [])
+    build_table(path, LayerFacts(FORM_ZSTD_CHUNKED, 1 << 39, 12345), Listing())
     table = LayerTable(path)
     assert (table.form, table.blob_size, table.payload_end, table.entries) == (FORM_ZSTD_CHUNKED, 1 << 39, 12345, 0)
     assert (table.rows, table.chunk_count, table.frame_count, table.data_size, table.landmark) == (1, 0, 0, 0, 0)
@@ -276,14 +277,14 @@ def test_facts_come_back(tmp_path: Path) -> None:
 )
 def test_contradictions_are_refused(tmp_path: Path, pairs: list[tuple[Entry, list[Chunk]]], reason: str) -> None:
     with pytest.raises(TocInvalid, match=reason.replace("'", ".")):
-        build_table(tmp_path / "table", FACTS, pairs)
+        build_table(tmp_path / "table", FACTS, Listing.of(pairs))
     assert not list(tmp_path.iterdir())
 
 
 def test_what_a_namespace_refuses_makes_no_table(tmp_path: Path) -> None:
     for bad in ([entry(b"a", Kind.HARDLINK, b"b")], [entry(b"f"), entry(b"f/x")], [entry(b".wh.x/y")]):
         with pytest.raises(TarInvalid):
-            build_table(tmp_path / "table", FACTS, ((item, []) for item in bad))
+            build_table(tmp_path / "table", FACTS, Listing.of((item, []) for item in bad))
     with pytest.raises(TarInvalid, match="hard link"):
         table_at(tmp_path / "table", [entry(TOC_NAME), entry(b"a", Kind.HARDLINK, TOC_NAME)])
 
@@ -292,7 +293,7 @@ def test_heaps_are_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     many = tuple((b"user.%05d" % i, b"") for i in range(66_000))
     with pytest.raises(TocInvalid, match="extended attributes"):
         table_at(tmp_path / "table", [Entry(b"f", Kind.REG, 0o644, 0, 0, 0, xattrs=many)])
-    monkeypatch.setattr(table_build, "_MAX_DATA", 4096)
+    monkeypatch.setattr(table_content, "MAX_DATA", 4096)
     chunks = {b"f": [Chunk(0, 4097, 0, 0, b"d" * 32)]}
     with pytest.raises(TocInvalid, match="claims more than 4096 bytes"):
         table_at(tmp_path / "table", [regular(b"f", 4097)], chunks)

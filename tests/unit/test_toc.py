@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from lazyfs import digest as digests
 from lazyfs.errors import TocInvalid
 from lazyfs.format import toc as toc_module
-from lazyfs.format import toc_write
+from lazyfs.format import toc_content, toc_write
 from lazyfs.format.entry import MAX_FILE, Chunk, Entry, Kind
 from lazyfs.format.rfc3339 import EARLIEST, LATEST, format_time, parse_time
 from lazyfs.format.toc import parse_toc
@@ -350,6 +350,64 @@ def test_a_damaged_toc_gives_sane_entries_or_toc_invalid(at: int, junk: bytes) -
         assert sum(piece.size for piece in chunks) == entry.size
         assert all(0 <= piece.blob_offset < END and len(piece.digest) == 32 for piece in chunks)
         assert b".." not in entry.path.split(b"/") and not entry.path.startswith(b"/")
+
+
+ODD_FIELDS: list[tuple[str, Any]] = [
+    ("offset", 0), ("offset", END), ("innerOffset", 0), ("innerOffset", MAX_INNER + 1), ("endOffset", 1),
+    ("size", 1), ("size", MAX_CHUNK + 1), ("chunkDigest", TEXT.upper()), ("chunkDigest", ""), ("digest", "x"),
+    ("digest", TEXT[:-1] + "0"), ("chunkDigest", "sha256:sha256:" + TEXT[14:]), ("name", "../x"),
+    ("modtime", "now"), ("chunkSize", 7), ("chunkOffset", 7), ("type", "chunk"), ("chunkType", "zeros"),
+    ("nameRaw", "/w=="), ("unknown", [{"x": 1}, {"name": "y", "type": "dir"}]), ("mode", -1),
+    ("name", "a\0"), ("uid", 2**32),
+]  # fmt: skip
+
+
+@st.composite
+def nearly_ordinary(draw: st.DrawFn) -> list[dict[str, Any]]:
+    """Files of one chunk in long runs, some odd ones between them, and perhaps one field that is wrong."""
+    told: list[dict[str, Any]] = []
+    offset = 0
+    for number in range(draw(st.integers(0, 30))):
+        name = draw(st.sampled_from(["f%d", "./f%d", "d/.f%d", "d//f%d", "\xe9%d", "/f%d"])) % number
+        kind = draw(st.sampled_from(["file"] * 8 + ["empty", "dir", "link", "pieces", "claims"]))
+        offset += draw(st.sampled_from([0, 100]))
+        inner = number * 100
+        if kind in ("file", "claims"):
+            told.append(reg(name, 100, offset=offset, innerOffset=inner, uid=number))
+            if kind == "claims":
+                told[-1]["endOffset"] = offset + draw(st.sampled_from([1, 100]))
+        elif kind == "pieces":
+            told.append(reg(name, 100, offset=offset, innerOffset=inner, chunkSize=60))
+            told.append(chunk(name, offset=offset, innerOffset=inner + 60, chunkOffset=60))
+        elif kind == "link":
+            told.append({"name": name, "type": "symlink", "linkName": "x", "xattrs": {"user.a": "AA=="}})
+        else:
+            told.append({"name": name + "/" * (kind == "dir"), "type": "dir" if kind == "dir" else "reg"})
+    is_spoiled = draw(st.booleans())
+    if told and is_spoiled:
+        item = told[draw(st.integers(0, len(told) - 1))]
+        field, value = draw(st.sampled_from(ODD_FIELDS))
+        item[field] = value
+    return told
+
+
+@settings(max_examples=400, deadline=None)
+@given(nearly_ordinary(), st.integers(1, 400))
+def test_blocks_and_columns_give_what_the_rules_for_single_files_give(told: list[dict[str, Any]], block: int) -> None:
+    def outcome() -> list[tuple[Entry, list[Chunk]]] | None:
+        try:
+            return list(parse_toc(raw, END))
+        except TocInvalid:  # of several faults each way may find another one first
+            return None
+
+    raw = json.dumps({"version": 1, "entries": told}, indent=len(told) % 3 or None).encode()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(toc_module, "_BLOCK", block)
+        patch.setattr(toc_content, "_LEAST", 1)
+        by_columns = outcome()
+        patch.setattr(toc_module, "_BLOCK", len(raw))
+        patch.setattr(toc_content, "_LEAST", 1 << 30)
+        assert by_columns == outcome()
 
 
 def _cost(work: Callable[[], object]) -> float:
