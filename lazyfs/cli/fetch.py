@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 import threading
 from collections.abc import Callable
@@ -73,7 +72,7 @@ def run(args: argparse.Namespace, out: Output) -> int:
     results = side_by_side(works, args.jobs)
     if len(images) == 1 and isinstance(results[0], LazyfsError):
         raise results[0]
-    return _tell(images, results, out, _say_content if args.content else _say)
+    return tell(images, results, out, _say_content if args.content else _say)
 
 
 def _works(
@@ -155,27 +154,14 @@ def _call(args: argparse.Namespace, image: str, access: dict[str, Any], pull: st
 
 
 def _fetch(settings: Settings, image: str, call: dict[str, Any], out: Output) -> dict[str, Any]:
-    from lazyfs import control_client
-    from lazyfs.errors import FuseUnavailable
+    from lazyfs.cli.node_daemon import open_node_daemon
 
-    with out.progress(image) as bar:
-        show = _Shown(bar)
-
-        def fetch(store_only: bool) -> dict[str, Any]:
-            with control_client.open_daemon(settings, store_only=store_only) as daemon:
-                return daemon.call("fetch_image", on_event=out.note, on_progress=show, **call)
-
-        # The node's daemon where there is one; an ordinary user's daemons serve one mount each.
-        if os.geteuid() != 0:
-            return fetch(True)
-        try:
-            return fetch(False)
-        except FuseUnavailable:
-            return fetch(True)
+    with out.progress(image) as bar, open_node_daemon(settings) as daemon:
+        return daemon.call("fetch_image", on_event=out.note, on_progress=Shown(bar), **call)
 
 
-class _Shown:
-    """Passes the daemon's progress on to a bar."""
+class Shown:
+    """Shows how far something is on a bar: `done` of `total` bytes. Thread-safe."""
 
     def __init__(self, bar: Progress) -> None:
         self._bar = bar
@@ -202,12 +188,13 @@ def _say_content(image: str, result: dict[str, Any]) -> str:
     )
 
 
-def _tell(
+def tell(
     images: list[str],
     results: list[dict[str, Any] | LazyfsError],
     out: Output,
     say: Callable[[str, dict[str, Any]], str],
 ) -> int:
+    """Say what became of each image, by `say` where it went well. Return the exit code: of the first that failed."""
     told: list[dict[str, Any]] = []
     code = exit_codes.OK
     failed = 0

@@ -32,6 +32,7 @@ COMMANDS: dict[str, str] = {
     "umount": "take away such a mount",
     "run": "start a container from an image at once",
     "fetch": "have images whole on this node, so that they start without their registry",
+    "wait": "wait until images are whole on this node",
     "pull": "pull an image into containerd, lazily with a snapshotter that can",
     "cache": "list, remove, prune, verify and unpin what the store holds",
     "status": "show mounts, caches, requests and errors of the running daemon",

@@ -9,14 +9,17 @@ import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import trio
 
+from lazyfs import oci
+from lazyfs import reference as references
 from lazyfs.chunks.catalog import Catalog, Pin
 from lazyfs.chunks.census import Census
 from lazyfs.chunks.store import Store
 from lazyfs.config import Settings
-from lazyfs.errors import LazyfsError, StoreFull, first_of
+from lazyfs.errors import LayerQuarantined, LazyfsError, ManifestMissing, StoreFull, first_of
 from lazyfs.mount.control import Say
 from lazyfs.mount.images import Images, MountedImage
 from lazyfs.mount.resolving import Pull
@@ -111,6 +114,36 @@ class Fetcher:
             finally:
                 with trio.CancelScope(shield=True):
                     await self._images.release(image)
+
+    def state(self, image: str, platform: str | None) -> dict[str, Any]:
+        """Return how much is here of an image that this node knows, as `image_state` answers. Blocking (local disk).
+
+        `coming`: whatever is missing is being fetched. Raise ReferenceInvalid, ManifestMissing, LayerQuarantined.
+        """
+        reference = references.parse(image)
+        manifest = self._images.resolver.known(reference, platform or oci.host_platform())
+        if manifest is None:
+            raise ManifestMissing(
+                reference.host, f"{reference} is not on this node", hint="lazyfs fetch, mount or pull it first"
+            )
+        digests = {layer.digest: layer.size for layer in manifest.layers}
+        layers = [self._census.layer(digest) for digest in digests]
+        for layer in layers:
+            if layer.quarantine:
+                raise LayerQuarantined(layer.digest, layer.quarantine)
+        due = [layer for layer in layers if not (layer.complete and layer.verified)]
+        with self._lock:
+            fetched = {digest for needs in self._needs.values() for digest in needs}
+        return {
+            "reference": str(reference),
+            "manifest_digest": manifest.digest,
+            "layers": len(layers),
+            "missing": [layer.digest for layer in due],
+            "present": sum(layer.present for layer in layers),
+            "full": sum(layer.full or layer.size or digests[layer.digest] for layer in layers),
+            "whole": not due,
+            "coming": all(layer.used and (self._settings.background or layer.digest in fetched) for layer in due),
+        }
 
     async def _complete(self, image: MountedImage, say: Say) -> None:
         layers = image.distinct_layers()

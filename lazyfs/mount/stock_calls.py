@@ -33,6 +33,9 @@ class StockCalls:
         match name:
             case "fetch_image":
                 return asdict(await self._fetcher.fetch(_wanted(args), say))
+            case "image_state":
+                wanted = _wanted(args)
+                return await self._in_thread(partial(self._fetcher.state, wanted.image, wanted.platform))
             case "cache_layers":
                 return await self._in_thread(partial(self._stock.layers, str(args.get("after") or "")))
             case "cache_images":
@@ -83,7 +86,7 @@ def _wanted(args: dict[str, Any]) -> Wanted:
     if not isinstance(image, str) or not image:
         raise UsageError("a control call lacks image")
     if not isinstance(platform, str | None) or not isinstance(plain_http, bool | None):
-        raise UsageError("fetch_image: platform is a text and plain_http true or false")
+        raise UsageError("platform is a text and plain_http true or false")
     given = None if access is None else accesses.from_json(access)
     return Wanted(image, platform, plain_http, given, pull_of(args), args.get("pin") is True)
 

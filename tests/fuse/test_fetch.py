@@ -210,3 +210,29 @@ def test_a_black_hole_is_told(node: Node, registry: FakeRegistry) -> None:
     began = time.monotonic()
     node.refused(5, "fetch", "-q", image.reference)
     assert time.monotonic() - began < 40
+
+
+def test_wait_returns_when_an_image_is_whole(node: Node, registry: FakeRegistry) -> None:
+    node.settings["BACKGROUND"] = "1"
+    image = image_of(registry, "app")
+    unknown = node.lazyfs("wait", image.reference)
+    assert unknown.returncode == 3 and "is not on this node" in unknown.stderr
+    registry.fault(Fault.BLACK_HOLE, path="/blobs/", after=2)  # behind config and TOC
+    tree = node.mount(image)
+    late = node.lazyfs("wait", "--timeout", "1", image.reference)
+    assert late.returncode == 5 and "1 layer of 1 not done, 1.2 MB to come" in late.stderr
+    registry.clear_faults()
+    done = node.lazyfs("wait", "--json", image.reference)
+    (told,) = json.loads(done.stdout)["images"]
+    assert done.returncode == 0 and told["whole"] and told["missing"] == [] and told["present"] == told["full"]
+    sent = len(registry.requests)
+    assert node.read(tree / "data") == pattern(SIZE, 3 + sum(b"app"))
+    assert node.lazyfs("wait", image.reference).returncode == 0
+    assert len(registry.requests) == sent, "it was whole, and nobody asked"
+
+
+def test_wait_for_what_nobody_fetches_is_refused_at_once(node: Node, registry: FakeRegistry) -> None:
+    image = image_of(registry, "app")
+    node.mount(image)  # the tests' daemons have no background work
+    done = node.lazyfs("wait", image.reference)
+    assert done.returncode == 5 and "nobody fetches it" in done.stderr and "lazyfs fetch it" in done.stderr
