@@ -101,10 +101,11 @@ class DockerRegistry:
 
 
 @contextlib.contextmanager
-def docker_registry(directory: Path, blobs: Path | None = None) -> Iterator[DockerRegistry]:
+def docker_registry(directory: Path, blobs: Path | None = None, extra: str = "") -> Iterator[DockerRegistry]:
     """Run Debian's docker-registry on a free loopback port, its blobs below `directory` or in `blobs`.
 
-    Several may serve the same blobs, as long as one of them at most is written to.
+    Several may serve the same blobs, as long as one of them at most is written to. `extra` is appended to its config
+    (YAML).
     """
     directory.mkdir(parents=True, exist_ok=True)
     log = directory / "registry.log"
@@ -115,7 +116,7 @@ def docker_registry(directory: Path, blobs: Path | None = None) -> Iterator[Dock
             "version: 0.1\n"
             "log: {level: info, accesslog: {disabled: false}}\n"
             f"storage: {{filesystem: {{rootdirectory: {blobs or directory / 'blobs'}}}, delete: {{enabled: true}}}}\n"
-            f"http: {{addr: '127.0.0.1:{port}'}}\n"
+            f"http: {{addr: '127.0.0.1:{port}'}}\n" + extra
         )
         with log.open("ab") as sink:
             process = subprocess.Popen(

@@ -14,8 +14,10 @@ from pathlib import Path
 import pytest
 
 from tests.helpers import real
+from tests.helpers.blobs import zstd_chunked_layer
 from tests.helpers.certs import Pair, TestAuthority
-from tests.helpers.daemon import Node, pattern
+from tests.helpers.daemon import Node, pattern, until
+from tests.helpers.fake_registry import FakeRegistry
 from tests.helpers.front import demanding_nginx
 from tests.helpers.tars import file, tar_of
 
@@ -144,6 +146,63 @@ def test_a_mirror_without_login_before_the_company(node: Node, company: Company,
         asked = mirror.log.read_text()
         assert f"ns={company.host.replace(':', '%3A')}" in asked and "/blobs/sha256:" in asked
         assert "authorization" not in asked.lower()
+
+
+def test_a_mirror_that_pulls_through(company: Company, scratch: Path) -> None:
+    """Debian's registry as a cache: it answers a range of a blob that it has not got with the whole blob.
+
+    The origin gives that range, the cache fills meanwhile, and the next node gets every byte of its layer there.
+    """
+    with (
+        real.docker_registry(scratch / "origin") as origin,
+        real.docker_registry(scratch / "through", extra=f"proxy: {{remoteurl: 'http://{origin.host}'}}\n") as mirror,
+    ):
+        image = origin.image("team/app", "lazy")
+        certs = scratch / "certs.d" / origin.host
+        certs.mkdir(parents=True)
+        (certs / "hosts.toml").write_text(f'[host."http://{mirror.host}"]\ncapabilities = ["pull", "resolve"]\n')
+        for name in ("first", "second"):
+            (scratch / name).mkdir()
+            with Node(scratch / name, CERTS_DIR=str(certs.parent)) as node:
+                if name == "first":
+                    done = node.lazyfs("convert", company.layout, image)
+                    assert done.returncode == 0, done.stderr
+                origin_was, mirror_was = len(origin.log.read_text()), len(mirror.log.read_text())
+                assert node.read(node.mount(image) / "data") == CONTENT
+                asked = origin.log.read_text()[origin_was:]
+                if name == "first":
+                    blob = max((scratch / "origin/blobs").rglob("data"), key=lambda path: path.stat().st_size)
+                    copy = scratch / "through/blobs" / blob.relative_to(scratch / "origin/blobs")
+                    until(copy.exists, "the cache has the layer")
+                else:
+                    assert '"lazyfs/' not in asked, asked
+                    assert '" 206 ' in mirror.log.read_text()[mirror_was:]
+
+
+def test_podmans_mirror_and_login(scratch: Path) -> None:
+    """registries.conf and $REGISTRY_AUTH_FILE are the command's, and hold for the daemon that it starts."""
+    halves = {"one": pattern(1_500_000, 1), "two": pattern(1_500_000, 2)}
+    layer = zstd_chunked_layer(tar_of(*(file(name, data) for name, data in halves.items())))
+    parts = [(layer.blob, dict(layer.annotations), layer.media_type)]
+    with FakeRegistry(auth="basic", users={USER: PASSWORD}) as origin, FakeRegistry() as mirror, Node(scratch) as node:
+        reference = origin.add_image("team/app", "1", parts).reference
+        mirror.add_image("cached/app", "1", parts)
+        conf, auth = scratch / "registries.conf", scratch / "auth.json"
+        conf.write_text(
+            f'[[registry]]\nprefix = "{origin.host}/team"\nlocation = "{origin.host}/team"\n'
+            f'[[registry.mirror]]\nlocation = "{mirror.host}/cached"\n'
+        )
+        auth.write_text(json.dumps({"auths": {origin.host: {"username": USER, "password": PASSWORD}}}))
+        node.prefix = ("env", f"CONTAINERS_REGISTRIES_CONF={conf}", f"REGISTRY_AUTH_FILE={auth}")
+        tree = node.mount(reference)
+        assert node.read(tree / "one") == halves["one"]
+        assert origin.count() == 0 and mirror.count() > 0
+        assert not any(request.authorization for request in mirror.requests)
+        mirror.stop_listening()
+        assert node.read(tree / "two") == halves["two"]
+        assert any(request.authorization for request in origin.requests)
+        node.prefix = ("env", f"CONTAINERS_REGISTRIES_CONF={conf}", f"REGISTRY_AUTH_FILE={scratch}/none")
+        assert node.lazyfs("verify", "--creds", f"{USER}:{PASSWORD}", reference).returncode == 0
 
 
 def test_what_is_missing_is_one_sentence(node: Node, company: Company, scratch: Path) -> None:
