@@ -19,6 +19,7 @@ from lazyfs.container import mounts
 from lazyfs.errors import LazyfsError, MountFailed
 from lazyfs.format.entry import Chunk, Entry, Kind
 from lazyfs.format.erofs_write import write_erofs
+from lazyfs.format.listing import Listing
 from lazyfs.format.table import FORM_PLAIN, PAGE, LayerTable
 from lazyfs.format.table_build import LayerFacts, build_table
 from lazyfs.mount import erofs_mount
@@ -30,6 +31,7 @@ log = logging.getLogger(__name__)
 
 DEADLINE = 10.0  # seconds for all of it
 _WHOLE = 2 * PAGE  # bytes of the file that can be read from end to end; the next one, a read-ahead long, follows
+_LABEL = b"security.lazyfs"  # an attribute of the kind that file capabilities are
 _KEY = "probe"
 
 
@@ -125,7 +127,7 @@ def _try_methods(scratch: Path, device: Path) -> Verdict:
 
 def _write_image(scratch: Path, image: Path) -> None:
     table_path, tree_path = scratch / "table", scratch / "tree"
-    build_table(table_path, LayerFacts(FORM_PLAIN, PROBE_SIZE, 0), _entries())
+    build_table(table_path, LayerFacts(FORM_PLAIN, PROBE_SIZE, 0), Listing.of(_entries()))
     table = LayerTable(table_path)
     build_tree(tree_path, [table])
     tree = Tree(tree_path)
@@ -137,6 +139,7 @@ def _write_image(scratch: Path, image: Path) -> None:
 
 
 def _entries() -> Iterator[tuple[Entry, list[Chunk]]]:
+    yield Entry(b"labelled", Kind.REG, 0o644, 0, 0, 0, xattrs=((_LABEL, b"1"),)), []
     for name, start, size in ((b"whole", 0, _WHOLE), (b"half", _WHOLE, PROBE_SIZE - _WHOLE)):
         yield Entry(name, Kind.REG, 0o644, 0, 0, 0, size), [Chunk(0, size, start, 0, bytes(32))]
 
@@ -151,6 +154,7 @@ def _try(image: Path, device: Path, place: Path, method: Method) -> None:
     if (shown / "whole").read_bytes() != b"\xff" * _WHOLE:
         raise MountFailed("a file has other bytes than its device")
     _check_failing_read(shown / "half")
+    _check_attribute(shown / "labelled")
     _overlay(shown, upper, work, merged)
     _overlay(merged, upper2, work2, merged2)
 
@@ -165,6 +169,16 @@ def _overlay(lower: Path, upper: Path, work: Path, merged: Path) -> None:
                 raise MountFailed("an overlay above shows other bytes")
     except OSError as error:
         raise MountFailed(f"an overlay above fails: {error.strerror}") from None
+
+
+def _check_attribute(path: Path) -> None:
+    """Read an extended attribute. Without them programs would lose their capabilities without a word."""
+    try:
+        if os.getxattr(path, _LABEL) == b"1":
+            return
+    except OSError:
+        pass
+    raise MountFailed("this kernel's erofs shows no extended attributes")
 
 
 def _check_failing_read(path: Path) -> None:

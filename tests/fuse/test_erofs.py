@@ -256,3 +256,16 @@ def test_a_kernel_without_erofs_is_told(tmp_path: Path, monkeypatch: pytest.Monk
 
     monkeypatch.setattr(mounts, "syscall", without)
     assert probe(tmp_path, tmp_path / "none") == Verdict(None, "this kernel has no erofs: No such device")
+
+
+def test_a_kernel_whose_erofs_has_no_attributes_is_told(
+    node: Node, registry: FakeRegistry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    node.mount(add(registry, "attributes", layer()))
+
+    def without(path: Path, name: bytes) -> bytes:
+        raise OSError(errno.EOPNOTSUPP, "no")
+
+    monkeypatch.setattr(os, "getxattr", without)
+    found = probe(tmp_path, node.run_dir / "mnt" / ".data" / "probe")
+    assert found.method is None and "shows no extended attributes" in found.reason
