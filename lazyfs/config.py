@@ -168,4 +168,5 @@ def _coerce_all(document: Mapping[str, Any], where: str) -> dict[str, Any]:
 def _complete(values: dict[str, Any], euid: int) -> Settings:
     root = values.pop("root", None) or _default_root(euid)
     run = values.pop("run", None) or _default_run(euid, root)
-    return replace(Settings(root, run), **values)
+    # As the mount table has it: /var/run is a symlink on many machines, and no mount below one would be found there.
+    return replace(Settings(root, Path(os.path.realpath(run))), **values)

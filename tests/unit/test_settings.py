@@ -41,3 +41,10 @@ def test_rates_are_sizes_a_second(config: Path, monkeypatch: pytest.MonkeyPatch)
     assert (load().background_rate, load().prefetch_rate) == (10_000_000, 0)
     monkeypatch.setenv("LAZYFS_BACKGROUND_RATE", "1MiB")
     assert load().background_rate == 1 << 20
+
+
+def test_the_run_directory_is_named_as_the_mount_table_has_it(config: Path, tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "var").symlink_to(tmp_path / "run")
+    settings = load({"run": str(tmp_path / "var" / "lazyfs")})
+    assert settings.shown == (tmp_path / "run" / "lazyfs" / "erofs").resolve()
