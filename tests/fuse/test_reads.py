@@ -165,6 +165,23 @@ def test_mixed_layers_and_the_note_for_a_plain_one(node: Node, registry: FakeReg
     assert node.read(directory / "big") == BIG
 
 
+def test_a_plain_layer_is_shared_and_evicted_like_any(scratch: Path, registry: FakeRegistry) -> None:
+    """Two images cost one download; evicted for another image, it is fetched once more."""
+    content, large = pattern(3_000_000, 4), pattern(6_000_000, 9)
+    layer = gzip.compress(tar_of(file("content", content)), mtime=0)
+    one, two = add(registry, "one", layer), add(registry, "two", layer)
+    other = add(registry, "other", zstd_chunked_layer(tar_of(file("large", large))))
+    with Node(scratch, STORE_SIZE="8MB", MEMORY_SIZE="0", READ_TIMEOUT="30") as node:
+        trees = [node.mount(one), node.mount(two)]
+        assert node.read(trees[1] / "content") == content
+        assert registry.count("GET", one.layers[0]) == 1
+        for tree in trees:
+            node.umount(tree)
+        assert node.read(node.mount(other) / "large") == large
+        assert node.read(node.mount(one) / "content") == content
+        assert registry.count("GET", one.layers[0]) == 2
+
+
 def test_eviction_under_reads(scratch: Path, registry: FakeRegistry, driver: str) -> None:
     with Node(scratch, DRIVER=driver, STORE_SIZE="4MB", MEMORY_SIZE="1MB") as node:
         check_eviction(node, registry)
