@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 _THREADS = 4
+_LEAVERS = 4  # threads that take mounts away: never those in which an image is made, for two minutes at worst
 
 
 class Driver(StrEnum):
@@ -80,6 +81,7 @@ class Showing:
         self._testing = trio.Lock()
         self._places: dict[str, _Place] = {}
         self._limiter = trio.CapacityLimiter(_THREADS)
+        self._leavers = trio.CapacityLimiter(_LEAVERS)
 
     # -- the choice
 
@@ -185,12 +187,12 @@ class Showing:
 
     async def close(self) -> None:
         """Take all mounts away: before the session goes. A checkpoint."""
-        await trio.to_thread.run_sync(self._clear, limiter=self._limiter)
+        await trio.to_thread.run_sync(self._clear, limiter=self._leavers)
         self._places.clear()
 
     async def clean_up_crashed(self) -> None:
         """Take away what a daemon that died has left mounted. A checkpoint."""
-        await trio.to_thread.run_sync(self._clear, limiter=self._limiter)
+        await trio.to_thread.run_sync(self._clear, limiter=self._leavers)
 
     def _clear(self) -> None:
         base = os.fsencode(self._settings.shown)
@@ -224,7 +226,7 @@ class Showing:
         async with place.lock:
             if not place.users and self._places.get(key) is place:
                 await trio.to_thread.run_sync(
-                    erofs_mount.unmount, self._settings.shown / key, limiter=self._limiter
+                    erofs_mount.unmount, self._settings.shown / key, limiter=self._leavers
                 )  # fmt: skip
                 if not place.users:
                     del self._places[key]

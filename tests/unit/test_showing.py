@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -126,3 +127,28 @@ async def test_one_mount_for_all_users_until_the_last_goes(make: Make, made: lis
     made.append(("unmount", made[-1][1], None))  # by somebody else
     await one.show(PLANTED, None)
     assert made[-1][0] == "mount"
+
+
+async def test_images_that_take_long_keep_nobody_from_letting_go(tmp_path: Path, made: list[Any], make: Make) -> None:
+    go_on, waiting = threading.Event(), threading.Semaphore(0)
+
+    def image_of(planted: Planted) -> tuple[Path, list[int]]:
+        if planted is not PLANTED:
+            waiting.release()
+            go_on.wait(20)
+        return Path("image"), [3]
+
+    make(WORKS)
+    one = Showing(Settings(tmp_path / "root", tmp_path / "run"), image_of, lambda planted: "/fuse", "")
+    shown = await one.show(PLANTED, None)
+    async with trio.open_nursery() as nursery:
+        try:
+            for number in range(8):
+                other = Planted(number, b"%064d" % number, None, ())  # type: ignore[arg-type]
+                nursery.start_soon(one.show, other, None)
+            await trio.to_thread.run_sync(waiting.acquire)
+            with trio.fail_after(10):
+                await one.hide(PLANTED, shown)
+        finally:
+            go_on.set()
+    assert [kind for kind, *_ in made][:2] == ["mount", "unmount"]
