@@ -8,7 +8,7 @@ import shutil
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, TypeGuard
 from uuid import uuid4
 
 import trio
@@ -165,6 +165,9 @@ class Mounted:
         access, driver = args.get("access"), args.get("driver")
         if not isinstance(driver, str | None):
             raise UsageError("mount_image: driver is a text")
+        entrypoint, command = args.get("entrypoint"), args.get("command")
+        if not isinstance(entrypoint, str | None) or not (command is None or _is_words(command)):
+            raise UsageError("mount_image: command is a list of texts and entrypoint a text")
         image = await self._images.mount(
             name,
             platform,
@@ -181,10 +184,7 @@ class Mounted:
             raise
         mount = Mount(uuid4().hex[:16], name, image, shown, connection if args.get("lease") else None)
         self._mounts[mount.id] = mount
-        if args.get("command") is not None:
-            entrypoint, command = args.get("entrypoint"), args["command"]
-            if not isinstance(entrypoint, str | None) or not _is_words(command):
-                raise UsageError("mount_image: command is a list of texts and entrypoint a text")
+        if command is not None:
             self._images.expect_exec(image, entrypoint, command)
         self._note_change()
         return {
@@ -259,7 +259,7 @@ def _text(args: dict[str, Any], name: str) -> str:
     return value
 
 
-def _is_words(value: object) -> bool:
+def _is_words(value: object) -> TypeGuard[list[str]]:
     return isinstance(value, list) and all(isinstance(word, str) for word in value)
 
 

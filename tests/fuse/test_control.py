@@ -55,6 +55,7 @@ def test_wrong_types_and_values(node: Node, registry: FakeRegistry) -> None:
         ("mount_image", {"image": "docker://UPPER CASE"}, {"ReferenceInvalid"}),
         ("mount_image", {"image": "x", "platform": 5}, {"UsageError"}),
         ("mount_image", {"image": "x", "plain_http": "yes"}, {"UsageError"}),
+        ("mount_image", {"image": f"{registry.host}/one", "command": "ls"}, {"UsageError"}),
         ("mount_image", {"image": f"{registry.host}/one", "platform": "plan9/mips"}, {"PlatformMissing", "UsageError"}),
         ("attach", {"mount": "unknown", "dir": "/x", "kind": "ro"}, {"MountPointInvalid"}),
         ("attach", {"mount": mount, "dir": "/x", "kind": "strange"}, {"UsageError"}),
@@ -73,7 +74,7 @@ def test_wrong_types_and_values(node: Node, registry: FakeRegistry) -> None:
             answer = ask(sock, json.dumps({"id": number, "call": call, "args": arguments}).encode())
             assert answer["id"] == number
             assert answer["error"]["class"] in classes, (call, arguments, answer)
-    assert node.status()["mounts"][0]["dir"] == str(node.place / "mnt1")
+    assert [shown["dir"] for shown in node.status()["mounts"]] == [str(node.place / "mnt1")]
 
 
 def test_a_line_without_end_is_cut_off(node: Node, registry: FakeRegistry) -> None:
