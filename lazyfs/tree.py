@@ -12,12 +12,13 @@ from __future__ import annotations
 
 import hashlib
 from array import array
+from bisect import bisect_left
 from collections.abc import Sequence
 from itertools import accumulate
 from pathlib import Path
 
 from lazyfs.errors import TableInvalid, TocInvalid
-from lazyfs.format.columns import Columns, write_columns
+from lazyfs.format.columns import Column, Columns, write_columns
 from lazyfs.format.entry import Kind
 from lazyfs.format.table import FLAG_IMPLICIT, FLAG_OPAQUE, FLAG_REPLACES, LayerTable, Names
 
@@ -75,53 +76,97 @@ class Tree(Names):
 
 
 class _Dir:
-    """A directory while layers are applied. Leaves are numbers, layer << 32 | row: half a million of them must fit."""
+    """A directory while layers are applied. Leaves are numbers, layer << 32 | row: half a million of them must fit.
 
-    __slots__ = ("at", "children", "layer", "parent", "row")
+    As long as only one layer has something in it, `whole` says which directory of which layer it is, written like a
+    leaf, and there are no children here; `_Chain.children` brings them.
+    """
 
-    def __init__(self, layer: int, row: int, parent: _Dir | None) -> None:
+    __slots__ = ("at", "children", "layer", "parent", "row", "whole")
+
+    def __init__(self, layer: int, row: int, parent: _Dir | None, whole: int = -1) -> None:
         self.layer = layer
         self.row = row
         self.parent = parent
+        self.whole = whole
         self.children: dict[bytes, _Dir | int] = {}
         self.at = 0  # row in the tree, in the end
 
 
+class _Rows:
+    """A table's columns as they are asked for here."""
+
+    __slots__ = ("child_count", "ends", "first_child", "flags", "kinds", "linked", "marked", "names")
+
+    def __init__(self, table: LayerTable) -> None:
+        self.flags, self.first_child, self.child_count = table.flags, table.first_child, table.child_count
+        self.kinds, self.names = bytes(table.kind), bytes(table.names)
+        self.ends: list[int] = table.name_end.tolist()
+        # All names of an inode have its count of links.
+        links = zip(table.nlink.tolist(), self.kinds, strict=True)
+        self.linked = [row for row, (count, kind) in enumerate(links) if count != 1 and kind != _DIR]
+        self.marked: set[int] = set()  # directories with whiteouts
+        row = self.kinds.find(_WHITEOUT)
+        while row >= 0:
+            self.marked.add(table.parent[row])
+            row = self.kinds.find(_WHITEOUT, row + 1)
+
+    def span(self, row: int) -> tuple[int, int]:
+        """Return a directory's first child, and the row behind the last one."""
+        first: int = self.first_child[row]
+        return first, first + self.child_count[row]
+
+
 def build_tree(path: Path, tables: Sequence[LayerTable]) -> None:
-    """Merge `tables` (base first, at least one) and write the tree to `path`. Blocking, about 1.5 µs a row.
+    """Merge `tables` (base first, at least one) and write the tree to `path`. Blocking, about 0.5 µs a row, 2 µs where
+    several layers have something in a directory.
 
     Raise StoreFull or StoreBroken when the file can't be written, TocInvalid for a layer that no unpack could apply.
     """
     chain = _Chain(tables)
-    for number in range(len(tables)):
+    for number in range(1, len(tables)):
         chain.apply(number)
-    _write(path, chain.root, tables)
+    _Writer(chain, tables).write(path)
 
 
 class _Chain:
-    """The directories that the layers applied so far have left."""
+    """The directories that the layers applied so far have left: the base's, to begin with."""
 
     def __init__(self, tables: Sequence[LayerTable]) -> None:
-        self.root = _Dir(0, 0, None)
+        self.rows = [_Rows(table) for table in tables]
+        self.root = _Dir(0, 0, None, whole=0)
         self._tables = tables
         self._followed = 0
 
+    def children(self, here: _Dir) -> dict[bytes, _Dir | int]:
+        """Return a directory's children, fetched from its layer where nobody asked for them before."""
+        if here.whole >= 0:
+            number, row = here.whole >> _SHIFT, here.whole & _MASK
+            rows, leaf = self.rows[number], number << _SHIFT
+            kinds, ends, names = rows.kinds, rows.ends, rows.names
+            here.whole = -1
+            for child in range(*rows.span(row)):
+                kind, name = kinds[child], names[ends[child] : ends[child + 1]]
+                if kind == _DIR:
+                    here.children[name] = _Dir(number, child, here, whole=leaf | child)
+                elif kind != _WHITEOUT:
+                    here.children[name] = leaf | child
+        return here.children
+
     def apply(self, number: int) -> None:
         """Unpack one layer over what the lower ones left."""
-        table = self._tables[number]
-        flags, kinds, ends = table.flags, bytes(table.kind), table.name_end.tolist()
-        first_child, child_count = table.first_child, table.child_count
-        names, leaf = bytes(table.names), number << _SHIFT
+        rows, leaf = self.rows[number], number << _SHIFT
+        flags, kinds, ends, names = rows.flags, rows.kinds, rows.ends, rows.names
         if not flags[0] & FLAG_IMPLICIT:
             self.root.layer, self.root.row = number, 0
         todo: list[tuple[_Dir, int]] = [(self.root, 0)]
         while todo:
             here, row = todo.pop()
-            children = here.children
             if flags[row] & FLAG_OPAQUE:
-                children.clear()
-            first = first_child[row]
-            for child in range(first, first + child_count[row]):
+                here.whole = -1
+                here.children.clear()
+            children = self.children(here)
+            for child in range(*rows.span(row)):
                 kind = kinds[child]
                 name = names[ends[child] : ends[child + 1]]
                 if kind == _WHITEOUT:
@@ -129,18 +174,22 @@ class _Chain:
                 elif kind != _DIR:
                     children[name] = leaf | child
                 else:
-                    todo.append((self._directory(here, name, number, child), child))
+                    found = self._directory(here, name, number, child)
+                    if found is None:
+                        children[name] = _Dir(number, child, here, whole=leaf | child)
+                    else:
+                        todo.append((found, child))
 
-    def _directory(self, here: _Dir, name: bytes, number: int, row: int) -> _Dir:
-        """Return the directory that a layer's directory row comes to, made where there is none."""
-        flags = self._tables[number].flags[row]
+    def _directory(self, here: _Dir, name: bytes, number: int, row: int) -> _Dir | None:
+        """Return the directory that a layer's directory row comes to; None where it is a new one."""
+        flags = self.rows[number].flags[row]
         found = None if flags & FLAG_REPLACES else here.children.get(name)
         implicit = bool(flags & FLAG_IMPLICIT)
         if isinstance(found, int) and implicit:
             found = self._follow(here, found, number, row)
         if not isinstance(found, _Dir):
-            found = here.children[name] = _Dir(number, row, here)
-        elif not implicit:
+            return None
+        if not implicit:
             found.layer, found.row = number, row
         return found
 
@@ -185,82 +234,119 @@ class _Chain:
                     missing.pop()
                 else:
                     step = at.parent or at
-            elif missing or part not in at.children:
+            elif missing or part not in self.children(at):
                 missing.append(part)
             else:
                 step = at.children[part]
         for part in missing:
-            made = at.children[part] = _Dir(number, row, at)
+            made = self.children(at)[part] = _Dir(number, row, at)
             at = made
         return at
 
 
-def _write(path: Path, root: _Dir, tables: Sequence[LayerTable]) -> None:
-    places, parents, names = [root.layer << _SHIFT | root.row], [0], [b""]
-    dirs = [root]
-    for here in dirs:  # grows while it is walked
-        children = here.children
-        if children:
-            listed = sorted(children)
-            names += listed
-            parents += [here.at] * len(listed)
-            row = len(places)
-            for name in listed:
-                child = children[name]
-                if child.__class__ is int:
-                    places.append(child)
-                else:
-                    assert isinstance(child, _Dir)
-                    child.at = row
-                    places.append(child.layer << _SHIFT | child.row)
-                    dirs.append(child)
-                row += 1
-    columns = _attributes(places, tables)
-    rows = len(places)
-    first_child, child_count = (array("I", bytes(4 * rows)) for _ in range(2))
-    nlink, own = columns["nlink"], columns["own"]
-    at = 1
-    for here in dirs:
-        nlink[here.at], own[here.at] = 2, 1
-        if here.children:
-            first_child[here.at], child_count[here.at] = at, len(here.children)
-            at += len(here.children)
-    for here in dirs[1:]:
-        nlink[parents[here.at]] += 1
-    columns.update(parent=array("I", parents), first_child=first_child, child_count=child_count)
-    name_end = array("I", accumulate(map(len, names), initial=0))
-    ordered = {name: columns[name] for name in _COLUMNS}
-    write_columns(path, MAGIC, VERSION, {**ordered, "name_end": name_end, "names": b"".join(names)})
+class _Writer:
+    """The rows of a tree, breadth first and sorted, and what they are."""
 
+    def __init__(self, chain: _Chain, tables: Sequence[LayerTable]) -> None:
+        self._chain = chain
+        self._tables = tables
+        self._dirs = [chain.root]
+        self._layers, self._sources = array("H", [chain.root.layer]), [chain.root.row]
+        self._kinds = bytearray([_DIR])
+        self._parents = array("I", [0])
+        self._names: list[bytes] = [b""]
+        self._ends = [0, 0]
+        self._linked = [frozenset(rows.linked) for rows in chain.rows]
+        self._several: list[int] = []  # rows whose inode has more than one name in its layer
 
-def _attributes(places: list[int], tables: Sequence[LayerTable]) -> dict[str, array[int]]:
-    """Return what the rows are, from where they are in the tables; links of directories are left to the caller."""
-    rows = len(places)
-    layer = [place >> _SHIFT for place in places]
-    source = [place & _MASK for place in places]
-    kinds, links = [bytes(table.kind) for table in tables], [table.nlink.tolist() for table in tables]
-    kind = array("B", [kinds[number][row] for number, row in zip(layer, source, strict=True)])
-    nlink, own, inode = array("I", [1]) * rows, array("B", bytes(rows)), array("I", range(rows))
-    # In the tables all names of an inode have its count of links: whoever has one is alone here too.
-    several = [
-        row
-        for row, (number, at) in enumerate(zip(layer, source, strict=True))
-        if links[number][at] != 1 and kind[row] != _DIR
-    ]
-    first_of: dict[tuple[int, int], int] = {}
-    for row in several:
-        table = tables[layer[row]]
-        if kind[row] == _HARDLINK:
-            source[row] = table.aux[source[row]]
-            kind[row] = table.kind[source[row]]
-        first = first_of.setdefault((layer[row], source[row]), row)
-        if first != row:
-            inode[row] = first
-            nlink[first] += 1
-    for row in several:
-        nlink[row] = nlink[inode[row]]
-        own[row] = nlink[row] != links[layer[row]][source[row]]
-    return {
-        "kind": kind, "layer": array("H", layer), "source": array("I", source), "nlink": nlink, "own": own,
-        "inode": inode,
-    }  # fmt: skip
+    def write(self, path: Path) -> None:
+        """Lay the tree out and write it. Raise StoreFull or StoreBroken."""
+        counts = []
+        for here in self._dirs:  # grows while it is walked
+            before = len(self._sources)
+            if here.whole >= 0 and here.whole & _MASK not in self._chain.rows[here.whole >> _SHIFT].marked:
+                self._add_whole(here)
+            else:
+                self._add_children(here)
+            counts.append(len(self._sources) - before)
+            self._parents += array("I", [here.at]) * counts[-1]
+        columns = self._attributes()
+        rows = len(self._sources)
+        first_child, child_count = (array("I", bytes(4 * rows)) for _ in range(2))
+        nlink, own = columns["nlink"], columns["own"]
+        at = 1
+        for here, count in zip(self._dirs, counts, strict=True):
+            nlink[here.at], own[here.at] = 2, 1
+            if count:
+                first_child[here.at], child_count[here.at] = at, count
+                at += count
+        for here in self._dirs[1:]:
+            nlink[self._parents[here.at]] += 1
+        columns.update(parent=self._parents, first_child=first_child, child_count=child_count)
+        ordered: dict[str, Column] = {name: columns[name] for name in _COLUMNS}
+        ordered.update(name_end=array("I", self._ends), names=b"".join(self._names))
+        write_columns(path, MAGIC, VERSION, ordered)
+
+    def _add_whole(self, here: _Dir) -> None:
+        """Add the children of a directory that is one layer's, as they stand in its table."""
+        number, row = here.whole >> _SHIFT, here.whole & _MASK
+        rows = self._chain.rows[number]
+        first, last = rows.span(row)
+        shift, start = len(self._sources) - first, rows.ends[first]
+        moved = self._ends[-1] - start
+        ends = rows.ends[first + 1 : last + 1]
+        self._ends += ends if not moved else [end + moved for end in ends]
+        self._names.append(rows.names[start : rows.ends[last]])
+        self._layers += array("H", [number]) * (last - first)
+        self._sources += range(first, last)
+        self._kinds += rows.kinds[first:last]
+        linked = rows.linked
+        self._several += [at + shift for at in linked[bisect_left(linked, first) : bisect_left(linked, last)]]
+        child = rows.kinds.find(_DIR, first, last)
+        while child >= 0:
+            made = _Dir(number, child, here, whole=number << _SHIFT | child)
+            made.at = child + shift
+            self._dirs.append(made)
+            child = rows.kinds.find(_DIR, child + 1, last)
+
+    def _add_children(self, here: _Dir) -> None:
+        children = self._chain.children(here)
+        listed = sorted(children)
+        self._names += listed
+        self._ends += accumulate(map(len, listed), initial=self._ends.pop())
+        linked = self._linked
+        for row, name in enumerate(listed, len(self._sources)):
+            child = children[name]
+            if isinstance(child, _Dir):
+                child.at = row
+                self._dirs.append(child)
+                layer, source = child.layer, child.row
+            else:
+                layer, source = child >> _SHIFT, child & _MASK
+                if source in linked[layer]:
+                    self._several.append(row)
+            self._layers.append(layer)
+            self._sources.append(source)
+            self._kinds.append(self._chain.rows[layer].kinds[source])
+
+    def _attributes(self) -> dict[str, array[int]]:
+        """Return what the rows are; links of directories are left to the caller."""
+        rows, layer, source, kind = len(self._sources), self._layers, self._sources, self._kinds
+        nlink, own, inode = array("I", [1]) * rows, array("B", bytes(rows)), array("I", range(rows))
+        first_of: dict[tuple[int, int], int] = {}
+        for row in self._several:
+            table = self._tables[layer[row]]
+            if kind[row] == _HARDLINK:
+                source[row] = table.aux[source[row]]
+                kind[row] = table.kind[source[row]]
+            first = first_of.setdefault((layer[row], source[row]), row)
+            if first != row:
+                inode[row] = first
+                nlink[first] += 1
+        for row in self._several:
+            nlink[row] = nlink[inode[row]]
+            own[row] = nlink[row] != self._tables[layer[row]].nlink[source[row]]
+        return {
+            "kind": array("B", kind), "layer": layer, "source": array("I", source), "nlink": nlink, "own": own,
+            "inode": inode,
+        }  # fmt: skip
