@@ -15,7 +15,7 @@ from typing import Generic, NamedTuple, TypeVar
 from msgspec.structs import replace
 
 from lazyfs.errors import TarInvalid
-from lazyfs.format.entry import MAX_PATH, WHITEOUT_PREFIX, Entry, Kind
+from lazyfs.format.entry import MAX_NAME, MAX_PATH, WHITEOUT_PREFIX, Entry, Kind
 
 T = TypeVar("T")
 
@@ -152,6 +152,8 @@ class Survivors:
         here, missing = self._walk(written, entry)
         for part in missing:
             path = here.path + b"/" + part if here.path else part
+            if len(part) > MAX_NAME:  # of a symlink's target, which nobody looked at until now
+                raise TarInvalid(f"lies below {part[:80]!r}…, a name longer than a file system takes", entry)
             if len(path) >= MAX_PATH:
                 raise TarInvalid("lies deeper than a file system takes, symbolic links followed", entry)
             if part in here.children:

@@ -153,6 +153,7 @@ def test_dangling_symlinks_are_parents_inside_the_root() -> None:
         ([entry(b"f"), entry(b"f/x")], b"f/x", "lies below b'f', which is not a directory"),
         ([entry(b"l", Kind.SYMLINK, b"f"), entry(b"f"), entry(b"l/x")], b"l/x", "not a directory"),
         ([entry(b"p", Kind.FIFO), entry(b"p/x")], b"p/x", "not a directory"),
+        ([entry(b"l", Kind.SYMLINK, b"n" * 256), entry(b"l/x")], b"l/x", "a name longer than a file system takes"),
         ([entry(b"l", Kind.SYMLINK, b"l"), entry(b"l/x")], b"l/x", "cycle of symbolic links"),
         (
             [entry(b"l", Kind.SYMLINK, b"m"), entry(b"m", Kind.SYMLINK, b"/l"), entry(b"l/x")],
