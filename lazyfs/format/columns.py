@@ -55,28 +55,27 @@ def write_columns(path: Path, magic: bytes, version: int, columns: Mapping[str, 
     """
     if sys.byteorder != "little":
         raise StoreBroken("layer tables need a little-endian machine")
-    directory: list[bytes] = []
-    parts: list[tuple[int, memoryview]] = []
+    directory = bytearray()
+    parts: list[memoryview] = []
     offset = _HEAD.size + _COLUMN.size * len(columns)
     for name, column in columns.items():
         view = memoryview(column)
         typecode = column.typecode if isinstance(column, array) else "B"
-        offset = (offset + 7) & ~7
-        directory.append(_COLUMN.pack(name.encode(), typecode.encode(), offset, view.nbytes))
-        parts.append((offset, view.cast("B") if view.nbytes else memoryview(b"")))
+        pad = -offset & 7
+        offset += pad
+        directory += _COLUMN.pack(name.encode(), typecode.encode(), offset, view.nbytes)
+        parts += [memoryview(bytes(pad)), view.cast("B") if view.nbytes else memoryview(b"")]
         offset += view.nbytes
-    body = bytearray(offset - _HEAD.size)
-    body[: _COLUMN.size * len(columns)] = b"".join(directory)
-    for start, view in parts:
-        body[start - _HEAD.size : start - _HEAD.size + len(view)] = view
     blank = _HEAD.pack(magic, version, len(columns), b"", offset)
     whole = hashlib.sha256(blank)
-    whole.update(body)
+    whole.update(directory)
+    for part in parts:
+        whole.update(part)
     head = _HEAD.pack(magic, version, len(columns), whole.digest(), offset)
-    write_parts(path, [head, body])
+    write_parts(path, [head, directory, *parts])
 
 
-def write_parts(path: Path, parts: Sequence[bytes | bytearray]) -> None:
+def write_parts(path: Path, parts: Sequence[bytes | bytearray | memoryview]) -> None:
     """Write a file of these bytes, mode 0600, whole or not at all: under another name first. Blocking.
 
     Raise StoreFull or StoreBroken.

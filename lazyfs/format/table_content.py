@@ -26,75 +26,83 @@ class ContentColumns:
 
     def __init__(self, listing: Listing, sources: Sequence[int], kinds: bytes, *, form: int, payload_end: int) -> None:
         self._listing = listing
+        self._sources = sources
         self._is_plain = form == FORM_PLAIN
         self._payload_end = payload_end
-        self._row_count = len(kinds)
-        row_of = [-1] * (len(listing) + 1)  # one more, for rows that have none
-        for row, source in enumerate(sources):
-            row_of[source] = row
-        row_of[-1] = -1
-        rows_of_files = [row if row >= 0 and kinds[row] == Kind.REG else -1 for row in row_of]
-        with_content = zip(listing.sizes, listing.chunk_counts, rows_of_files, strict=False)
-        self._files = [number for number, (size, count, row) in enumerate(with_content) if row >= 0 and (size or count)]
-        self._rows = pick(row_of, self._files)
-        self._sizes = pick(listing.sizes, self._files)
-        self._counts = pick(listing.chunk_counts, self._files)
+        lives = bytearray(len(listing) + 1)  # one more, for rows that have none
+        for source, kind in zip(sources, kinds, strict=True):
+            if kind == Kind.REG:
+                lives[source] = 1
+        # By entry, nothing where nobody can read it.
+        self._sizes = [size if live else 0 for size, live in zip(listing.sizes, lives, strict=False)]
+        self._counts = [count if live else 0 for count, live in zip(listing.chunk_counts, lives, strict=False)]
 
     def fill(self, columns: dict[str, Column]) -> int:
         """Add all columns of content. Return the size of the data space in bytes. Raise TocInvalid."""
+        listing, counts = self._listing, self._counts
         kept = self._kept()
-        offsets, starts = pick(self._listing.offsets, kept), pick(self._listing.blob_offsets, kept)
-        first_chunks = list(accumulate(self._counts, initial=0))
-        bases, data_size = self._bases(pick(starts, first_chunks[:-1]))
-        data_offset, first_chunk, chunk_count = ([0] * self._row_count for _ in range(3))
-        for row, base, first, count in zip(self._rows, bases, first_chunks, self._counts, strict=False):
-            data_offset[row], first_chunk[row], chunk_count[row] = base, first, count
-        of_chunks = bases if len(bases) == len(kept) else chain.from_iterable(map(repeat, bases, self._counts))
-        digests = self._listing.digests
+        offsets, starts = pick(listing.offsets, kept), pick(listing.blob_offsets, kept)
+        ends = list(accumulate(counts))
+        first_chunks = [end - count if count else 0 for end, count in zip(ends, counts, strict=True)]
+        bases, data_size = self._bases(starts, first_chunks)
+        if sum(counts) == len(counts) - counts.count(0):
+            of_chunks: Sequence[int] = [base for base, count in zip(bases, counts, strict=True) if count]
+        else:
+            of_chunks = list(chain.from_iterable(map(repeat, bases, counts)))
+        digests = listing.digests
         columns.update(
-            data_offset=array("Q", data_offset),
-            first_chunk=array("I", first_chunk),
-            chunk_count=array("I", chunk_count),
-            chunk_data_offset=array("Q", map(add, of_chunks, offsets)),
-            chunk_size=array("I", pick(self._listing.chunk_sizes, kept)),
-            chunk_inner=array("Q", pick(self._listing.inner_offsets, kept)),
+            data_offset=array("Q", pick([*bases, 0], self._sources)),
+            first_chunk=array("I", pick([*first_chunks, 0], self._sources)),
+            chunk_count=array("I", pick([*counts, 0], self._sources)),
+            chunk_data_offset=array("Q", list(map(add, of_chunks, offsets)) if any(offsets) else of_chunks),
+            chunk_size=array("I", pick(listing.chunk_sizes, kept)),
+            chunk_inner=array("Q", pick(listing.inner_offsets, kept)),
             chunk_digest=digests
-            if len(kept) == len(self._listing.offsets)
+            if len(kept) == len(listing.offsets)
             else b"".join([digests[32 * chunk : 32 * chunk + 32] for chunk in kept]),
         )
-        columns.update(self._frames(starts, first_chunks))
+        columns.update(self._frames(starts, ends))
         return data_size
 
     def _kept(self) -> Sequence[int]:
         """Return which of the listing's chunks are those of the files. Raise TocInvalid where a file has too few."""
-        listing = self._listing
-        ends = list(accumulate(listing.chunk_counts))
-        lasts = [end - 1 for end in pick(ends, self._files)]
-        stops = map(add, pick(listing.offsets, lasts), pick(listing.chunk_sizes, lasts)) if listing.offsets else ()
-        if 0 in self._counts or list(stops) != list(self._sizes):
-            for number, last, size, count in zip(self._files, lasts, self._sizes, self._counts, strict=True):
-                stop = listing.offsets[last] + listing.chunk_sizes[last] if count else 0
-                if stop != size:
-                    raise TocInvalid(f"{listing.paths[number][:200]!r} has chunks up to {stop} of its {size} bytes")
-        if sum(self._counts) == len(listing.offsets):
-            return range(len(listing.offsets))
-        spans = (range(last - count + 1, last + 1) for last, count in zip(lasts, self._counts, strict=True))
-        return list(chain.from_iterable(spans))
+        listing, counts = self._listing, self._counts
+        every = range(len(listing.offsets))
+        # Nearly always: each file is one chunk.
+        sizes = [size for size in self._sizes if size]
+        if sizes == listing.chunk_sizes and list(map(bool, self._sizes)) == counts and not any(listing.offsets):
+            return every
+        kept: list[int] = []
+        stops = accumulate(listing.chunk_counts)
+        for number, (size, count, stop) in enumerate(zip(self._sizes, counts, stops, strict=True)):
+            if size or count:
+                found = listing.offsets[stop - 1] + listing.chunk_sizes[stop - 1] if count else 0
+                if found != size:
+                    raise TocInvalid(f"{listing.paths[number][:200]!r} has chunks up to {found} of its {size} bytes")
+                kept += range(stop - count, stop)
+        return kept if len(kept) < len(every) else every
 
-    def _bases(self, first_starts: Sequence[int]) -> tuple[Sequence[int], int]:
-        """Return where each file lies in the data space, and the size of that. Raise TocInvalid."""
+    def _bases(self, starts: Sequence[int], first_chunks: list[int]) -> tuple[list[int], int]:
+        """Return where each entry's content lies in the data space, and the size of that. Raise TocInvalid."""
+        sizes = self._sizes
         if self._is_plain:  # it was written there before anybody knew which of its names survive
-            bases = first_starts
-            ends = [(base + size + PAGE - 1) & -PAGE for base, size in zip(bases, self._sizes, strict=True)]
+            bases = [starts[first] if size else 0 for first, size in zip(first_chunks, sizes, strict=True)]
+            data_size = max(
+                [(base + size + PAGE - 1) & -PAGE for base, size in zip(bases, sizes, strict=True)], default=0
+            )
         else:
-            ends = list(accumulate([(size + PAGE - 1) & -PAGE for size in self._sizes]))
-            bases = [0, *ends[:-1]]
-        if max(ends, default=0) > MAX_DATA:
+            ends = list(accumulate([(size + PAGE - 1) & -PAGE for size in sizes], initial=0))
+            bases = [end if size else 0 for end, size in zip(ends, sizes, strict=False)]
+            data_size = ends[-1]
+        if data_size > MAX_DATA:
             raise TocInvalid(f"the layer claims more than {MAX_DATA} bytes of content")
-        return bases, ends[-1] if ends else 0
+        return bases, data_size
 
-    def _frames(self, starts: Sequence[int], first_chunks: Sequence[int]) -> dict[str, Column]:
-        """Return which frame each chunk is in, and the frames. `starts` are the blob offsets of the chunks' frames."""
+    def _frames(self, starts: Sequence[int], ends: Sequence[int]) -> dict[str, Column]:
+        """Return which frame each chunk is in, and the frames.
+
+        `starts` are the blob offsets of the chunks' frames, `ends` the numbers of chunks up to each entry.
+        """
         frame_start, frame_first = array("Q"), array("I")
         frames: list[int] = []
         frame, frame_at = -1, -2  # the last one: its number, and where it starts
@@ -106,7 +114,7 @@ class ContentColumns:
                 add_frame(NO_FRAME)
             else:
                 if start < frame_at:
-                    number = self._files[bisect_right(first_chunks, chunk) - 1]
+                    number = bisect_right(ends, chunk)
                     raise TocInvalid(f"{self._listing.paths[number][:200]!r} is not in blob order")
                 frame, frame_at = frame + 1, start
                 frame_start.append(start)
