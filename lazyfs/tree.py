@@ -19,7 +19,7 @@ from pathlib import Path
 
 from lazyfs.errors import TableInvalid, TocInvalid
 from lazyfs.format.columns import Column, Columns, write_columns
-from lazyfs.format.entry import Kind
+from lazyfs.format.entry import MAX_NAME, Kind
 from lazyfs.format.table import FLAG_IMPLICIT, FLAG_OPAQUE, FLAG_REPLACES, LayerTable, Names
 
 MAGIC = b"LZFTREE\0"
@@ -235,6 +235,8 @@ class _Chain:
                 else:
                     step = at.parent or at
             elif missing or part not in self.children(at):
+                if len(part) > MAX_NAME:
+                    raise TocInvalid("a layer writes below a symbolic link to a name longer than a file system takes")
                 missing.append(part)
             else:
                 step = at.children[part]

@@ -167,6 +167,12 @@ def test_a_cycle_of_symlinks_below_a_layer_is_refused(tmp_path: Path) -> None:
         merged(tmp_path, [symlink(b"a", b"b"), symlink(b"b", b"a")], [entry(b"a/x")])
 
 
+def test_a_symlink_to_a_name_that_can_not_be_is_refused(tmp_path: Path) -> None:
+    assert b"n" * 255 + b"/x" in merged(tmp_path, [symlink(b"l", b"n" * 255)], [entry(b"l/x")])
+    with pytest.raises(TocInvalid, match="a name longer than a file system takes"):
+        merged(tmp_path, [symlink(b"l", b"n" * 256)], [entry(b"l/x")])
+
+
 def test_symlinks_can_not_make_merging_slow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(trees, "_MAX_FOLLOWED", 100_000)
     base = [d(b"d"), *(symlink(b"l%d" % i, b"d/../" * 800 + b"d") for i in range(100))]
