@@ -11,9 +11,9 @@ import stat
 from array import array
 from collections.abc import Sequence
 from itertools import compress
+from typing import NamedTuple
 
 from lazyfs.errors import TocInvalid
-from lazyfs.format.columns import pick
 from lazyfs.format.entry import Kind
 from lazyfs.format.erofs_dirs import Directories, TreeColumns
 from lazyfs.format.erofs_layout import (
@@ -45,6 +45,8 @@ _LINK_MODE = 0o777  # Linux gives symlinks no other, whatever their tar header s
 _STRIDE = 96  # bytes of an ordinary file: an inode, one chunk index, and what is lost up to the next slot
 _TOO_MANY = "the image has too many files for one EROFS image"
 _IS_REG = bytes(kind == Kind.REG for kind in range(256))
+_IS_NOT = bytes(not value for value in range(256))
+_REG_MODE = bytes(value | stat.S_IFREG >> 8 for value in range(256))  # of a mode's upper byte
 _ALIKE = 1 << CHUNK_SHIFT  # bytes; a file with more needs more than one chunk index
 
 
@@ -67,7 +69,7 @@ class Inodes:
         self._extents: list[tuple[int, int, int]] = []  # of each: place, see `_extent`
         self._body: dict[int, bytes] = {}  # row -> attributes
         self._bodies: dict[tuple[int, int], bytes] = {}
-        self._ordinary: list[tuple[list[int], Sequence[int]]] = []  # by layer: rows, and their rows in the table
+        self._ordinary: list[list[_Run]] = []  # by layer
         self.count = 0
         self.special_size = 0  # bytes
         self._place()
@@ -86,50 +88,53 @@ class Inodes:
             at += (head + tail + SLOT - 1) & -SLOT
         self.special_size = align_block(at)
         nid, step = self.special_size // SLOT, _STRIDE // SLOT
-        if nid + step * sum(len(rows) for rows, _ in self._ordinary) > NULL_BLOCK:
+        ordinary = sum(run.files for runs in self._ordinary for run in runs)
+        if nid + step * ordinary > NULL_BLOCK:
             raise TocInvalid(_TOO_MANY)
         nids = self.nids
-        for rows, _ in self._ordinary:
-            for row in rows:
-                nids[row] = nid
-                nid += step
-        self.count = len(self._special) + sum(len(rows) for rows, _ in self._ordinary)
+        for runs in self._ordinary:
+            for run in runs:
+                end = nid + step * run.files
+                nids[run.row : run.row + run.files] = array("I", range(nid, end, step))
+                nid = end
+        self.count = len(self._special) + ordinary
         for row, first in self._links:
             nids[row] = nids[first]
         self._directories.number(nids)
 
     def _sort_out(self) -> None:
         """Divide the rows: special ones, ordinary files by layer, and further names of the same inode."""
-        tree, tables = self._tree, self._tables
-        self._links = [(row, first) for row, first in enumerate(tree.inode.tolist()) if first != row]
+        tree, every = self._tree, range(self._tree.rows)
         is_ordinary = bytearray(bytes(tree.kind).translate(_IS_REG))
+        self._links = []
+        if tree.inode != memoryview(array("I", every)):
+            self._links = [(row, first) for row, first in enumerate(tree.inode.tolist()) if first != row]
         for row, _ in self._links:
             is_ordinary[row] = 0
-        every, layers, sources = range(tree.rows), tree.layer.tolist(), tree.source.tolist()
-        by_layer: list[list[int]] = [[] for _ in tables]
-        if len(tables) == 1:
-            by_layer[0] = list(compress(every, is_ordinary))
-        else:
+        layers, sources = tree.layer.tolist(), tree.source.tolist()
+        odd = [self._odd(table) for table in self._tables]
+        if any(odd):
             for row in compress(every, is_ordinary):
-                by_layer[layers[row]].append(row)
-        for place, (rows, table) in enumerate(zip(by_layer, tables, strict=True)):
-            rows_of_table = pick(sources, rows)
-            odd = {
-                row
-                for row, xattr, size in zip(
-                    rows, pick(table.xattr, rows_of_table), pick(table.size, rows_of_table), strict=True
-                )
-                if (xattr and self._attributes(row, place, xattr)) or size > _ALIKE
-            }
-            if odd:
-                rows = [row for row in rows if row not in odd]
-                rows_of_table = pick(sources, rows)
-                for row in odd:
+                place = layers[row]
+                if sources[row] in odd[place] and self._is_special(row, place):
                     is_ordinary[row] = 0
-            self._ordinary.append((rows, rows_of_table))
+        self._ordinary = _runs(layers, sources, is_ordinary, len(self._tables))
         for row, _ in self._links:
             is_ordinary[row] = 1
-        self._special = [row for row, ordinary in enumerate(is_ordinary) if not ordinary]
+        self._special = list(compress(every, is_ordinary.translate(_IS_NOT)))
+
+    def _odd(self, table: LayerTable) -> frozenset[int]:
+        """Return the rows of a table that an ordinary file can't be of, whatever else is true of them."""
+        with_xattrs = table.xattr.tobytes().strip(b"\0")
+        if not with_xattrs and table.data_size <= _ALIKE:
+            return frozenset()
+        columns = zip(table.xattr, table.size, strict=True)
+        return frozenset(row for row, (xattr, size) in enumerate(columns) if xattr or size > _ALIKE)
+
+    def _is_special(self, row: int, place: int) -> bool:
+        table, source = self._tables[place], self._tree.source[row]
+        xattr = table.xattr[source]
+        return bool(xattr and self._attributes(row, place, xattr)) or table.size[source] > _ALIKE
 
     def _attributes(self, row: int, layer: int, xattr: int) -> bytes:
         """Return (and keep) the attributes of a row, which has the set number `xattr` of its table."""
@@ -217,35 +222,72 @@ class Inodes:
     def ordinary(self) -> list[bytearray]:
         """Return the second area in pieces."""
         out, number = [], len(self._special) + 1
-        for layer, (rows, sources) in enumerate(self._ordinary):
-            if rows:
-                out.append(self._of_layer(layer, rows, sources, number))
-                number += len(rows)
+        for layer, runs in enumerate(self._ordinary):
+            if runs:
+                out.append(self._of_layer(layer, runs, number))
+                number += len(out[-1]) // _STRIDE
         return out
 
-    def _of_layer(self, layer: int, rows: list[int], sources: Sequence[int], number: int) -> bytearray:
-        table, count = self._tables[layer], len(rows)
+    def _of_layer(self, layer: int, runs: list[_Run], number: int) -> bytearray:
+        first, last = min(run.source for run in runs), max(run.source + run.files for run in runs)
+        models = memoryview(self._models(layer, first, last))
+        out = bytearray().join(
+            [models[_STRIDE * (run.source - first) : _STRIDE * (run.source - first + run.files)] for run in runs]
+        )
+        count = len(out) // _STRIDE
+        with memoryview(out) as whole, whole.cast("I") as words:
+            words[5 :: _STRIDE // 4] = memoryview(array("I", range(number, number + count)))
+            if self._links:
+                links = [link for run in runs for link in self._tree.nlink[run.row : run.row + run.files]]
+                words[11 :: _STRIDE // 4] = memoryview(array("I", links))
+        return out
+
+    def _models(self, layer: int, first: int, last: int) -> bytearray:
+        """Return what the inodes of a layer's rows would be, were all of them ordinary files with one name."""
+        table, count = self._tables[layer], last - first
         model = bytearray(_STRIDE)
-        INODE.pack_into(model, 0, CHUNKED << 1 | EXTENDED, 0, 0, 0, 0, CHUNK_FORMAT, 0, 0, 0, 0, 0, 0)
+        INODE.pack_into(model, 0, CHUNKED << 1 | EXTENDED, 0, stat.S_IFREG, 0, 0, CHUNK_FORMAT, 0, 0, 0, 0, 0, 1)
         CHUNK_INDEX.pack_into(model, INODE_BYTES, 0, self._device.get(layer, 0), 0)
         out = bytearray(model * count)
-        with memoryview(out) as whole, whole.cast("H") as halves, whole.cast("I") as words, whole.cast("Q") as longs:
-            modes = pick(table.mode, sources)
-            sizes = pick(table.size, sources)
-            offsets = pick(table.data_offset, sources)
-            halves[2 :: _STRIDE // 2] = memoryview(array("H", [stat.S_IFREG | mode for mode in modes]))
-            longs[1 :: _STRIDE // 8] = memoryview(array("Q", sizes))
-            words[5 :: _STRIDE // 4] = memoryview(array("I", range(number, number + count)))
-            words[6 :: _STRIDE // 4] = memoryview(array("I", pick(table.uid, sources)))
-            words[7 :: _STRIDE // 4] = memoryview(array("I", pick(table.gid, sources)))
-            words[10 :: _STRIDE // 4] = memoryview(array("I", pick(table.mtime_fraction, sources)))
-            words[11 :: _STRIDE // 4] = memoryview(array("I", pick(self._tree.nlink, rows)))
+        offsets, sizes = table.data_offset[first:last].tolist(), table.size[first:last].tolist()
+        modes = table.mode[first:last].tobytes()
+        with memoryview(out) as whole, whole.cast("I") as words, whole.cast("q") as longs:
+            whole[4::_STRIDE] = memoryview(modes[::2])
+            whole[5::_STRIDE] = memoryview(modes[1::2].translate(_REG_MODE))
+            longs[1 :: _STRIDE // 8] = memoryview(array("q", sizes))
+            words[6 :: _STRIDE // 4] = table.uid[first:last]
+            words[7 :: _STRIDE // 4] = table.gid[first:last]
+            longs[4 :: _STRIDE // 8] = table.mtime[first:last]
+            words[10 :: _STRIDE // 4] = table.mtime_fraction[first:last]
             words[17 :: _STRIDE // 4] = memoryview(
                 array("I", [at >> BLOCK_BITS if size else NULL_BLOCK for at, size in zip(offsets, sizes, strict=True)])
             )
-            with whole.cast("q") as times:
-                times[4 :: _STRIDE // 8] = memoryview(array("q", pick(table.mtime, sources)))
         return out
+
+
+class _Run(NamedTuple):
+    """Files that lie side by side in the tree and in their layer's table."""
+
+    row: int
+    source: int
+    files: int
+
+
+def _runs(layers: list[int], sources: list[int], is_ordinary: bytearray, count: int) -> list[list[_Run]]:
+    """Return the runs of ordinary files in each of `count` layers."""
+    out: list[list[_Run]] = [[] for _ in range(count)]
+    row = is_ordinary.find(1)
+    while row >= 0:
+        end = is_ordinary.find(0, row)
+        end = end if end >= 0 else len(is_ordinary)
+        start, layer = row, layers[row]
+        for at in range(row + 1, end):
+            if sources[at] - sources[start] != at - start or layers[at] != layer:
+                out[layer].append(_Run(start, sources[start], at - start))
+                start, layer = at, layers[at]
+        out[layer].append(_Run(start, sources[start], end - start))
+        row = is_ordinary.find(1, end)
+    return out
 
 
 def check_devices(tables: Sequence[LayerTable]) -> list[int]:
