@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import gc
 import json
+import mmap
 import os
 import resource
 import select
@@ -182,26 +183,42 @@ def refuse(error: LazyfsError) -> dict[str, Any]:
     return {"error": encode_error(error)}
 
 
-def _perform(job: dict[str, Any]) -> None:
+def _perform(job: dict[str, Any], kept: list[object]) -> None:
+    """Do a job; leave in `kept` what takes long to free."""
     from lazyfs.format.table import LayerTable
     from lazyfs.format.table_build import LayerFacts, build_table
     from lazyfs.format.toc import parse_toc
     from lazyfs.tree import Tree, build_tree
 
     for task in job.get("tables", ()):
-        raw = Path(task["toc"]).read_bytes()
         facts = LayerFacts(task["form"], task["blob_size"], task["payload_end"])
-        build_table(Path(task["out"]), facts, parse_toc(raw, task["payload_end"]))
-        del raw
+        listing = parse_toc(_mapped(task["toc"]), task["payload_end"])
+        kept.append(listing)
+        build_table(Path(task["out"]), facts, listing)
+    opened: dict[str, LayerTable] = {}
+
+    def tables(paths: list[str]) -> list[LayerTable]:
+        for path in paths:
+            if path not in opened:
+                opened[path] = LayerTable(Path(path))
+        return [opened[path] for path in paths]
+
     tree = job.get("tree")
     if tree:
-        build_tree(Path(tree["out"]), [LayerTable(Path(path)) for path in tree["tables"]])
+        build_tree(Path(tree["out"]), tables(tree["tables"]))
     erofs = job.get("erofs")
     if erofs:
         from lazyfs.format.erofs_write import write_erofs
 
-        tables = [LayerTable(Path(path)) for path in erofs["tables"]]
-        write_erofs(Path(erofs["out"]), Tree(Path(erofs["tree"])), tables, erofs["key"])
+        write_erofs(Path(erofs["out"]), Tree(Path(erofs["tree"])), tables(erofs["tables"]), erofs["key"])
+
+
+def _mapped(path: str) -> bytes | mmap.mmap:
+    """Return a file's bytes without a copy: the store replaces files and changes none."""
+    with open(path, "rb") as handle:
+        if os.fstat(handle.fileno()).st_size == 0:
+            return b""
+        return mmap.mmap(handle.fileno(), 0, access=mmap.ACCESS_READ)
 
 
 def limit(what: int, amount: int) -> None:
@@ -211,9 +228,9 @@ def limit(what: int, amount: int) -> None:
     resource.setrlimit(what, (amount, hard))  # the hard limit of processor time kills without a word
 
 
-def _answer(line: str) -> dict[str, Any]:
+def _answer(line: str, kept: list[object]) -> dict[str, Any]:
     try:
-        _perform(json.loads(line))
+        _perform(json.loads(line), kept)
         return {"ok": True}
     except LazyfsError as error:
         return refuse(error)
@@ -225,17 +242,20 @@ def _answer(line: str) -> dict[str, Any]:
 
 def main() -> int:
     """Do the jobs on standard input, one a line, until there is none for a while. The answers say how each went."""
-    from lazyfs.format import table_build, toc  # noqa: F401  while the first job is still on its way
+    from lazyfs import tree  # noqa: F401  while the first job is still on its way
+    from lazyfs.format import erofs_write, table_build, toc  # noqa: F401
 
     limit(resource.RLIMIT_AS, MEMORY)
     limit(resource.RLIMIT_CORE, 0)
     patience = _FIRST_WAIT
+    kept: list[object] = []
     gc.disable()  # among millions of objects that all live to the end, looking for garbage takes half of the time
     while select.select([sys.stdin], [], [], patience)[0]:
         line = sys.stdin.readline()
         if not line:
             break
-        print(json.dumps(_answer(line)), flush=True)
+        print(json.dumps(_answer(line, kept)), flush=True)
+        kept.clear()
         gc.collect()
         patience = _NEXT_WAIT
     return 0

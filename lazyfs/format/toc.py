@@ -13,6 +13,7 @@ from __future__ import annotations
 import re
 from base64 import b64decode
 from collections.abc import Iterator, Sequence
+from mmap import mmap
 
 import msgspec
 
@@ -50,7 +51,7 @@ _ODD_NAMES = (b"/./", b"/../", b"/.\0", b"/..\0")  # each name is between "\0/" 
 _LOST = LOST.encode()
 
 
-def parse_toc(raw: bytes, payload_end: int) -> Listing:
+def parse_toc(raw: bytes | mmap, payload_end: int) -> Listing:
     """Check a TOC and return its entries in blob order, each with the chunks of its content (none unless REG).
 
     `payload_end` is the blob offset behind the last frame; no chunk may start there or later. Landmarks and whiteouts
@@ -60,7 +61,7 @@ def parse_toc(raw: bytes, payload_end: int) -> Listing:
     if len(raw) > MAX_TOC:
         raise TocInvalid(f"the TOC has {len(raw)} bytes, more than the {MAX_TOC} allowed")
     # Each element costs at least one brace: bounds the memory of decoding before it starts.
-    if raw.count(b"{") > 2 * MAX_ENTRIES:
+    if sum(raw[at : at + _BLOCK].count(b"{") for at in range(0, len(raw), _BLOCK)) > 2 * MAX_ENTRIES:
         raise TocInvalid(f"the TOC has more than {MAX_ENTRIES} entries")
     try:
         return _read(_blocks(raw), payload_end)
@@ -68,7 +69,7 @@ def parse_toc(raw: bytes, payload_end: int) -> Listing:
         return _read(iter([_decoded(raw)]), payload_end)
 
 
-def _blocks(raw: bytes) -> Iterator[list[TocItem]]:
+def _blocks(raw: bytes | mmap) -> Iterator[list[TocItem]]:
     """Yield a TOC's items, some hundred at once, all chunks of a file together. Raise _UNREADABLE or TocInvalid.
 
     No text holds a quote that a name might begin with, so what looks like a border is one, or lies deep inside of an
@@ -94,7 +95,7 @@ def _blocks(raw: bytes) -> Iterator[list[TocItem]]:
     yield held
 
 
-def _decoded(raw: bytes) -> list[TocItem]:
+def _decoded(raw: bytes | mmap) -> list[TocItem]:
     """Return a TOC's items decoded at once. Raise TocInvalid, in the words of who decodes."""
     try:
         toc = _WHOLE.decode(raw)
@@ -157,13 +158,10 @@ class _Reader:
         out, self._entry = self.listing, 0
         types = [item.type for item in entries]
         uids, gids = [item.uid for item in entries], [item.gid for item in entries]
-        sizes = [item.size for item in entries]
-        ordinary = _ORDINARY.issuperset(types)
-        if not ordinary:
-            sizes = [size if kind == "reg" else 0 for size, kind in zip(sizes, types, strict=True)]
+        sizes = [item.size if item.type == "reg" else 0 for item in entries]
         self._judge(entries, uids, gids, sizes)
         paths, times = self._paths(entries), self._mtimes([item.modtime for item in entries])
-        if not ordinary:
+        if not _ORDINARY.issuperset(types):
             for self._entry, item in enumerate(entries):
                 if item.type not in _ORDINARY:
                     self._few(item, KINDS[item.type])
