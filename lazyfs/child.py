@@ -22,6 +22,7 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,7 @@ _FIRST_WAIT = 60.0  # seconds that a process started ahead of need waits for its
 _NEXT_WAIT = 3.0  # seconds after which a process without further jobs ends, and gives its memory back
 _GRACE = 5.0  # seconds that a process may take to end
 _KEPT = 2  # idle processes
+_GOES_FIRST = 1000  # oom_score_adj, the most there is
 _MAX_ANSWER = 1 << 20  # bytes; an answer is one sentence
 
 
@@ -228,6 +230,17 @@ def limit(what: int, amount: int) -> None:
     resource.setrlimit(what, (amount, hard))  # the hard limit of processor time kills without a word
 
 
+def go_first() -> None:
+    """Have the kernel end this process before any other when memory runs out: an image can make it large.
+
+    It has the daemon's own protection from that otherwise.
+    """
+    with suppress(OSError, ValueError):
+        path = Path("/proc/self/oom_score_adj")
+        if int(path.read_text()) < _GOES_FIRST:
+            path.write_text(str(_GOES_FIRST))
+
+
 def _answer(line: str, kept: list[object]) -> dict[str, Any]:
     try:
         _perform(json.loads(line), kept)
@@ -247,6 +260,7 @@ def main() -> int:
 
     limit(resource.RLIMIT_AS, MEMORY)
     limit(resource.RLIMIT_CORE, 0)
+    go_first()
     patience = _FIRST_WAIT
     kept: list[object] = []
     gc.disable()  # among millions of objects that all live to the end, looking for garbage takes half of the time

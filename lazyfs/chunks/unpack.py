@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from lazyfs import digest as digests
-from lazyfs.child import MEMORY, limit, refuse
+from lazyfs.child import MEMORY, go_first, limit, refuse
 from lazyfs.chunks.cut import CHUNK, FileCutter, Piece, PieceWriter
 from lazyfs.chunks.stages import Ahead, Sink
 from lazyfs.errors import DiffIdMismatch, DigestMismatch, FormatError, LazyfsError, StoreBroken, StoreFull, TarInvalid
@@ -185,6 +185,7 @@ def main() -> int:
     limit(resource.RLIMIT_AS, MEMORY)
     limit(resource.RLIMIT_CORE, 0)
     limit(resource.RLIMIT_CPU, job["seconds"])
+    go_first()
     answer: dict[str, Any] = {"ok": True}
     try:
         _unpack(job, sys.stdin.fileno())

@@ -75,6 +75,7 @@ def test_a_builder_keeps_its_process_for_the_next_job(tmp_path: Path) -> None:
     with pytest.raises(StoreBroken):
         builder.run({"tables": [{**toc_job(tmp_path, file("a")), "toc": "absent"}]})
     assert builder._idle == [process], "an error is an answer"
+    assert Path(f"/proc/{process.pid}/oom_score_adj").read_text() == "1000\n", "it ends before the daemon and its pods"
     builder.close()
     assert process.returncode == 0
 
