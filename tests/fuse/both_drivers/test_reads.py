@@ -17,25 +17,10 @@ BIG = pattern(5_300_001)
 CHUNK = 1 << 20
 
 
-@pytest.fixture
-def node(shared_node: Node) -> Node:
-    return shared_node
-
-
-@pytest.fixture
-def registry(shared_registry: FakeRegistry) -> FakeRegistry:
-    return shared_registry
-
-
-@pytest.fixture
-def driver(shared_node: Node) -> str:
-    return shared_node.settings["DRIVER"]
-
-
 @pytest.fixture(scope="module")
-def tree(shared_node: Node, shared_registry: FakeRegistry) -> Path:
+def tree(node: Node, registry: FakeRegistry) -> Path:
     """Return where an image shows that has a file of BIG."""
-    return shared_node.mount(big_image(shared_registry))
+    return node.mount(big_image(registry))
 
 
 def big_image(registry: FakeRegistry, name: str = "big") -> str:

@@ -12,7 +12,7 @@ from tests.helpers.fake_registry import FakeRegistry
 
 
 @pytest.fixture(scope="module", params=["fuse", "erofs"])
-def shared_node(request: pytest.FixtureRequest, module_scratch: Path) -> Iterator[Node]:
+def node(request: pytest.FixtureRequest, module_scratch: Path) -> Iterator[Node]:
     """Yield a store and its daemon; the mounts of a test stay until the last one is over."""
     place = module_scratch / request.param
     place.mkdir()
@@ -21,7 +21,13 @@ def shared_node(request: pytest.FixtureRequest, module_scratch: Path) -> Iterato
 
 
 @pytest.fixture(scope="module")
-def shared_registry() -> Iterator[FakeRegistry]:
+def registry() -> Iterator[FakeRegistry]:
     """Yield a registry in this process; each test has images of its own there."""
     with FakeRegistry() as one:
         yield one
+
+
+@pytest.fixture(scope="module")
+def driver(node: Node) -> str:
+    """Return the driver that shows the images."""
+    return node.settings["DRIVER"]

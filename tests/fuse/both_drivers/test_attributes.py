@@ -5,8 +5,6 @@ from __future__ import annotations
 import os
 import stat
 
-import pytest
-
 from tests.helpers import odd
 from tests.helpers.blobs import without_sparse, zstd_chunked_layer
 from tests.helpers.daemon import Node, add
@@ -18,21 +16,6 @@ found = os.lstat(a[0])
 print(json.dumps([found.st_mode, found.st_uid, found.st_gid, found.st_size, found.st_mtime_ns, found.st_nlink,
                   found.st_rdev, found.st_blocks]))
 """
-
-
-@pytest.fixture
-def node(shared_node: Node) -> Node:
-    return shared_node
-
-
-@pytest.fixture
-def registry(shared_registry: FakeRegistry) -> FakeRegistry:
-    return shared_registry
-
-
-@pytest.fixture
-def driver(shared_node: Node) -> str:
-    return shared_node.settings["DRIVER"]
 
 
 def test_large_directory_is_complete_and_sorted(node: Node, registry: FakeRegistry) -> None:
