@@ -7,7 +7,8 @@
 The sha256 is that of the whole file with zeros in its own place.
 
 Mapped columns cost no anonymous memory and no Python object a row; a restart parses nothing. The digest is checked when
-the file is opened, because a cache file is not to be trusted more than the disk it lies on.
+the file is opened, because a cache file is not to be trusted more than the disk it lies on; see `lazyfs.format.checked`
+for files that are opened again.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from lazyfs.errors import StoreBroken, StoreFull, TableInvalid
+from lazyfs.format.checked import CHECKED
 
 T = TypeVar("T")
 
@@ -100,35 +102,41 @@ class Columns:
     """A mapped column file. `view(name, typecode)` gives a read-only memoryview of items; close() drops the mapping."""
 
     def __init__(self, path: Path, magic: bytes, version: int) -> None:
-        """Open, map and check the whole file (about 1 ms a megabyte). Raise TableInvalid for anything unexpected."""
+        """Open, map and check the whole file: about 1 ms a megabyte, unless `CHECKED` knows it.
+
+        Raise TableInvalid for anything unexpected.
+        """
         self.path = path
         self._views: list[memoryview] = []
         try:
             fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
             try:
-                size = os.fstat(fd).st_size
-                if size < _HEAD.size:
+                found = os.fstat(fd)
+                if found.st_size < _HEAD.size:
                     raise TableInvalid(f"{path} is too short")
-                self._map = mmap.mmap(fd, size, prot=mmap.PROT_READ, flags=mmap.MAP_SHARED)
+                self._map = mmap.mmap(fd, found.st_size, prot=mmap.PROT_READ, flags=mmap.MAP_SHARED)
             finally:
                 os.close(fd)
         except OSError as error:
             raise TableInvalid(f"{path} can't be mapped: {error.strerror}") from None
         try:
-            self._directory = self._check(magic, version, size)
+            self._directory = self._check(magic, version, found)
         except BaseException:
             self._map.close()
             raise
 
-    def _check(self, magic: bytes, version: int, size: int) -> dict[str, tuple[str, int, int]]:
+    def _check(self, magic: bytes, version: int, file: os.stat_result) -> dict[str, tuple[str, int, int]]:
+        size = file.st_size
         found_magic, found_version, count, digest, total = _HEAD.unpack_from(self._map)
         if found_magic != magic or found_version != version or total != size or count > _MAX_COLUMNS:
             raise TableInvalid(f"{self.path} is of another kind or version, or cut short")
-        found = hashlib.sha256(self._map[:_DIGEST_AT] + bytes(len(digest)))
-        with memoryview(self._map) as whole, whole[_DIGEST_AT + len(digest) :] as rest:
-            found.update(rest)
-        if found.digest() != digest:
-            raise TableInvalid(f"{self.path} is damaged")
+        if not CHECKED.knows(file):
+            found = hashlib.sha256(self._map[:_DIGEST_AT] + bytes(len(digest)))
+            with memoryview(self._map) as whole, whole[_DIGEST_AT + len(digest) :] as rest:
+                found.update(rest)
+            if found.digest() != digest:
+                raise TableInvalid(f"{self.path} is damaged")
+            CHECKED.note(file)
         if _HEAD.size + count * _COLUMN.size > size:
             raise TableInvalid(f"{self.path} has a broken column")
         directory = {}

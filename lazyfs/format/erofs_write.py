@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from lazyfs.errors import StoreBroken, TableInvalid
+from lazyfs.format.checked import CHECKED
 from lazyfs.format.columns import write_parts
 from lazyfs.format.erofs_dirs import TreeColumns
 from lazyfs.format.erofs_inodes import Inodes, check_devices, device_layers
@@ -76,9 +77,10 @@ def _write(path: Path, parts: list[bytes | bytearray], key: str) -> None:
 
 
 def check(path: Path, key: str) -> None:
-    """Read a whole image (about 1 ms a megabyte) and tell whether it is this version's, of this key, and undamaged.
+    """Read a whole image and tell whether it is this version's, of this key, and undamaged.
 
-    Blocking. Raise TableInvalid when it is not, or is absent: then write it again.
+    Blocking, about 1 ms a megabyte, unless `CHECKED` knows it. Raise TableInvalid when it is not, or is
+    absent: then write it again.
     """
     try:
         with open(path, "rb", buffering=0, opener=_to_read) as handle:
@@ -86,10 +88,13 @@ def check(path: Path, key: str) -> None:
             if len(front) < SUPER_AT:
                 raise TableInvalid(f"{path} is too short")
             magic, version, digest, key_digest, size = _HEAD.unpack_from(front)
-            if magic != _MAGIC or version != VERSION or size != os.fstat(handle.fileno()).st_size:
+            found = os.fstat(handle.fileno())
+            if magic != _MAGIC or version != VERSION or size != found.st_size:
                 raise TableInvalid(f"{path} is of another kind or version, or cut short")
             if key_digest != hashlib.sha256(key.encode()).digest():
                 raise TableInvalid(f"{path} is another tree's")
+            if CHECKED.knows(found):
+                return
             front[_DIGEST_AT : _DIGEST_AT + len(digest)] = bytes(len(digest))
             whole = hashlib.sha256(front)
             buffer = memoryview(bytearray(_READ))
@@ -99,6 +104,7 @@ def check(path: Path, key: str) -> None:
         raise TableInvalid(f"{path} can't be read: {error.strerror}") from None
     if whole.digest() != digest:
         raise TableInvalid(f"{path} is damaged")
+    CHECKED.note(found)
 
 
 def _to_read(path: str, flags: int) -> int:
