@@ -8,36 +8,31 @@ a file that stays mapped or mounted for weeks as well: that is not looked at aga
 from __future__ import annotations
 
 import os
-import threading
 import time
 from collections.abc import Callable
 
-_KEPT = 4096  # files; the oldest are forgotten
+_KEPT = 4096  # files; with one more all are forgotten
 _TICK = 0.1  # seconds; a file system's clock may stand still so long, and a file may change in the meantime
 
 
 class Checked:
-    """The memory of it. Thread-safe, never blocks."""
+    """The memory of it. Thread-safe (each step is one operation of a dictionary), never blocks."""
 
     def __init__(self, now: Callable[[], float] = time.time) -> None:
         self._now = now
-        self._lock = threading.Lock()
         self._known: dict[tuple[int, int], tuple[int, int, int]] = {}
 
     def knows(self, found: os.stat_result) -> bool:
         """Tell whether a file, by fstat(2), is one that was whole and is unchanged."""
-        with self._lock:
-            return self._known.get(_inode(found)) == _state(found)
+        return self._known.get(_inode(found)) == _state(found)
 
     def note(self, found: os.stat_result) -> None:
         """Remember that a file is whole. `found` is of the time before it was hashed."""
         if self._now() - max(found.st_mtime, found.st_ctime) < _TICK:
             return  # it might change at once, and its times not
-        with self._lock:
-            self._known.pop(_inode(found), None)
-            self._known[_inode(found)] = _state(found)
-            if len(self._known) > _KEPT:
-                del self._known[next(iter(self._known))]
+        if len(self._known) >= _KEPT:
+            self._known.clear()
+        self._known[_inode(found)] = _state(found)
 
 
 def _inode(found: os.stat_result) -> tuple[int, int]:

@@ -95,4 +95,4 @@ def test_the_memory_is_bounded(tmp_path: Path, memory: Checked, monkeypatch: pyt
     files = [written(tmp_path / str(number)).stat() for number in range(3)]
     for found in files:
         memory.note(found)
-    assert [memory.knows(found) for found in files] == [False, True, True]
+    assert [memory.knows(found) for found in files] == [False, False, True]
