@@ -186,11 +186,18 @@ def parse_manifest(raw: bytes, media_type: str = "") -> Manifest:
     layers = value.get("layers")
     if not isinstance(layers, list) or len(layers) > MAX_LAYERS:
         raise DocumentInvalid(f"image manifest has no list of at most {MAX_LAYERS} layers")
+    descriptors = tuple(parse_descriptor(layer, f"layer {i}") for i, layer in enumerate(layers))
+    sizes: dict[str, int] = {}
+    for layer in descriptors:
+        if sizes.setdefault(layer.digest, layer.size) != layer.size:
+            raise DocumentInvalid(
+                f"image manifest has layer {layer.digest} with {sizes[layer.digest]} and with {layer.size} bytes"
+            )
     subject = value.get("subject")
     return Manifest(
         media_type,
         parse_descriptor(value.get("config"), "config descriptor"),
-        tuple(parse_descriptor(layer, f"layer {i}") for i, layer in enumerate(layers)),
+        descriptors,
         _strings(value.get("annotations"), "manifest annotations"),
         raw,
         digests.of(raw),

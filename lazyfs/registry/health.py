@@ -106,6 +106,12 @@ class Health:
             found = self._host(host)
             return not found.opened and found.limited <= self._clock()
 
+    def has_lied(self, host: str, what: str) -> bool:
+        """Tell whether the host sent wrong bytes of `what`, or is distrusted: no better one to wait less for."""
+        with self._lock:
+            thing = self._things.get(what)
+            return self._host(host).distrusted > self._clock() or (thing is not None and host in thing.lies)
+
     def limited_for(self, host: str) -> float:
         """Return how many seconds the host must not be asked, 0 when it may."""
         with self._lock:

@@ -202,7 +202,8 @@ class MirroredRepository:
                 order.sort(key=lambda index: hosts[index] in passed_by)
             for index in order:
                 member, host = able[index], hosts[index]
-                pace = self._pace(host, [hosts[i] for i in order if i != index and not _final(failed.get(i))])
+                others = [hosts[i] for i in order if i != index and not _final(failed.get(i))]
+                pace = self._pace(host, what, others)
                 began = time.monotonic()
                 try:
                     found = action(member, pace)
@@ -227,12 +228,13 @@ class MirroredRepository:
             pause = min(pause * 2, self._retry.longest)
         raise AssertionError("unreachable: the last attempt returns or raises")
 
-    def _pace(self, host: str, others: Sequence[str]) -> Pace | None:
-        """Return how soon a host must deliver: no limits of ours where nobody else is well."""
-        well = [other for other in others if other != host and self.health.is_well(other)]
+    def _pace(self, host: str, what: str, others: Sequence[str]) -> Pace | None:
+        """Return how soon a host must deliver: no limits of ours where nobody else is well, and honest about `what`."""
+        health = self.health
+        well = [one for one in others if one != host and health.is_well(one) and not health.has_lied(one, what)]
         if not well:
             return None
-        return Pace(time.monotonic() + PATIENCE, STALL, self.health.floor(well), WINDOW)
+        return Pace(time.monotonic() + PATIENCE, STALL, health.floor(well), WINDOW)
 
     def _verdict(self, what: str, failed: dict[int, LazyfsError], hosts: Sequence[str]) -> LazyfsError:
         if not failed:

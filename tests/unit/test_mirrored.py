@@ -216,6 +216,21 @@ def test_where_nobody_else_is_well_slow_is_good_enough(mirrors: Mirrors) -> None
     assert taken(mirrors.open().fetch(digest, 0, 40_000)) == BLOB[:40_000]
 
 
+def test_a_liar_is_no_reason_to_give_up_a_slow_source(mirrors: Mirrors) -> None:
+    """One mirror is down, one answers wrong bytes as fast as can be; what the origin drips is all that is right."""
+    digest = mirrors.add_blob(BLOB)
+    mirrors.mirrors[0].stop_listening()
+    mirrors.mirrors[1].fault(Fault.FLIP)
+    mirrors.origin.fault(Fault.DRIP, rate=400_000)
+    repository = mirrors.open()
+    repository.health.note_body(mirrors.mirrors[1].host, digest, len(BLOB), 0.001)
+    with repository.fetch(digest, 0, len(BLOB)) as stream:
+        stream.read(1000)
+        stream.reject("not what was promised")
+        assert len(taken(stream)) > 0
+    assert taken(repository.fetch(digest, 0, len(BLOB))) == BLOB
+
+
 def test_a_mirror_that_is_well_again_is_found_without_a_readers_help(mirrors: Mirrors) -> None:
     digest = mirrors.add_blob(BLOB)
     mirrors.mirrors[0].fault(Fault.BLACK_HOLE)

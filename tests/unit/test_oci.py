@@ -65,7 +65,7 @@ def test_the_media_type_may_come_from_the_header_alone() -> None:
         manifest(layers=[{**DESCRIPTOR, "size": 1.5}]), manifest(layers=[{**DESCRIPTOR, "digest": "sha256:../x"}]),
         manifest(layers=[{**DESCRIPTOR, "digest": D.upper()}]), manifest(layers=[{**DESCRIPTOR, "digest": 5}]),
         manifest(layers=[{**DESCRIPTOR, "digest": D + "\n"}]), manifest(layers=[{**DESCRIPTOR, "mediaType": 5}]),
-        manifest(layers=["x"]), b" " * (oci.MAX_DOCUMENT + 1),
+        manifest(layers=["x"]), manifest(layers=[DESCRIPTOR, {**DESCRIPTOR, "size": 6}]), b" " * (oci.MAX_DOCUMENT + 1),
     ],
 )  # fmt: skip
 def test_a_bad_manifest_is_refused(raw: bytes) -> None:
