@@ -92,7 +92,8 @@ class ChainResolver:
         """
         key = (str(source.reference), source.largest) if share else object()
         found = self._running.get(key)
-        if found is None or found.deadline <= time.monotonic():
+        now = time.monotonic()
+        if found is None or found.deadline - now < (source.deadline - now) / 2:  # what ends much sooner is not ours
             found = self._running[key] = Resolution(source.deadline)
             self._apart.begin(partial(self._run, key, found, source))
         with trio.move_on_after(max(0.0, source.deadline - time.monotonic()) + 2 * _GRACE):

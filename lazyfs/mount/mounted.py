@@ -39,7 +39,8 @@ class Mount:
     name: str  # the image as the user wrote it
     image: MountedImage
     shown: Shown
-    lease: object  # the connection whose end releases it; None: it stays
+    client: object  # the connection that asked for it; its end releases what is leased, or not attached yet
+    leased: bool
     dir: str = ""
     kind: str = "ro"
     state_dir: str = ""
@@ -110,11 +111,12 @@ class Mounted:
         return found
 
     async def hung_up(self, connection: object) -> None:
-        """Release what a connection had leased, and tidy up after a container whose command was killed."""
-        leased = [mount for mount in self._mounts.values() if mount.lease is connection]
-        for mount in leased:
+        """Release what a connection leased or did not attach, and tidy up after a container whose command was killed."""
+        ours = [mount for mount in self._mounts.values() if mount.client is connection]
+        gone = [mount for mount in ours if mount.leased or not mount.dir]
+        for mount in gone:
             await self._release(mount)
-        if any(mount.kind == "container" for mount in leased):
+        if any(mount.kind == "container" for mount in gone):
             # A command that ended in order has removed its container and released its mount before it hung up, or is
             # about to; one that was killed takes a moment to let go of its lock.
             await trio.sleep(_LAST_BREATH)
@@ -182,7 +184,7 @@ class Mounted:
             with trio.CancelScope(shield=True):
                 await self._images.release(image)
             raise
-        mount = Mount(uuid4().hex[:16], name, image, shown, connection if args.get("lease") else None)
+        mount = Mount(uuid4().hex[:16], name, image, shown, connection, bool(args.get("lease")))
         self._mounts[mount.id] = mount
         if command is not None:
             self._images.expect_exec(image, entrypoint, command)

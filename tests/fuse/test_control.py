@@ -47,6 +47,15 @@ def test_garbage_lines_are_answered(node: Node, registry: FakeRegistry) -> None:
         assert ask(sock, b'{"id":5,"call":"status"}')["ok"]["daemon"]["pid"] == pid
 
 
+def test_a_client_that_dies_before_it_attached_leaves_no_mount(node: Node, registry: FakeRegistry) -> None:
+    kept = start(node, registry)
+    with node.raw() as sock:
+        request = {"id": 1, "call": "mount_image", "args": {"image": f"{registry.host}/one"}}
+        answer = ask(sock, json.dumps(request).encode())["ok"]
+        assert {mount["mount"] for mount in node.status()["mounts"]} == {kept, answer["mount"]}
+    until(lambda: [mount["mount"] for mount in node.status()["mounts"]] == [kept], "what nobody attached is released")
+
+
 def test_wrong_types_and_values(node: Node, registry: FakeRegistry) -> None:
     mount = start(node, registry)
     bad: list[tuple[str, dict[str, Any], set[str]]] = [

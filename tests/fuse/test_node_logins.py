@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import contextlib
 import json
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -45,13 +46,25 @@ def running(node: Node, home: Path) -> Iterator[None]:
         daemon.wait(20)
 
 
+def ask(sock: socket.socket, name: str, **args: Any) -> dict[str, Any]:
+    sock.sendall(json.dumps({"id": 1, "call": name, "args": args}).encode() + b"\n")
+    while "event" in (answer := json.loads(receive_line(sock))):
+        pass
+    found: dict[str, Any] = answer
+    return found
+
+
 def call(node: Node, name: str, **args: Any) -> dict[str, Any]:
     with node.raw() as sock:
-        sock.sendall(json.dumps({"id": 1, "call": name, "args": args}).encode() + b"\n")
-        while "event" in (answer := json.loads(receive_line(sock))):
-            pass
-        found: dict[str, Any] = answer
-        return found
+        return ask(sock, name, **args)
+
+
+def mounted(node: Node, image: AddedImage) -> Path:
+    """Return the tree of an image that stays mounted when the connection has gone."""
+    with node.raw() as sock:
+        answer = ask(sock, "mount_image", image=image.reference)["ok"]
+        assert ask(sock, "attach", mount=answer["mount"], dir=answer["path"], kind="container")["ok"] == {}
+        return Path(answer["path"])
 
 
 def image_of(registry: FakeRegistry) -> AddedImage:
@@ -91,7 +104,7 @@ def read_on(node: Node, auth: str, config: Path | None) -> None:
         refused = call(node, "mount_image", image=image.reference)["error"]
         assert refused["class"] == "Unauthorized" and "kubelet" in refused["hint"], refused
         tell(node, registry, config, FIRST)
-        tree = Path(call(node, "mount_image", image=image.reference)["ok"]["path"])
+        tree = mounted(node, image)
         reader = subprocess.Popen(
             [sys.executable, "-I", "-S", "-c", f"import sys\na = sys.argv[1:]\n{READER}", str(tree)],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd="/",
@@ -112,7 +125,7 @@ def test_reads_go_on_once_the_login_is_a_good_one_again(node: Node, tmp_path: Pa
     with FakeRegistry(auth="bearer", users={"alice": FIRST}) as registry, running(node, tmp_path):
         image = image_of(registry)
         tell(node, registry, None, FIRST)
-        tree = Path(call(node, "mount_image", image=image.reference)["ok"]["path"])
+        tree = mounted(node, image)
         assert node.read(tree / "f0") == PARTS[0]
         registry.users = {"alice": SECOND}
         registry.revoke_tokens()
