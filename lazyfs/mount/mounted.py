@@ -111,7 +111,7 @@ class Mounted:
         return found
 
     async def hung_up(self, connection: object) -> None:
-        """Release what a connection leased or did not attach, and tidy up after a container whose command was killed."""
+        """Release what a connection leased or did not attach; tidy up after a container whose command was killed."""
         ours = [mount for mount in self._mounts.values() if mount.client is connection]
         gone = [mount for mount in ours if mount.leased or not mount.dir]
         for mount in gone:
