@@ -42,7 +42,7 @@ class Listing:
         for number, (entry, chunks) in enumerate(pairs):
             out.paths.append(entry.path)
             out.kinds.append(entry.kind)
-            out.modes.append(entry.mode)
+            out.modes.append(entry.mode & 0o7777)
             out.uids.append(entry.uid)
             out.gids.append(entry.gid)
             out.mtimes.append(entry.mtime_ns)

@@ -9,7 +9,7 @@ from __future__ import annotations
 from array import array
 from bisect import bisect_left
 from dataclasses import dataclass
-from itertools import accumulate, repeat
+from itertools import accumulate, compress, repeat
 from pathlib import Path
 
 from lazyfs.errors import TarInvalid, TocInvalid
@@ -33,7 +33,7 @@ _MAX_HEAP = 1 << 30  # bytes of distinct extended attributes, and of names; the 
 _MAX_XATTRS = 0xFFFF  # of one entry; more doesn't fit into the count
 _SECOND = 1_000_000_000  # nanoseconds
 _DIR, _REG = Kind.DIR, Kind.REG
-_FEW = max(Kind.DIR, Kind.REG)  # kinds above it are those of few rows
+_IS_FEW = bytes(kind not in (Kind.DIR, Kind.REG) for kind in range(256))  # kinds of few rows
 _MARKERS = OPAQUE_MARKER[:8]  # what all names begin with that are orders and no whiteouts
 
 
@@ -143,14 +143,13 @@ class _Rows:
                 listed = sorted(here.children)
             names += listed
             parents += repeat(here.row, len(listed))
-            for row, child in enumerate([here.children[name] for name in listed], len(numbers)):
-                if child.__class__ is int:
-                    numbers.append(child)
-                else:
-                    assert isinstance(child, Directory)
-                    child.row = row
-                    numbers.append(child.number)
+            children = [here.children[name] for name in listed]
+            for at, child in enumerate(children) if Directory in set(map(type, children)) else ():
+                if isinstance(child, Directory):
+                    child.row = len(numbers) + at
+                    children[at] = child.number
                     dirs.append(child)
+            numbers += children  # type: ignore[arg-type]  # no directory is left in it
         count = len(numbers)
         self.entries += count - numbers.count(-1)
         col = self._col
@@ -205,7 +204,7 @@ class _Rows:
         kinds = pick([*listing.kinds, _DIR], sources)
         times = pick([*listing.mtimes, 0], sources)
         col["kind"] = array("B", kinds)
-        col["mode"] = array("H", [mode & 0o7777 for mode in pick([*listing.modes, 0o755], sources)])
+        col["mode"] = array("H", pick([*listing.modes, 0o755], sources))
         col["uid"] = array("I", pick([*listing.uids, 0], sources))
         col["gid"] = array("I", pick([*listing.gids, 0], sources))
         col["size"] = array("Q", pick([*listing.sizes, 0], sources))
@@ -225,9 +224,8 @@ class _Rows:
         kinds = self.kinds = bytes(col["kind"])
         xattr_heap = self._xattrs(kinds)
         hard: list[int] = []
-        for row, kind in enumerate(kinds):
-            if kind <= _FEW:  # directories and files: nearly all
-                continue
+        for row in compress(range(len(kinds)), kinds.translate(_IS_FEW)):
+            kind = kinds[row]
             if kind == Kind.SYMLINK:
                 link = listing.links.get(sources[row], b"")
                 col["size"][row], col["aux"][row] = len(link), links.add(link)

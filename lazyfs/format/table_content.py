@@ -5,8 +5,8 @@ from __future__ import annotations
 from array import array
 from bisect import bisect_right
 from collections.abc import Sequence
-from itertools import accumulate, chain, repeat
-from operator import add
+from itertools import accumulate, chain, compress, islice, repeat
+from operator import add, ne
 
 from lazyfs.errors import TocInvalid
 from lazyfs.format.columns import Column, pick
@@ -15,13 +15,16 @@ from lazyfs.format.listing import Listing
 from lazyfs.format.table import FORM_PLAIN, NO_FRAME
 from lazyfs.units import PAGE
 
+_REG = Kind.REG
+_IS_REG = bytes(kind == Kind.REG for kind in range(256))
 MAX_DATA = 1 << 46  # bytes of data space: far above any layer, far below what overflows an offset
 
 
 class ContentColumns:
     """The columns for files that have rows: `sources` tells which entry a row has its content from, -1 none.
 
-    `kinds` are those of the rows. Markers and landmarks have content too, and nobody can read it.
+    `kinds` are those of the rows. Markers and landmarks have content too, and nobody can read it. Where a row without
+    content has its content, and its chunks, says nothing.
     """
 
     def __init__(self, listing: Listing, sources: Sequence[int], kinds: bytes, *, form: int, payload_end: int) -> None:
@@ -29,30 +32,29 @@ class ContentColumns:
         self._sources = sources
         self._is_plain = form == FORM_PLAIN
         self._payload_end = payload_end
-        lives = bytearray(len(listing) + 1)  # one more, for rows that have none
-        for source, kind in zip(sources, kinds, strict=True):
-            if kind == Kind.REG:
+        self._sizes, self._counts = listing.sizes, listing.chunk_counts
+        if kinds.count(_REG) != listing.kinds.count(_REG):  # some entries are gone, or nobody can read them
+            lives = bytearray(len(listing))
+            for source in compress(sources, kinds.translate(_IS_REG)):
                 lives[source] = 1
-        # By entry, nothing where nobody can read it.
-        self._sizes = [size if live else 0 for size, live in zip(listing.sizes, lives, strict=False)]
-        self._counts = [count if live else 0 for count, live in zip(listing.chunk_counts, lives, strict=False)]
+            self._sizes = [size if live else 0 for size, live in zip(self._sizes, lives, strict=True)]
+            self._counts = [count if live else 0 for count, live in zip(self._counts, lives, strict=True)]
 
     def fill(self, columns: dict[str, Column]) -> int:
         """Add all columns of content. Return the size of the data space in bytes. Raise TocInvalid."""
         listing, counts = self._listing, self._counts
         kept = self._kept()
         offsets, starts = pick(listing.offsets, kept), pick(listing.blob_offsets, kept)
-        ends = list(accumulate(counts))
-        first_chunks = [end - count if count else 0 for end, count in zip(ends, counts, strict=True)]
-        bases, data_size = self._bases(starts, first_chunks)
-        if sum(counts) == len(counts) - counts.count(0):
-            of_chunks: Sequence[int] = [base for base, count in zip(bases, counts, strict=True) if count]
+        chunk_ends = list(accumulate(counts, initial=0))  # of the entry before, with an empty one in front
+        bases, data_size = self._bases(starts, chunk_ends)
+        if max(counts, default=0) <= 1:
+            of_chunks: Sequence[int] = list(compress(bases, counts))
         else:
             of_chunks = list(chain.from_iterable(map(repeat, bases, counts)))
         digests = listing.digests
         columns.update(
             data_offset=array("Q", pick([*bases, 0], self._sources)),
-            first_chunk=array("I", pick([*first_chunks, 0], self._sources)),
+            first_chunk=array("I", pick(chunk_ends, self._sources)),
             chunk_count=array("I", pick([*counts, 0], self._sources)),
             chunk_data_offset=array("Q", list(map(add, of_chunks, offsets)) if any(offsets) else of_chunks),
             chunk_size=array("I", pick(listing.chunk_sizes, kept)),
@@ -61,7 +63,7 @@ class ContentColumns:
             if len(kept) == len(listing.offsets)
             else b"".join([digests[32 * chunk : 32 * chunk + 32] for chunk in kept]),
         )
-        columns.update(self._frames(starts, ends))
+        columns.update(self._frames(starts, chunk_ends))
         return data_size
 
     def _kept(self) -> Sequence[int]:
@@ -69,7 +71,7 @@ class ContentColumns:
         listing, counts = self._listing, self._counts
         every = range(len(listing.offsets))
         # Nearly always: each file is one chunk.
-        sizes = [size for size in self._sizes if size]
+        sizes = list(filter(None, self._sizes))
         if sizes == listing.chunk_sizes and list(map(bool, self._sizes)) == counts and not any(listing.offsets):
             return every
         kept: list[int] = []
@@ -86,45 +88,49 @@ class ContentColumns:
         """Return where each entry's content lies in the data space, and the size of that. Raise TocInvalid."""
         sizes = self._sizes
         if self._is_plain:  # it was written there before anybody knew which of its names survive
-            bases = [starts[first] if size else 0 for first, size in zip(first_chunks, sizes, strict=True)]
-            data_size = max(
-                [(base + size + PAGE - 1) & -PAGE for base, size in zip(bases, sizes, strict=True)], default=0
-            )
+            bases = [starts[first] if size else 0 for first, size in zip(first_chunks, sizes, strict=False)]
+            ends = [(base + size + PAGE - 1) & -PAGE for base, size in zip(bases, sizes, strict=True)]
+            data_size = max(ends, default=0)
         else:
-            ends = list(accumulate([(size + PAGE - 1) & -PAGE for size in sizes], initial=0))
-            bases = [end if size else 0 for end, size in zip(ends, sizes, strict=False)]
-            data_size = ends[-1]
+            bases = list(accumulate([(size + PAGE - 1) & -PAGE for size in sizes], initial=0))
+            data_size = bases.pop()
         if data_size > MAX_DATA:
             raise TocInvalid(f"the layer claims more than {MAX_DATA} bytes of content")
         return bases, data_size
 
-    def _frames(self, starts: Sequence[int], ends: Sequence[int]) -> dict[str, Column]:
+    def _frames(self, starts: Sequence[int], chunk_ends: Sequence[int]) -> dict[str, Column]:
         """Return which frame each chunk is in, and the frames.
 
-        `starts` are the blob offsets of the chunks' frames, `ends` the numbers of chunks up to each entry.
+        `starts` are the blob offsets of the chunks' frames, `chunk_ends` the numbers of chunks before each entry.
         """
-        frame_start, frame_first = array("Q"), array("I")
-        frames: list[int] = []
-        frame, frame_at = -1, -2  # the last one: its number, and where it starts
-        add_frame = frames.append
-        for chunk, start in enumerate(starts if not self._is_plain else ()):
-            if start == frame_at:
-                add_frame(frame)
-            elif start < 0:
-                add_frame(NO_FRAME)
-            else:
-                if start < frame_at:
-                    number = bisect_right(ends, chunk)
-                    raise TocInvalid(f"{self._listing.paths[number][:200]!r} is not in blob order")
-                frame, frame_at = frame + 1, start
-                frame_start.append(start)
-                frame_first.append(chunk)
-                add_frame(frame)
+        if self._is_plain or not starts:
+            none = array("I", [NO_FRAME]) * len(starts)
+            return {
+                "chunk_frame": none,
+                "frame_blob_offset": array("Q"),
+                "frame_blob_end": array("Q"),
+                "frame_first_chunk": array("I"),
+            }
+        latest = list(accumulate(starts, max))  # holes begin nowhere, and lie in no frame
+        holes: list[int] = []
+        if latest != starts or starts[0] < 0:
+            for chunk, (start, at) in enumerate(zip(starts, latest, strict=True)):
+                if start < 0:
+                    holes.append(chunk)
+                elif start < at:
+                    path = self._listing.paths[bisect_right(chunk_ends, chunk) - 1]
+                    raise TocInvalid(f"{path[:200]!r} is not in blob order")
+        begins = [latest[0] >= 0, *map(ne, islice(latest, 1, None), latest)]
+        frames = array("I", [frame - 1 if frame else NO_FRAME for frame in accumulate(begins)])
+        for chunk in holes:
+            frames[chunk] = NO_FRAME
+        first = list(compress(range(len(starts)), begins))
+        frame_start = pick(starts, first)
         # A frame ends where the next one in the TOC begins: headers of empty entries may lie in between, in frames of
         # their own, so a reader decodes the first frame of the range and no more.
         return {
-            "chunk_frame": array("I", frames) if not self._is_plain else array("I", [NO_FRAME]) * len(starts),
-            "frame_blob_offset": frame_start,
-            "frame_blob_end": array("Q", [*frame_start[1:], self._payload_end]) if frame_start else array("Q"),
-            "frame_first_chunk": frame_first,
+            "chunk_frame": frames,
+            "frame_blob_offset": array("Q", frame_start),
+            "frame_blob_end": array("Q", [*frame_start[1:], self._payload_end] if frame_start else []),
+            "frame_first_chunk": array("I", first),
         }
