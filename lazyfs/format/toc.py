@@ -60,9 +60,6 @@ def parse_toc(raw: bytes | mmap, payload_end: int) -> Listing:
     """
     if len(raw) > MAX_TOC:
         raise TocInvalid(f"the TOC has {len(raw)} bytes, more than the {MAX_TOC} allowed")
-    # Each element costs at least one brace: bounds the memory of decoding before it starts.
-    if sum(raw[at : at + _BLOCK].count(b"{") for at in range(0, len(raw), _BLOCK)) > 2 * MAX_ENTRIES:
-        raise TocInvalid(f"the TOC has more than {MAX_ENTRIES} entries")
     try:
         return _read(_blocks(raw), payload_end)
     except _UNREADABLE:
@@ -83,7 +80,7 @@ def _blocks(raw: bytes | mmap) -> Iterator[list[TocItem]]:
     while start < len(text):
         border = _BORDER.search(text, start + _BLOCK)
         stop, closing = (border.start(1), b"]") if border is not None else (len(text), b"")
-        items = _ITEMS.decode(b"".join((opening, text[start:stop], closing)))
+        items = _ITEMS.decode(_decodable(b"".join((opening, text[start:stop], closing))))
         count += len(items)
         _check_count(count)
         if items and items[0].type != "chunk":
@@ -98,12 +95,20 @@ def _blocks(raw: bytes | mmap) -> Iterator[list[TocItem]]:
 def _decoded(raw: bytes | mmap) -> list[TocItem]:
     """Return a TOC's items decoded at once. Raise TocInvalid, in the words of who decodes."""
     try:
-        toc = _WHOLE.decode(raw)
+        toc = _WHOLE.decode(_decodable(raw[:]))
     except _UNREADABLE as error:
         raise TocInvalid(f"the TOC can't be decoded: {str(error)[:200]}") from None
     _check_version(toc.version)
     _check_count(len(toc.entries))
     return toc.entries
+
+
+def _decodable(text: bytes) -> bytes:
+    """Return the same. Raise TocInvalid where its items would take too much memory."""
+    # Each item costs at least one brace, and a block is too short for too many.
+    if len(text) > 2 * MAX_ENTRIES and text.count(b"{") > 2 * MAX_ENTRIES:
+        raise TocInvalid(f"the TOC has more than {MAX_ENTRIES} entries")
+    return text
 
 
 def _check_version(version: int) -> None:
@@ -138,27 +143,30 @@ class _Reader:
     def read(self, items: list[TocItem]) -> None:
         """Add a block of items. Raise TocInvalid."""
         heads: Sequence[int] = range(len(items))
-        if "chunk" in {item.type for item in items}:
-            heads = [number for number, item in enumerate(items) if item.type != "chunk"]
+        types = [item.type for item in items]
+        if "chunk" in types:
+            heads = [number for number, kind in enumerate(types) if kind != "chunk"]
         content = self._content
         content.number = -1
         try:
-            self._attributes(items if len(heads) == len(items) else [items[number] for number in heads])
-            content.read(items)
+            if len(heads) == len(items):
+                self._attributes(items, types)
+            else:
+                self._attributes([items[number] for number in heads], [types[number] for number in heads])
+            content.read(items, types)
         except TocInvalid as error:
             number = content.number if content.number >= 0 else heads[self._entry]
             name = items[number].name[:200]
             raise TocInvalid(f"entry {self._items + number} of the TOC, {name!r}: {error.message}") from None
         self._items += len(items)
 
-    def _attributes(self, entries: list[TocItem]) -> None:
+    def _attributes(self, entries: list[TocItem], types: Sequence[str]) -> None:
         """Add all but the content of entries. Raise TocInvalid; `_entry` tells of which."""
         if not entries:
             return
         out, self._entry = self.listing, 0
-        types = [item.type for item in entries]
         uids, gids = [item.uid for item in entries], [item.gid for item in entries]
-        sizes = [item.size if item.type == "reg" else 0 for item in entries]
+        sizes = [item.size if kind == "reg" else 0 for item, kind in zip(entries, types, strict=True)]
         self._judge(entries, uids, gids, sizes)
         paths, times = self._paths(entries), self._mtimes([item.modtime for item in entries])
         if not _ORDINARY.issuperset(types):

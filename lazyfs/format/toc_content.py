@@ -7,8 +7,9 @@ takes a tenth of the time; a run that is not above all doubt is left to the rule
 from __future__ import annotations
 
 from binascii import unhexlify
-from itertools import islice
-from operator import add, le
+from collections.abc import Sequence
+from itertools import compress, islice
+from operator import add, gt, le
 
 from lazyfs.errors import TocInvalid
 from lazyfs.format.listing import Listing
@@ -37,17 +38,14 @@ class Content:
         self._zeros = ZeroDigests()
         self._holes = 0  # bytes of zeros so far
 
-    def read(self, items: list[TocItem]) -> None:
-        """Take a block of items, all chunks of its last file among them. Raise TocInvalid; `number` tells of which."""
+    def read(self, items: list[TocItem], types: Sequence[str]) -> None:
+        """Take a block of items, all chunks of its last file among them; `types` are theirs.
+
+        Raise TocInvalid; `number` tells of which.
+        """
         self._items, self.number = items, 0
         odd: list[int] = []
-        if (
-            "chunk" in {item.type for item in items}
-            or any([item.chunk_offset for item in items])
-            or any([item.chunk_size for item in items])
-            or any([item.chunk_type for item in items])
-            or max([item.size for item in items], default=0) > MAX_CHUNK
-        ):
+        if "chunk" in types or any([item.chunk_size or item.chunk_offset or item.chunk_type for item in items]):
             odd = [number for number, item in enumerate(items) if _is_odd(item)]
         for number in (*odd, len(items)):
             if number < self.number:  # of a file that was read already
@@ -74,6 +72,7 @@ class Content:
             raw = _digests(told)
             if (
                 raw is None
+                or max(sizes) > MAX_CHUNK
                 or (whole != told and any(one and one != other for one, other in zip(whole, told, strict=True)))
                 or not self._in_order(frames, inner, sizes)
                 or (any(claims) and not self._bounded(frames, claims))
@@ -97,17 +96,12 @@ class Content:
         """Tell whether `_place` would take these chunks."""
         if max(inner) > MAX_INNER or frames[-1] >= self._payload_end or frames[0] < self._end:
             return False
-        ends = list(map(add, inner, sizes))
-        starts = inner[1:]
-        if frames[0] != frames[-1]:  # a chunk in a frame of its own begins where it likes
-            starts = [
-                end if frame > before else start
-                for start, end, frame, before in zip(starts, ends, frames[1:], frames, strict=False)
-            ]
+        # A chunk may begin before the end of the one before it where it is in another frame.
+        overlap = map(gt, map(add, inner, sizes), islice(inner, 1, None))
         return (
             (self._frame, self._inner_end) <= (frames[0], inner[0])
             and all(map(le, frames, islice(frames, 1, None)))
-            and all(map(le, ends, starts))
+            and all(frames[at] < frames[at + 1] for at in compress(range(len(frames)), overlap))
         )
 
     def _bounded(self, frames: list[int], claims: list[int]) -> bool:
@@ -209,7 +203,6 @@ def _is_odd(item: TocItem) -> bool:
         item.chunk_offset
         or (item.chunk_size and item.chunk_size != item.size)
         or item.chunk_type
-        or item.size > MAX_CHUNK
         or item.type == "chunk"
     )
 
