@@ -104,12 +104,12 @@ class Reader:
             out = bytearray(size)
             out[at : at + place.size] = data[place.offset : place.offset + place.size]
             return out
-        out = bytearray(size)
+        parts: list[memoryview] = []
         for first in range(0, len(found), _TASKS):
-            some = found[first : first + _TASKS]
-            parts = await self._side_by_side(layer, [place for _, place in some], last)
-            for (at, place), part in zip(some, parts, strict=True):
-                out[at : at + place.size] = part
+            parts += await self._side_by_side(layer, [place for _, place in found[first : first + _TASKS]], last)
+        out = bytearray(size)  # not before: a thousand reads may wait for a registry
+        for (at, place), part in zip(found, parts, strict=True):
+            out[at : at + place.size] = part
         return out
 
     async def _side_by_side(self, layer: ServedLayer, places: list[Place], last: int) -> list[memoryview]:

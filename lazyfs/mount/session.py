@@ -22,8 +22,10 @@ from lazyfs.units import KiB, MiB
 log = logging.getLogger(__name__)
 
 READ_AHEAD = 4 * MiB  # bytes; at 50 ms a request 128 KiB gives 5 MB/s, this 121
-MAX_BACKGROUND = 64  # requests that the kernel sends ahead of answers; 12 by default
-MAX_TASKS = 256  # reads that may wait at once; further ones queue in the kernel
+# Requests that the kernel sends ahead of answers; 12 by default. All reads of EROFS's data files count among them,
+# whatever their image, so that one whose registry is silent must not fill this: 64 did with 400 readers.
+MAX_BACKGROUND = 1024
+MAX_TASKS = 1024  # requests that may wait at once, some kilobytes each; further ones queue in the kernel
 _FUSECTL = Path("/sys/fs/fuse/connections")
 
 

@@ -39,6 +39,24 @@ for path, _, names in os.walk(a[0]):
     for name in names:
         os.posix_fadvise(os.open(os.path.join(path, name), os.O_RDONLY), 0, 0, os.POSIX_FADV_DONTNEED)
 """
+READERS = """
+import os, sys, threading, time
+top, names = sys.argv[1], sys.argv[2:]
+begun = []
+def read(name):
+    fd = os.open(os.path.join(top, name), os.O_RDONLY)
+    begun.append(name)
+    print(len(os.read(fd, 1 << 20)), flush=True)
+threads = [threading.Thread(target=read, args=(name,)) for name in names]
+for thread in threads:
+    thread.start()
+while len(begun) < len(names):
+    time.sleep(0.01)
+time.sleep(0.5)
+print("all of them wait", flush=True)
+for thread in threads:
+    thread.join()
+"""
 # what each page of a file is: the right one, an error, or anything else
 PAGES = """
 wanted = open(a[1], "rb").read()
@@ -78,6 +96,23 @@ def test_warm_names_and_bytes_reach_no_daemon(node: Node, registry: FakeRegistry
     before = node.fuse_calls()
     node.python(WALK, tree)
     assert node.fuse_calls() == before
+
+
+def test_hundreds_of_readers_of_a_silent_registry_stop_no_other_image(node: Node, registry: FakeRegistry) -> None:
+    node.settings["READ_TIMEOUT"] = "60"
+    names = [f"f{i}" for i in range(400)]
+    image = add(registry, "app", zstd_chunked_layer(tar_of(*(file(n, pattern(5000)) for n in names)), frame_size=0))
+    tree = node.mount(image)
+    with FakeRegistry() as elsewhere:
+        beside = node.mount(add(elsewhere, "other", zstd_chunked_layer(tar_of(file("f", b"other")))))
+        registry.fault(Fault.BLACK_HOLE, path=f"/blobs/{image.layers[0]}")
+        readers = node.spawn([sys.executable, "-I", "-S", "-c", READERS, str(tree), *names])
+        assert readers.stdout is not None and readers.stdout.readline() == b"all of them wait\n"
+        assert node.read(beside / "f") == b"other"
+        assert readers.poll() is None, "they wait still"
+        registry.clear_faults()
+        done = node.finish(readers, 60)
+        assert (done.returncode, done.stdout.split()) == (0, [b"5000"] * 400), done.stderr
 
 
 def test_choice_is_told(node: Node, registry: FakeRegistry) -> None:
