@@ -86,7 +86,12 @@ def _default_run(euid: int, root: Path) -> Path:
         base = Path(runtime) / "lazyfs" if runtime and os.path.isdir(runtime) else Path(f"/tmp/lazyfs-{euid}")
     if root == _default_root(euid):
         return base
-    # Another store has another daemon. Short, because a Unix socket's path has at most 107 bytes.
+    return _apart(base, root)
+
+
+def _apart(base: Path, root: Path) -> Path:
+    """Return a directory below `base` for one store: another store has another daemon."""
+    # Short, because a Unix socket's path has at most 107 bytes.
     return base / hashlib.sha256(os.fsencode(root)).hexdigest()[:12]
 
 
@@ -138,7 +143,8 @@ def load(overrides: dict[str, Any] | None = None) -> Settings:
     home = Path("/etc/lazyfs") if euid == 0 else Path(os.path.expanduser("~/.config/lazyfs"))
     config_path = Path(os.environ.get("LAZYFS_CONFIG") or home / "config.toml")
     names = {f.name for f in fields(Settings)}
-    values = _coerce_all(_read_file(config_path), str(config_path))
+    in_file = _coerce_all(_read_file(config_path), str(config_path))
+    values = dict(in_file)
     for name in names:
         from_env = os.environ.get(f"LAZYFS_{name.upper()}")
         if from_env:
@@ -146,6 +152,8 @@ def load(overrides: dict[str, Any] | None = None) -> Settings:
     for name, value in (overrides or {}).items():
         if value is not None:
             values[name] = _coerce(name, value, f"--{name.replace('_', '-')}")
+    if "run" in in_file and values["run"] is in_file["run"] and values.get("root") != in_file.get("root"):
+        values["run"] = _apart(values["run"], values["root"])  # the file's is for the file's store
     return _complete(values, euid)
 
 

@@ -48,3 +48,15 @@ def test_the_run_directory_is_named_as_the_mount_table_has_it(config: Path, tmp_
     (tmp_path / "var").symlink_to(tmp_path / "run")
     settings = load({"run": str(tmp_path / "var" / "lazyfs")})
     assert settings.shown == (tmp_path / "run" / "lazyfs" / "erofs").resolve()
+
+
+def test_another_store_than_the_files_has_a_run_directory_of_its_own(
+    config: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    config.write_text(f'root = "{tmp_path}/store"\nrun = "{tmp_path}/run"\n')
+    assert load().run == tmp_path / "run" == load({"root": tmp_path / "store"}).run
+    others = {load({"root": tmp_path / name}).run for name in ("one", "two")}
+    assert len(others) == 2 and {other.parent for other in others} == {tmp_path / "run"}
+    assert load({"root": tmp_path / "one", "run": tmp_path / "r"}).run == tmp_path / "r"
+    monkeypatch.setenv("LAZYFS_RUN", str(tmp_path / "env"))
+    assert load({"root": tmp_path / "one"}).run == tmp_path / "env"
