@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from dataclasses import dataclass
+from functools import partial
 
 import trio
 
@@ -145,14 +146,20 @@ class Chains:
         return known
 
     async def _show(self, planted: Planted) -> Shown:
-        try:
-            if self._showing.elsewhere:
-                raise UsageError("this daemon shows no chains: ask the node's own")
-            return await self._showing.show(planted, None)
-        except BaseException:
-            with trio.CancelScope(shield=True):
-                await self._planting.release(planted)
-            raise
+        """Show a tree. A checkpoint; where the caller's time ends sooner, what was begun is of use to the next one."""
+
+        async def show() -> Shown:
+            try:
+                if self._showing.elsewhere:
+                    raise UsageError("this daemon shows no chains: ask the node's own")
+                return await self._showing.show(planted, None)
+            except BaseException:
+                with trio.CancelScope(shield=True):
+                    await self._planting.release(planted)
+                raise
+
+        # The image of a large tree takes a child seconds, and its thread can't be left.
+        return await self._apart.run(show, partial(self._take_back, planted), persist=True)
 
     async def _take_back(self, planted: Planted, shown: Shown) -> None:
         await self._showing.hide(planted, shown)
