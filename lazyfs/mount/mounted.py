@@ -15,7 +15,7 @@ import trio
 
 from lazyfs.chunks.catalog import Catalog, MountRecord
 from lazyfs.config import Settings
-from lazyfs.container import mounts, sweep
+from lazyfs.container import attached, mounts, sweep
 from lazyfs.errors import LazyfsError, MountPointInvalid, StoreError, UsageError
 from lazyfs.mount.chain_service import ChainService
 from lazyfs.mount.control import Say
@@ -125,7 +125,7 @@ class Mounted:
     async def release_all(self) -> None:
         """Take every mount down, as far as it goes; for the end of the daemon."""
         for mount in list(self._mounts.values()):
-            await trio.to_thread.run_sync(_take_away, mount.dir, mount.kind, mount.state_dir, limiter=self._limiter)
+            await self._take_away(mount.dir, mount.kind, mount.state_dir)
             await self._release(mount)
 
     async def watch_table(self) -> None:
@@ -147,8 +147,12 @@ class Mounted:
         """Take away what mounts of a daemon that died have left: dead mount points, writable layers."""
         for record in await trio.to_thread.run_sync(self._catalog.mounts, limiter=self._limiter):
             log.info("left by a crash: image=%s dir=%s", record.image, record.dir)
-            await trio.to_thread.run_sync(_take_away, record.dir, record.kind, record.state_dir, limiter=self._limiter)
+            await self._take_away(record.dir, record.kind, record.state_dir)
             await self._note(partial(self._catalog.remove_mount, record.id), record.dir)
+
+    async def _take_away(self, directory: str, kind: str, state_dir: str) -> None:
+        work = partial(_take_away, self._settings, directory, kind, state_dir)
+        await trio.to_thread.run_sync(work, limiter=self._limiter)
 
     async def _note(self, work: Callable[[], None], directory: str) -> None:
         """Write down what only the clean-up after a crash needs: a disk that is full keeps nobody from mounting."""
@@ -271,11 +275,10 @@ def _is_ours(settings: Settings, path: str) -> bool:
     return any(clean.startswith(f"{root}/") for root in (settings.root, settings.run))
 
 
-def _take_away(directory: str, kind: str, state_dir: str) -> None:
+def _take_away(settings: Settings, directory: str, kind: str, state_dir: str) -> None:
     """Unmount a directory that shows an image, and remove its writable layer. Blocking; logs what fails."""
     try:
-        found = mounts.top_at(os.fsencode(directory)) if directory and kind != "container" else None
-        if found is not None and (found.kind.startswith("fuse") or found.kind in ("erofs", "overlay")):
+        if directory and kind != "container" and _shows_ours(settings, directory):
             if os.geteuid() == 0:
                 mounts.umount(os.fsencode(directory), lazy=True)
             else:
@@ -283,6 +286,15 @@ def _take_away(directory: str, kind: str, state_dir: str) -> None:
     except (LazyfsError, OSError) as error:
         log.warning("%s stays mounted: %s", directory, error)
     _remove_state(state_dir)
+
+
+def _shows_ours(settings: Settings, directory: str) -> bool:
+    """Tell whether what is mounted there is what we mounted: somebody else may have used the directory since."""
+    found = mounts.top_at(os.fsencode(directory))
+    known = attached.recall(settings, directory)
+    if found is None or known is None:
+        return found is not None and found.kind == "fuse.lazyfs"
+    return found.device == known.device
 
 
 def _remove_state(state_dir: str) -> None:

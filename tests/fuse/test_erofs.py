@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import errno
 import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -304,3 +305,21 @@ def test_a_kernel_whose_erofs_has_no_attributes_is_told(
     monkeypatch.setattr(os, "getxattr", without)
     found = probe(tmp_path, node.run_dir / "mnt" / ".data" / "probe")
     assert found.method is None and "shows no extended attributes" in found.reason
+
+
+def test_a_mount_of_somebody_elses_is_not_taken_away_after_a_crash(node: Node, registry: FakeRegistry) -> None:
+    tree = node.mount(add(registry, "app", zstd_chunked_layer(tar_of(file("f", b"ours")))))
+    node.kill()
+    mounts.umount(os.fsencode(tree), lazy=True)
+    theirs = {name: node.place / name for name in ("lower", "upper", "work")}
+    for place in theirs.values():
+        place.mkdir()
+    (theirs["lower"] / "f").write_text("theirs")
+    options = "lowerdir={lower},upperdir={upper},workdir={work}".format(**theirs)
+    subprocess.run(["mount", "-t", "overlay", "-o", options, "overlay", str(tree)], check=True)
+    try:
+        node.mount(add(registry, "other", zstd_chunked_layer(tar_of(file("f", b"other")))))  # by a new daemon
+        assert (tree / "f").read_text() == "theirs"
+    finally:
+        mounts.umount(os.fsencode(tree), lazy=True)
+    assert node.lazyfs("umount", tree).returncode == 0  # what is written down of it
