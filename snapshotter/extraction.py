@@ -49,7 +49,8 @@ class _Known:
 
 
 class Extraction:
-    """Decides. Thread-safe; `offer` blocks until a layer and those below it are settled, `prepare_timeout` at most.
+    """Decides. Thread-safe; `offer` blocks until a layer and those below it are settled, `prepare_timeout` and the
+    daemon's slack (8 s) at most.
 
     `resolve` asks the daemon (image, manifest digest, chain ID of the layer that is waited for); `number` puts an image
     into the records; `note` is told of every decision.
