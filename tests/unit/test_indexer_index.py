@@ -175,11 +175,37 @@ def test_indexes_in_indexes_and_other_artifacts(registry: FakeRegistry) -> None:
     registry.add_blob(b"", "app")
     registry.add_manifest("app", "", oci.OCI_MANIFEST, chart)
     chart_entry = {"mediaType": oci.OCI_MANIFEST, "digest": of(chart), "size": len(chart)}
+    payload = oci.canonical_json({"critical": {"image": {"docker-manifest-digest": amd.digest}}})
+    for blob in (payload, b"{}"):
+        registry.add_blob(blob, "app")
+    signature = oci.canonical_json(
+        {
+            "schemaVersion": 2,
+            "mediaType": oci.OCI_MANIFEST,
+            "config": {"mediaType": "application/vnd.oci.empty.v1+json", "digest": of(b"{}"), "size": 2},
+            "layers": [
+                {
+                    "mediaType": "application/vnd.dev.cosign.simplesigning.v1+json",
+                    "digest": of(payload),
+                    "size": len(payload),
+                    "annotations": {"dev.cosignproject.cosign/signature": "MEUCIQ=="},
+                }
+            ],
+            "subject": {"mediaType": oci.OCI_MANIFEST, "digest": amd.digest, "size": len(amd.raw)},
+        }
+    )
+    registry.add_manifest("app", "", oci.OCI_MANIFEST, signature)
+    signature_entry = {"mediaType": oci.OCI_MANIFEST, "digest": of(signature), "size": len(signature)}
     nested = {"mediaType": oci.OCI_INDEX, "digest": inner, "size": len(inner_raw)}
-    add_index(registry, [entry_of(amd, "linux/amd64"), nested, entry_of(windows, "windows/amd64"), chart_entry])
+    add_index(
+        registry,
+        [entry_of(amd, "linux/amd64"), nested, entry_of(windows, "windows/amd64"), chart_entry, signature_entry],
+    )
     report = convert(f"{registry.host}/app:multi", f"{registry.host}/lazy:multi", EVERYTHING)
     entries = index_at(registry, "lazy", "multi")["manifests"]
-    assert [entry["digest"] for entry in entries[2:]] == [windows.digest, of(chart)]
+    assert [entry["digest"] for entry in entries[2:]] == [windows.digest, of(chart), of(signature)]
+    assert ("lazy", of(payload)) in registry.holds, "a signature is kept as it is, and told about"
+    assert any(of(signature)[7:19] in note and amd.digest[:19] in note for note in report.notes)
     nested_result = index_at(registry, "lazy", entries[1]["digest"])
     assert nested_result["manifests"][0]["digest"] == report.images[1].manifest_digest
     assert ("lazy", windows.layers[0]) not in registry.holds and ("lazy", windows.config) in registry.holds
