@@ -11,12 +11,13 @@ import hashlib
 from array import array
 
 from lazyfs import digest as digests
+from lazyfs.chunks.layer_store import hole_chunks
 from lazyfs.chunks.tar_check import TarCheck
 from lazyfs.chunks.zero_runs import ZeroRuns
 from lazyfs.errors import DiffIdMismatch, DigestMismatch, FrameInvalid, TarInvalid, TocMismatch
 from lazyfs.format.footer import SKIPPABLE, SKIPPABLE_HEADER
 from lazyfs.format.members import MemberStream
-from lazyfs.format.table import FORM_ESTARGZ, FORM_PLAIN, NO_FRAME, LayerTable
+from lazyfs.format.table import FORM_ESTARGZ, FORM_PLAIN, LayerTable
 from lazyfs.format.tar import TarScanner
 
 
@@ -40,7 +41,7 @@ class WholeCheck:
         self._raw_offset = 0
         self._scanner = TarScanner()
         self._tar = TarCheck(table, layer_name)
-        self._zeros = ZeroRuns() if NO_FRAME in table.chunk_frame else None
+        self._zeros = ZeroRuns() if hole_chunks(table) else None
         self._members = MemberStream()  # of gzip layers
         self._frame_raw = array("q", [-1]) * table.frame_count  # where each frame's bytes start in the tar stream
         self._next_frame = 0

@@ -10,7 +10,8 @@ from __future__ import annotations
 import stat
 from array import array
 from collections.abc import Sequence
-from itertools import compress
+from itertools import compress, islice
+from operator import ne, not_, sub
 from typing import NamedTuple
 
 from lazyfs.errors import TocInvalid
@@ -249,19 +250,22 @@ class Inodes:
         INODE.pack_into(model, 0, CHUNKED << 1 | EXTENDED, 0, stat.S_IFREG, 0, 0, CHUNK_FORMAT, 0, 0, 0, 0, 0, 1)
         CHUNK_INDEX.pack_into(model, INODE_BYTES, 0, self._device.get(layer, 0), 0)
         out = bytearray(model * count)
-        offsets, sizes = table.data_offset[first:last].tolist(), table.size[first:last].tolist()
+        sizes = table.size[first:last]
+        # All offsets at once as one number: each is a multiple of a block, so none moves bits into its neighbour.
+        offsets = int.from_bytes(table.data_offset[first:last].tobytes(), "little") >> BLOCK_BITS
+        blocks = memoryview(offsets.to_bytes(8 * count, "little")).cast("I")
         modes = table.mode[first:last].tobytes()
         with memoryview(out) as whole, whole.cast("I") as words, whole.cast("q") as longs:
             whole[4::_STRIDE] = memoryview(modes[::2])
             whole[5::_STRIDE] = memoryview(modes[1::2].translate(_REG_MODE))
-            longs[1 :: _STRIDE // 8] = memoryview(array("q", sizes))
+            longs[1 :: _STRIDE // 8] = memoryview(sizes.tobytes()).cast("q")
             words[6 :: _STRIDE // 4] = table.uid[first:last]
             words[7 :: _STRIDE // 4] = table.gid[first:last]
             longs[4 :: _STRIDE // 8] = table.mtime[first:last]
             words[10 :: _STRIDE // 4] = table.mtime_fraction[first:last]
-            words[17 :: _STRIDE // 4] = memoryview(
-                array("I", [at >> BLOCK_BITS if size else NULL_BLOCK for at, size in zip(offsets, sizes, strict=True)])
-            )
+            words[17 :: _STRIDE // 4] = blocks[::2]
+            for empty in compress(range(count), map(not_, sizes.tolist())):
+                words[17 + empty * _STRIDE // 4] = NULL_BLOCK
         return out
 
 
@@ -275,18 +279,22 @@ class _Run(NamedTuple):
 
 def _runs(layers: list[int], sources: list[int], is_ordinary: bytearray, count: int) -> list[list[_Run]]:
     """Return the runs of ordinary files in each of `count` layers."""
+    rows = range(len(sources))
+    shifts = list(map(sub, sources, rows))
+    # A run begins where another kind of row was, where the table goes on elsewhere, and where another layer's does.
+    begins = bytearray([1])
+    begins += bytes(map(ne, islice(is_ordinary, 1, None), is_ordinary))
+    for column in (shifts, layers) if count > 1 else (shifts,):
+        for row in compress(rows, map(ne, islice(column, 1, None), column)):
+            begins[row + 1] = 1
     out: list[list[_Run]] = [[] for _ in range(count)]
-    row = is_ordinary.find(1)
-    while row >= 0:
-        end = is_ordinary.find(0, row)
-        end = end if end >= 0 else len(is_ordinary)
-        start, layer = row, layers[row]
-        for at in range(row + 1, end):
-            if sources[at] - sources[start] != at - start or layers[at] != layer:
-                out[layer].append(_Run(start, sources[start], at - start))
-                start, layer = at, layers[at]
-        out[layer].append(_Run(start, sources[start], end - start))
-        row = is_ordinary.find(1, end)
+    row = 0
+    while row < len(sources):
+        end = begins.find(1, row + 1)
+        end = end if end >= 0 else len(sources)
+        if is_ordinary[row]:
+            out[layers[row]].append(_Run(row, sources[row], end - row))
+        row = end
     return out
 
 
