@@ -33,6 +33,7 @@ MEMORY = 4 << 30  # bytes of address space: a TOC of half a million entries take
 TIMEOUT = 120.0  # seconds
 _FIRST_WAIT = 60.0  # seconds that a process started ahead of need waits for its job
 _NEXT_WAIT = 3.0  # seconds after which a process without further jobs ends, and gives its memory back
+_SOON = 0.3  # seconds that a process waits for its next job before it frees what the last one took
 _GRACE = 5.0  # seconds that a process may take to end
 _KEPT = 2  # idle processes
 _GOES_FIRST = 1000  # oom_score_adj, the most there is
@@ -186,13 +187,14 @@ def refuse(error: LazyfsError) -> dict[str, Any]:
 
 
 def _perform(job: dict[str, Any], kept: list[object]) -> None:
-    """Do a job; leave in `kept` what takes long to free."""
+    """Do a job; leave in `kept` what takes long to free, but nothing of earlier tables."""
     from lazyfs.format.table import LayerTable
     from lazyfs.format.table_build import LayerFacts, build_table
     from lazyfs.format.toc import parse_toc
     from lazyfs.tree import Tree, build_tree
 
     for task in job.get("tables", ()):
+        kept.clear()
         facts = LayerFacts(task["form"], task["blob_size"], task["payload_end"])
         listing = parse_toc(_mapped(task["toc"]), task["payload_end"])
         kept.append(listing)
@@ -269,8 +271,9 @@ def main() -> int:
         if not line:
             break
         print(json.dumps(_answer(line, kept)), flush=True)
-        kept.clear()
-        gc.collect()
+        if not select.select([sys.stdin], [], [], _SOON)[0]:  # after a table a tree is wanted: somebody waits for it
+            kept.clear()
+            gc.collect()
         patience = _NEXT_WAIT
     return 0
 
