@@ -6,7 +6,7 @@ from array import array
 from bisect import bisect_right
 from collections.abc import Sequence
 from itertools import accumulate, chain, compress, islice, repeat
-from operator import add, ne
+from operator import add, le, ne
 
 from lazyfs.errors import TocInvalid
 from lazyfs.format.columns import Column, pick
@@ -111,9 +111,10 @@ class ContentColumns:
                 "frame_blob_end": array("Q"),
                 "frame_first_chunk": array("I"),
             }
-        latest = list(accumulate(starts, max))  # holes begin nowhere, and lie in no frame
+        latest = starts
         holes: list[int] = []
-        if latest != starts or starts[0] < 0:
+        if not all(map(le, starts, islice(starts, 1, None))) or starts[0] < 0:
+            latest = list(accumulate(starts, max))  # holes begin nowhere, and lie in no frame
             for chunk, (start, at) in enumerate(zip(starts, latest, strict=True)):
                 if start < 0:
                     holes.append(chunk)
@@ -121,7 +122,10 @@ class ContentColumns:
                     path = self._listing.paths[bisect_right(chunk_ends, chunk) - 1]
                     raise TocInvalid(f"{path[:200]!r} is not in blob order")
         begins = [latest[0] >= 0, *map(ne, islice(latest, 1, None), latest)]
-        frames = array("I", [frame - 1 if frame else NO_FRAME for frame in accumulate(begins)])
+        # Before the first frame there may be holes: what is written for them here they don't keep.
+        frames = array("I", list(accumulate(islice(begins, 1, None), initial=0)))
+        if not begins[0]:
+            frames = array("I", [max(frame, 1) - 1 for frame in frames])
         for chunk in holes:
             frames[chunk] = NO_FRAME
         first = list(compress(range(len(starts)), begins))
