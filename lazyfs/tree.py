@@ -14,7 +14,7 @@ import hashlib
 from array import array
 from bisect import bisect_left
 from collections.abc import Sequence
-from itertools import accumulate
+from itertools import accumulate, compress
 from pathlib import Path
 
 from lazyfs.errors import TableInvalid, TocInvalid
@@ -103,8 +103,8 @@ class _Rows:
         self.kinds, self.names = bytes(table.kind), bytes(table.names)
         self.ends: list[int] = table.name_end.tolist()
         # All names of an inode have its count of links.
-        links = zip(table.nlink.tolist(), self.kinds, strict=True)
-        self.linked = [row for row, (count, kind) in enumerate(links) if count != 1 and kind != _DIR]
+        several = compress(range(table.rows), map((1).__ne__, table.nlink.tolist()))
+        self.linked = [row for row in several if self.kinds[row] != _DIR]
         self.marked: set[int] = set()  # directories with whiteouts
         row = self.kinds.find(_WHITEOUT)
         while row >= 0:
