@@ -1,11 +1,12 @@
-"""Removing what crashed runs left behind: runtime state, control groups, directories. Their mounts ended with them."""
+"""Removing what crashed runs left behind: runtime state, control groups, directories; and which mounts are ours."""
 
 from __future__ import annotations
 
 import logging
+import os
 
 from lazyfs.config import Settings
-from lazyfs.container import attached
+from lazyfs.container import attached, mounts
 from lazyfs.container import directory as directories
 from lazyfs.container.discard import discard
 from lazyfs.errors import LazyfsError
@@ -35,3 +36,15 @@ def sweep(settings: Settings) -> int:
     except LazyfsError as error:
         log.warning("crashed runs can't be swept: %s", error)
     return count
+
+
+def is_ours(settings: Settings, directory: str) -> bool:
+    """Tell whether what is mounted at `directory` is what `lazyfs mount` put there: it may be another mount by now.
+
+    Blocking (the mount table, a small file).
+    """
+    found = mounts.top_at(os.fsencode(directory))
+    known = attached.recall(settings, directory)
+    if found is None or known is None:
+        return found is not None and found.kind == "fuse.lazyfs"
+    return found.device == known.device

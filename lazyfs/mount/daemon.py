@@ -7,7 +7,6 @@ these share the store.
 from __future__ import annotations
 
 import argparse
-import ctypes
 import json
 import logging
 import os
@@ -38,6 +37,7 @@ from lazyfs.config import Settings
 from lazyfs.container import sweep
 from lazyfs.control_client import prepare_run, socket_of
 from lazyfs.errors import DaemonFault, LazyfsError, UsageError, first_of
+from lazyfs.mount import heap
 from lazyfs.mount.ahead import Ahead
 from lazyfs.mount.chain_service import serve_chains
 from lazyfs.mount.control import ControlServer
@@ -62,7 +62,6 @@ from lazyfs.process import harden
 
 log = logging.getLogger(__name__)
 
-_M_ARENA_MAX = -8  # mallopt(3)
 _STOPS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 _LAST_WORDS = 0.1  # seconds
 _LAST_REQUESTS = 3.0  # seconds for requests under way, once nothing is shown any more
@@ -186,6 +185,7 @@ class Daemon:
                 metrics().scraped(settings, mounted) if settings.metrics_address and self._alone else nullcontext()
             )
             nursery.start_soon(service.keeping.watch)
+            nursery.start_soon(heap.give_back)
             uses.bind(images, mounted)
             store.irreplaceable = images.layers.offline
             server = ControlServer(socket_of(settings, self._solo, store_only=self._store_only), mounted)
@@ -305,7 +305,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     logs.set_up(args.verbose + 1)
     harden()
-    _one_arena()
+    heap.one_arena()
     sys.setswitchinterval(_SWITCH)
     daemon: Daemon | None = None
     try:
@@ -345,13 +345,6 @@ def _fail(daemon: Daemon | None, group: BaseExceptionGroup[Exception]) -> None:
         if not isinstance(error, LazyfsError):
             error = DaemonFault(f"lazyfsd broke: {type(error).__name__}: {error}", hint="this is a bug in lazyfs")
         daemon.fail(error)
-
-
-def _one_arena() -> None:
-    """Keep glibc from giving each thread a heap of its own: freed chunks stay in them, 40 MB of 110 (measured)."""
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # other C libraries have none, and no arenas
-    if mallopt is not None:
-        mallopt(ctypes.c_int(_M_ARENA_MAX), ctypes.c_int(1))
 
 
 def entry() -> NoReturn:

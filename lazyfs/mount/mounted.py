@@ -15,7 +15,7 @@ import trio
 
 from lazyfs.chunks.catalog import Catalog, MountRecord
 from lazyfs.config import Settings
-from lazyfs.container import attached, mounts, sweep
+from lazyfs.container import mounts, sweep
 from lazyfs.errors import LazyfsError, MountPointInvalid, StoreError, UsageError
 from lazyfs.mount.chain_service import ChainService
 from lazyfs.mount.control import Say
@@ -278,7 +278,7 @@ def _is_ours(settings: Settings, path: str) -> bool:
 def _take_away(settings: Settings, directory: str, kind: str, state_dir: str) -> None:
     """Unmount a directory that shows an image, and remove its writable layer. Blocking; logs what fails."""
     try:
-        if directory and kind != "container" and _shows_ours(settings, directory):
+        if directory and kind != "container" and sweep.is_ours(settings, directory):
             if os.geteuid() == 0:
                 mounts.umount(os.fsencode(directory), lazy=True)
             else:
@@ -286,15 +286,6 @@ def _take_away(settings: Settings, directory: str, kind: str, state_dir: str) ->
     except (LazyfsError, OSError) as error:
         log.warning("%s stays mounted: %s", directory, error)
     _remove_state(state_dir)
-
-
-def _shows_ours(settings: Settings, directory: str) -> bool:
-    """Tell whether what is mounted there is what we mounted: somebody else may have used the directory since."""
-    found = mounts.top_at(os.fsencode(directory))
-    known = attached.recall(settings, directory)
-    if found is None or known is None:
-        return found is not None and found.kind == "fuse.lazyfs"
-    return found.device == known.device
 
 
 def _remove_state(state_dir: str) -> None:
