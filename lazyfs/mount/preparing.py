@@ -289,6 +289,7 @@ class Preparer:
         self, repository: Repository, wanted: Wanted, found: TocSource
     ) -> tuple[LayerSource, LayerTable, bytes] | NotLazy:
         digest = wanted.descriptor.digest
+        self.builder.warm()  # it starts while the TOC is on its way
         parts: Parts = {}
         early = dict(wanted.parts.parts) if wanted.parts is not None else {}
         if wanted.tail is not None and not early:
