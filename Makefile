@@ -2,9 +2,9 @@
 # packages that are missing, and a virtual environment in .venv. Run as root, or as a user who may sudo.
 
 PYTHON ?= python3
-# Four at once on two cores: the tests of faults wait for time-outs more than they compute. PYTEST_ARGS='-n 0' for one.
+# Five at once on two cores: the tests of faults wait for time-outs more than they compute. PYTEST_ARGS='-n 0' for one.
 # In the order of tests/conftest.py: by itself xdist begins with files of many tests, and ends with a slow one alone.
-PYTEST_ARGS ?= -n 4 --dist loadfile --no-loadscope-reorder
+PYTEST_ARGS ?= -n 5 --dist loadfile --no-loadscope-reorder
 SUDO := $(shell [ "$$(id -u)" = 0 ] || echo sudo)
 PATH := $(PATH):/usr/sbin:/sbin
 export PATH
