@@ -2,14 +2,14 @@
 # packages that are missing, and a virtual environment in .venv. Run as root, or as a user who may sudo.
 
 PYTHON ?= python3
-# Five at once on two cores: the tests of faults wait for time-outs more than they compute. PYTEST_ARGS='-n 0' for one.
+# Four at once on two cores: the tests of faults wait for time-outs more than they compute. PYTEST_ARGS='-n 0' for one.
 # In the order of tests/conftest.py: by itself xdist begins with files of many tests, and ends with a slow one alone.
-PYTEST_ARGS ?= -n 5 --dist loadfile --no-loadscope-reorder
+PYTEST_ARGS ?= -n 4 --dist loadfile --no-loadscope-reorder
 SUDO := $(shell [ "$$(id -u)" = 0 ] || echo sudo)
 PATH := $(PATH):/usr/sbin:/sbin
 export PATH
 
-.PHONY: demo test lint bytecode venv debs clean help
+.PHONY: demo test pytest lint bytecode venv debs clean help
 
 help:
 	@echo 'make demo    start a real image lazily and by a full pull, behind a slow link, and compare (IMAGE=… for another one)'
@@ -21,7 +21,11 @@ help:
 demo: bytecode
 	$(SUDO) env "PATH=$$PATH" "IMAGE=$(IMAGE)" .venv/bin/python -m perf.demo
 
-test: lint bytecode
+# Types and lint beside the tests, in time that these wait.
+test: bytecode
+	@$(MAKE) --no-print-directory -j2 lint pytest
+
+pytest: bytecode
 	$(SUDO) env "PATH=$$PATH" CI=true .venv/bin/python -m pytest -q $(PYTEST_ARGS)
 
 # An installed lazyfs has its bytecode; this tree gets it here, also where PYTHONDONTWRITEBYTECODE is set: without it half

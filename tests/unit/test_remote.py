@@ -276,12 +276,13 @@ async def test_demand_that_joins_ends_the_pause_of_a_background_flight(
     async with node(scratch, read_timeout=120) as one:
         source = Gated(BLOB.blob)
         layer = one.serve(BLOB, source)  # type: ignore[arg-type]
-        source.errors = [_temporary()] * 4
+        errors = [_temporary() for _ in range(4)]
+        source.errors = list(errors)
         source.open.set()
         async with trio.open_nursery() as nursery:
             nursery.start_soon(one.remote.bring, layer, 0, 10, Priority.BACKGROUND)
             with trio.fail_after(20):
-                while len(source.asked) < 4:  # it rests for forty seconds now
+                while layer.trouble is not errors[-1]:  # it rests for forty seconds then
                     await trio.sleep(0.01)
             with trio.fail_after(20):
                 await take(one, layer, 3)
