@@ -187,10 +187,11 @@ async def test_a_rate_bounds_what_nobody_waits_for_and_no_reader() -> None:
     async def fetch(host: str, priority: Priority, size: int) -> None:
         await scheduler.run(scheduler.ticket(host, priority), lambda: began.append(time.monotonic()), size)
 
+    start = time.monotonic()
     await fetch("one", BACKGROUND, 100_000)
     await fetch("other", BACKGROUND, 100_000)  # the rate is the node's
     await fetch("one", BACKGROUND, 100_000)
-    assert began[2] - began[0] >= 0.2
+    assert began[2] - start >= 0.199  # two clocks
     with trio.fail_after(10):
         await fetch(HOST, PREFETCH, 1_000_000)
         await fetch(HOST, DEMAND, 1_000_000)
