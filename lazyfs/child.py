@@ -33,6 +33,7 @@ MEMORY = 4 << 30  # bytes of address space: a TOC of half a million entries take
 TIMEOUT = 120.0  # seconds
 _FIRST_WAIT = 60.0  # seconds that a process started ahead of need waits for its job
 _NEXT_WAIT = 3.0  # seconds after which a process without further jobs ends, and gives its memory back
+_START = 0.1  # seconds that starting a process takes, of one core: one that is free sooner is waited for
 _SOON = 0.3  # seconds that a process waits for its next job before it frees what the last one took
 _GRACE = 5.0  # seconds that a process may take to end
 _KEPT = 2  # idle processes
@@ -43,20 +44,22 @@ _MAX_ANSWER = 1 << 20  # bytes; an answer is one sentence
 class Builder:
     """Runs jobs in child processes; two that are idle are kept for a few seconds, because starting costs 0.1 s.
 
-    Thread-safe: jobs that come at once get a process each. `warm` starts one ahead of need.
+    Thread-safe: jobs that come at once get a process each, unless one is free in the time that another takes to start.
+    `warm` starts one ahead of need.
     """
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
+        self._changed = threading.Condition()
         self._idle: list[subprocess.Popen[bytes]] = []
+        self._busy = 0  # jobs under way
 
     def warm(self) -> None:
         """Start a process that imports what it needs while its job is still on the way. Doesn't block."""
-        with self._lock:
+        with self._changed:
             for child in [child for child in self._idle if child.poll() is not None]:
                 _end(child)  # for want of work
                 self._idle.remove(child)
-            if not self._idle:
+            if not self._idle and not self._busy:
                 self._idle.append(_spawn())
 
     def run(self, job: dict[str, Any], *, timeout: float = TIMEOUT) -> None:
@@ -64,24 +67,42 @@ class Builder:
 
         Raise what the child raised (FormatError, StoreError), or TocInvalid when it died of its limits.
         """
-        with self._lock:
-            child = self._idle.pop() if self._idle else None
-        answer = _ask(child, job, timeout) if child is not None else b""
-        if not answer:  # there was none, or it ended for want of work just now
-            child = _spawn()
-            answer = _ask(child, job, timeout)
-        assert child is not None
-        if _is_answer(answer):
-            with self._lock:
-                if len(self._idle) < _KEPT:
-                    self._idle.append(child)
-                    child = None
-        complaint, status = _end(child) if child is not None else (b"", 0)
+        child = self._take()
+        try:
+            answer = _ask(child, job, timeout) if child is not None else b""
+            if not answer:  # there was none, or it ended for want of work just now
+                child = _spawn()
+                answer = _ask(child, job, timeout)
+            assert child is not None
+            kept = _is_answer(answer) and self._keep(child)
+        finally:
+            self._done()
+        complaint, status = (b"", 0) if kept else _end(child)
         read_answer(answer, complaint, status)
+
+    def _take(self) -> subprocess.Popen[bytes] | None:
+        """Return an idle process, None: to be started."""
+        with self._changed:
+            if self._busy:
+                self._changed.wait_for(lambda: self._idle, _START)
+            self._busy += 1
+            return self._idle.pop() if self._idle else None
+
+    def _keep(self, child: subprocess.Popen[bytes]) -> bool:
+        with self._changed:
+            if len(self._idle) >= _KEPT:
+                return False
+            self._idle.append(child)
+            return True
+
+    def _done(self) -> None:
+        with self._changed:
+            self._busy -= 1
+            self._changed.notify()
 
     def close(self) -> None:
         """End the idle processes."""
-        with self._lock:
+        with self._changed:
             children, self._idle = self._idle, []
         for child in children:
             _end(child)

@@ -30,6 +30,7 @@ _BUILDERS = 2  # tables built at a time, of small TOCs and of large ones
 _LARGE = 1 * MiB  # compressed bytes of a large one
 _SETTLE = 10.0  # seconds that whoever removes layers waits for what is still at work on them
 _LOOK = 0.02
+_TAILS_FIRST = 0.1  # seconds that a table lets TOCs go first
 _WAITING = 64 * MiB  # bytes of TOCs that wait for their table to be built; more are fetched again when it is their turn
 _PERSISTENT = (
     1024  # layers of a host that come even where nobody waits for them any more: calls are made again and again
@@ -128,6 +129,7 @@ class ChainLayers:
 
     async def _fulfil(self, source: ChainSource, wanted: Wanted) -> None:
         try:
+            await self._let_tails_pass()
             await self._keep(await self._hold(source, wanted))
         finally:
             self._waiting -= wanted.parts.size if wanted.parts is not None else 0
@@ -135,6 +137,12 @@ class ChainLayers:
             if not self._promised[wanted.descriptor.digest]:
                 del self._promised[wanted.descriptor.digest]
                 self._promises.pop(wanted.descriptor.digest, None)
+
+    async def _let_tails_pass(self) -> None:
+        """Wait while TOCs are on their way, a moment at most: somebody waits for those, and tables take processors."""
+        with trio.move_on_after(_TAILS_FIRST):
+            while len(self._tails):
+                await trio.sleep(_LOOK / 4)
 
     async def settle(self, digests: Iterable[str]) -> None:
         """Wait until what was begun for these layers, and nobody waits for, has ended. A checkpoint, 10 s at most."""
