@@ -23,7 +23,7 @@ from lazyfs.format.entry import MAX_NAME, Kind
 from lazyfs.format.table import FLAG_IMPLICIT, FLAG_OPAQUE, FLAG_REPLACES, LayerTable, Names
 
 MAGIC = b"LZFTREE\0"
-VERSION = 2
+VERSION = 3
 _MAX_SYMLINKS = 40  # the kernel's own limit for one path
 _MAX_FOLLOWED = 10_000_000  # parts of symlinks' targets walked for one chain: seconds, where sane ones need none
 _SHIFT = 32  # bits of a row in a leaf

@@ -28,6 +28,7 @@ A_DIRECTORY = 100  # files
 _MEMORY = 100_000_000  # anonymous bytes that the daemon may have
 _FIRST = 0.3, 6.0  # seconds of a first mount, of 10,000 and of 500,000 files
 _FROM_TABLES = 0.05  # seconds
+_RUNS = 3  # first mounts, and new daemons; the median counts
 
 
 def many_files(path: Path, count: int) -> None:
@@ -95,11 +96,23 @@ def goal(files: int) -> float:
     return _FIRST[0] + (_FIRST[1] - _FIRST[0]) * max(0, files - 10_000) / 490_000
 
 
+def first_mount(directory: Path, tiny: str, reference: str, settings: dict[str, str]) -> float:
+    """Return the seconds of a first mount, in a store and a daemon that had to do with `tiny` only."""
+    root = directory / "first"
+    drop_caches()
+    with lazy_image.mounted(directory, root, tiny, settings), lazy_image.daemon(directory, root) as daemon:
+        took, mount = mount_call(daemon, reference)
+        daemon.call("release", mount=mount)
+    shutil.rmtree(root)
+    return took
+
+
 def measure(directory: Path, tiny: str, reference: str, driver: str) -> dict[str, Any]:
     """Return the figures of one image, in a store and a daemon of their own that had to do with `tiny` only."""
     root, tree = directory / "s", directory / "many"
     settings = ONLY_DEMAND | {"LAZYFS_DRIVER": driver}
-    calls, commands = [], []
+    firsts = [first_mount(directory, tiny, reference, settings) for _ in range(_RUNS - 1)]
+    calls, anew, commands = [], [], []
     tree.mkdir(exist_ok=True)
     drop_caches()
     with lazy_image.mounted(directory, root, tiny, settings), lazy_image.daemon(directory, root) as daemon:
@@ -123,18 +136,20 @@ def measure(directory: Path, tiny: str, reference: str, driver: str) -> dict[str
         _, second_walk = walk(tree)
         walked = anonymous(pid)
         lazy_image.command(directory, root, settings, "umount", str(tree))
-    with lazy_image.mounted(directory, root, tiny, settings), lazy_image.daemon(directory, root) as daemon:
-        anew, mount = mount_call(daemon, reference)  # a daemon that knows nothing hashes all tables once
-        daemon.call("release", mount=mount)
+    for _ in range(_RUNS):
+        with lazy_image.mounted(directory, root, tiny, settings), lazy_image.daemon(directory, root) as daemon:
+            took, mount = mount_call(daemon, reference)  # a daemon that knows nothing checks all tables once
+            anew.append(took)
+            daemon.call("release", mount=mount)
     shutil.rmtree(root)
     return {
         "names_walked": names,
         "anonymous_idle": idle,
         "anonymous_walked": walked,
-        "first_mount_s": round(first, 3),
+        "first_mount_s": [round(seconds, 3) for seconds in (*firsts, first)],
         "ready_after_s": ready,
         "mount_from_tables_s": [round(seconds, 3) for seconds in calls],
-        "mount_from_tables_in_a_new_daemon_s": round(anew, 3),
+        "mount_from_tables_in_a_new_daemon_s": [round(seconds, 3) for seconds in anew],
         "mount_command_from_tables_s": [round(seconds, 3) for seconds in commands],
         "first_walk_us_a_name": round(first_walk / names * 1e6, 1),
         "second_walk_us_a_name": round(second_walk / names * 1e6, 1),
@@ -158,10 +173,11 @@ def main() -> int:
             misses = []
             if found["anonymous_walked"] > _MEMORY:
                 misses.append("memory")
-            if found["first_mount_s"] > goal(count):
+            if statistics.median(found["first_mount_s"]) > goal(count):
                 misses.append("first mount")
-            if statistics.median(found["mount_from_tables_s"]) > _FROM_TABLES:
-                misses.append("mount from tables")
+            for name in ("mount_from_tables_s", "mount_from_tables_in_a_new_daemon_s"):
+                if statistics.median(found[name]) > _FROM_TABLES:
+                    misses.append(name)
             missed = missed or bool(misses)
             told = {"what": "memory", "driver": args.driver, "files": count, **found, "missed": misses}
             print(json.dumps({**told, **machine.facts()}), flush=True)

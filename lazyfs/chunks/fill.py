@@ -160,6 +160,7 @@ class Filler:
     async def _check(self, layer: ServedLayer, check: Check) -> None:
         coming: deque[int] = deque()  # first extents behind requests under way
         ahead = check.next
+        await trio.to_thread.run_sync(check.prepare, limiter=self._limiter)
         try:
             async with trio.open_nursery() as nursery:
                 while check.next < layer.extents:
@@ -223,7 +224,7 @@ class Filler:
         offset, size = layer.extent(extent)
         end, rest = offset + size, b""
         # Not from `offset`: another try goes on where the last one stopped.
-        while (at := check.whole.blob_offset + len(rest)) < end:
+        while (at := check.blob_offset + len(rest)) < end:
             ticket = self._scheduler.ticket(layer.host, Priority.BACKGROUND)
             # The spool's extents have passed `fetch_frames`; of these nobody has looked at the chunks' digests yet.
             unproven = 0 < extent < layer.extents - 1 and at == offset
@@ -253,7 +254,7 @@ def is_spooled(layer: ServedLayer, extent: int) -> bool:
 
 def is_at_start(layer: ServedLayer, check: Check) -> bool:
     """Tell whether the check has seen nothing yet of its next extent, rather than the pieces before a failed one."""
-    return check.whole.blob_offset == layer.extent(check.next)[0]
+    return check.blob_offset == layer.extent(check.next)[0]
 
 
 def _fetch_bytes(layer: ServedLayer, blob_offset: int, size: int) -> bytes:

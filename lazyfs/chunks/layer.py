@@ -20,19 +20,39 @@ _OTHERS = 3  # further sources that are remembered
 
 
 class Check:
-    """The whole check of a layer in progress: extents are fed in blob order, what comes early waits in the spool."""
+    """The whole check of a layer in progress: extents are fed in blob order, what comes early waits in the spool.
+
+    Not thread-safe: one thread at a time feeds it.
+    """
 
     def __init__(self, begin: Callable[[], WholeCheck], spool: Spool) -> None:
         self._begin = begin
-        self.whole = begin()
+        self._whole: WholeCheck | None = None
         self.spool = spool
         self.next = 0  # the extent that the check wants now
         self.restarts = 0
 
+    def prepare(self) -> None:
+        """Make the check itself, which takes milliseconds and 24 bytes a file. What is only mounted needs none."""
+        if self._whole is None:
+            self._whole = self._begin()
+
+    @property
+    def whole(self) -> WholeCheck:
+        """The check itself, made now if it was not."""
+        self.prepare()
+        assert self._whole is not None
+        return self._whole
+
+    @property
+    def blob_offset(self) -> int:
+        """Blob offset of the next byte to feed."""
+        return 0 if self._whole is None else self._whole.blob_offset
+
     def restart(self) -> None:
         """Begin again with nothing: the spool's disk may be what was wrong, and that is no reason to damn a layer."""
         self.spool.clear()
-        self.whole = self._begin()
+        self._whole = None
         self.next = 0
         self.restarts += 1
 

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import sys
-from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import compress
 from pathlib import Path
@@ -23,7 +21,6 @@ MAX_CHUNK = 64 * MiB  # bytes; the formats' bound on a chunk, checked again beca
 _RUN_BYTES = 8 * MiB  # bytes of one write
 _RUN_PIECES = 500  # chunks of one write; with the padding in between below IOV_MAX (1024)
 _ZEROS = bytes(PAGE)
-_NO_FRAME = NO_FRAME.to_bytes(4, sys.byteorder)  # an item of a table's column
 
 
 class ChunkTable(Layout, Protocol):
@@ -33,6 +30,8 @@ class ChunkTable(Layout, Protocol):
     def path(self) -> Path: ...
     @property
     def form(self) -> int: ...
+    @property
+    def holes(self) -> int: ...
     @property
     def chunk_size(self) -> Sequence[int]: ...
     @property
@@ -55,19 +54,9 @@ def full_bytes(table: ChunkTable) -> int:
 
 def hole_chunks(table: ChunkTable) -> frozenset[int]:
     """Chunks that are holes of sparse files: all zeros, in no frame, never stored."""
-    if table.form == FORM_PLAIN:
+    if table.form == FORM_PLAIN or not table.holes:
         return frozenset()
-    # By bytes: most layers have no hole, and to look at half a million numbers takes as long as to check the table.
-    frames = table.chunk_frame
-    raw = (frames if isinstance(frames, memoryview) else array("I", frames)).tobytes()
-    found: list[int] = []
-    at = raw.find(_NO_FRAME)
-    while at >= 0:
-        chunk, rest = divmod(at, len(_NO_FRAME))
-        if not rest:
-            found.append(chunk)
-        at = raw.find(_NO_FRAME, at + (1 if rest else len(_NO_FRAME)))
-    return frozenset(found)
+    return frozenset(chunk for chunk, frame in enumerate(table.chunk_frame) if frame == NO_FRAME)
 
 
 class LayerStore:

@@ -1,7 +1,7 @@
-"""Which files were hashed and found whole, so that this process hashes none twice that nobody has touched since.
+"""Which files were read through and found whole, so that this process reads none twice that nobody has touched since.
 
 Such a file is known by its inode, size and times. Nobody but the owner of the store, who could make it anew with a
-digest that fits, can change it and leave its ctime as it was. What a disk does to it later without a word, it does to
+checksum that fits, can change it and leave its ctime as it was. What a disk does to it later without a word, it does to
 a file that stays mapped or mounted for weeks as well: that is not looked at again either.
 """
 
@@ -27,7 +27,7 @@ class Checked:
         return self._known.get(_inode(found)) == _state(found)
 
     def note(self, found: os.stat_result) -> None:
-        """Remember that a file is whole. `found` is of the time before it was hashed."""
+        """Remember that a file is whole. `found` is of the time before it was read."""
         if self._now() - max(found.st_mtime, found.st_ctime) < _TICK:
             return  # it might change at once, and its times not
         if len(self._known) >= _KEPT:

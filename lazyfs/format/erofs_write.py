@@ -1,13 +1,14 @@
 """The EROFS image of a tree: names and attributes of all its files; their content is on devices, one a layer.
 
 Laid out as: superblock and device table, shared attributes, special inodes (the root first), ordinary inodes, blocks of
-directories. The 1024 bytes that EROFS leaves free in front hold version, key and digest of the file, so that the daemon
-knows it for whole and its own before the kernel sees it. The same tree and key give the same bytes.
+directories. The 1024 bytes that EROFS leaves free in front hold version, key and checksum of the file, so that the
+daemon knows it for whole and its own before the kernel sees it. The same tree and key give the same bytes.
 """
 
 from __future__ import annotations
 
 import hashlib
+import mmap
 import os
 import struct
 import sys
@@ -16,6 +17,7 @@ from pathlib import Path
 
 from lazyfs.errors import StoreBroken, TableInvalid
 from lazyfs.format.checked import CHECKED
+from lazyfs.format.checksum import SIZE, checksum
 from lazyfs.format.columns import write_parts
 from lazyfs.format.erofs_dirs import TreeColumns
 from lazyfs.format.erofs_inodes import Inodes, check_devices, device_layers
@@ -24,11 +26,10 @@ from lazyfs.format.table import LayerTable
 
 __all__ = ["VERSION", "check", "device_layers", "write_erofs"]
 
-VERSION = 2
+VERSION = 3
 _MAGIC = b"LZFEROFS"
-_HEAD = struct.Struct("<8sI4x32s32sQ")  # magic, version, digest of all with this field zero, key's digest, bytes
-_DIGEST_AT = 16  # bytes in front of the digest
-_READ = 1 << 20  # bytes
+_HEAD = struct.Struct("<8sI4x16s32sQ")  # magic, version, checksum of all with this field zero, key's digest, bytes
+_SUM_AT = 16  # bytes in front of the checksum
 
 
 def write_erofs(path: Path, tree: TreeColumns, tables: Sequence[LayerTable], key: str) -> None:
@@ -37,7 +38,7 @@ def write_erofs(path: Path, tree: TreeColumns, tables: Sequence[LayerTable], key
 
     `key` is the tree's. Device number i is the data space of the layer at place `device_layers(tables)[i]`. Raise
     StoreFull or StoreBroken when the file can't be written, TocInvalid for a tree that EROFS can't show: layers of more
-    than 16 TiB, attributes of more than 65,535 bytes. No fsync: a torn file fails its digest and is made again.
+    than 16 TiB, attributes of more than 65,535 bytes. No fsync: a torn file fails its checksum and is made again.
     """
     if sys.byteorder != "little":
         raise StoreBroken("EROFS images need a little-endian machine")
@@ -69,17 +70,14 @@ def _write(path: Path, parts: list[bytes | bytearray], key: str) -> None:
     size = sum(map(len, parts))
     key_digest = hashlib.sha256(key.encode()).digest()
     _HEAD.pack_into(front, 0, _MAGIC, VERSION, b"", key_digest, size)
-    whole = hashlib.sha256()
-    for part in parts:
-        whole.update(part)
-    _HEAD.pack_into(front, 0, _MAGIC, VERSION, whole.digest(), key_digest, size)
+    _HEAD.pack_into(front, 0, _MAGIC, VERSION, checksum(parts), key_digest, size)
     write_parts(path, parts)
 
 
 def check(path: Path, key: str) -> None:
     """Read a whole image and tell whether it is this version's, of this key, and undamaged.
 
-    Blocking, about 1 ms a megabyte, unless `CHECKED` knows it. Raise TableInvalid when it is not, or is
+    Blocking, about 0.1 ms a megabyte, unless `CHECKED` knows it. Raise TableInvalid when it is not, or is
     absent: then write it again.
     """
     try:
@@ -87,7 +85,7 @@ def check(path: Path, key: str) -> None:
             front = bytearray(handle.read(SUPER_AT))
             if len(front) < SUPER_AT:
                 raise TableInvalid(f"{path} is too short")
-            magic, version, digest, key_digest, size = _HEAD.unpack_from(front)
+            magic, version, told, key_digest, size = _HEAD.unpack_from(front)
             found = os.fstat(handle.fileno())
             if magic != _MAGIC or version != VERSION or size != found.st_size:
                 raise TableInvalid(f"{path} is of another kind or version, or cut short")
@@ -95,14 +93,16 @@ def check(path: Path, key: str) -> None:
                 raise TableInvalid(f"{path} is another tree's")
             if CHECKED.knows(found):
                 return
-            front[_DIGEST_AT : _DIGEST_AT + len(digest)] = bytes(len(digest))
-            whole = hashlib.sha256(front)
-            buffer = memoryview(bytearray(_READ))
-            while got := handle.readinto(buffer):
-                whole.update(buffer[:got])
+            front[_SUM_AT : _SUM_AT + SIZE] = bytes(SIZE)
+            with (
+                mmap.mmap(handle.fileno(), size, prot=mmap.PROT_READ) as mapped,  # twice as fast as read(2)
+                memoryview(mapped) as content,
+                content[SUPER_AT:] as rest,
+            ):
+                whole = checksum([front, rest])
     except OSError as error:
         raise TableInvalid(f"{path} can't be read: {error.strerror}") from None
-    if whole.digest() != digest:
+    if whole != told:
         raise TableInvalid(f"{path} is damaged")
     CHECKED.note(found)
 

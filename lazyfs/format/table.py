@@ -18,7 +18,7 @@ from lazyfs.format.columns import Columns
 from lazyfs.format.entry import Kind
 
 MAGIC = b"LZFLAYER"
-VERSION = 2
+VERSION = 3
 NO_FRAME = 0xFFFFFFFF  # a chunk that is a hole, or a chunk of a plain layer: no frame to fetch
 FLAG_OPAQUE = 1  # a directory that hides what lower layers have under it
 FLAG_IMPLICIT = 2  # a directory that no entry names; a lower layer's attributes show through
@@ -36,7 +36,7 @@ ROW_COLUMNS = {
 }  # fmt: skip
 CHUNK_COLUMNS = {"chunk_data_offset": "Q", "chunk_size": "I", "chunk_frame": "I", "chunk_inner": "Q"}
 FRAME_COLUMNS = {"frame_blob_offset": "Q", "frame_blob_end": "Q", "frame_first_chunk": "I"}
-META = ("form", "blob_size", "data_size", "payload_end", "landmark", "dropped_xattrs", "entries")
+META = ("form", "blob_size", "data_size", "payload_end", "landmark", "dropped_xattrs", "entries", "holes")
 PAGE = 4096  # bytes; files begin on such boundaries of the data space
 _LONGEST_RUN = 256  # chunks that `run_end` looks ahead
 _LENGTHS = struct.Struct("<HI")
@@ -162,6 +162,7 @@ class LayerTable(Names):
         self.landmark: int = meta["landmark"]  # blob offset of the prefetch landmark; 0: prefetch nothing
         self.dropped_xattrs: int = meta["dropped_xattrs"]
         self.entries: int = meta["entries"]
+        self.holes: int = meta["holes"]  # chunks that are in no frame, except of a plain layer
         self.rows = len(self.kind)
         self.chunk_count = len(self.chunk_size)
         self.frame_count = len(self.frame_blob_offset)

@@ -72,6 +72,7 @@ def write_table(path: Path, facts: LayerFacts, listing: Listing, survivors: Surv
         "landmark": rows.landmark,
         "dropped_xattrs": rows.dropped,
         "entries": rows.entries,
+        "holes": content.holes,
     }
     columns["meta"] = array("q", [meta[name] for name in META])
     write_columns(path, MAGIC, VERSION, columns)

@@ -32,6 +32,7 @@ class ContentColumns:
         self._sources = sources
         self._is_plain = form == FORM_PLAIN
         self._payload_end = payload_end
+        self.holes = 0  # chunks that are in no frame; known after `fill`
         self._sizes, self._counts = listing.sizes, listing.chunk_counts
         if kinds.count(_REG) != listing.kinds.count(_REG):  # some entries are gone, or nobody can read them
             lives = bytearray(len(listing))
@@ -126,6 +127,7 @@ class ContentColumns:
         frames = array("I", list(accumulate(islice(begins, 1, None), initial=0)))
         if not begins[0]:
             frames = array("I", [max(frame, 1) - 1 for frame in frames])
+        self.holes = len(holes)
         for chunk in holes:
             frames[chunk] = NO_FRAME
         first = list(compress(range(len(starts)), begins))

@@ -28,6 +28,10 @@ class ChunkTable:
     def chunk_count(self) -> int:
         return len(self.content)
 
+    @property
+    def holes(self) -> int:
+        return self.chunk_frame.count(NO_FRAME)
+
     def chunk_digest(self, chunk: int) -> bytes:
         return hashlib.sha256(self.content[chunk]).digest()
 
