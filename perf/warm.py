@@ -1,6 +1,6 @@
 """What does a warm image cost beside the local disk? Overlays over the same tree: lazily mounted, and unpacked on disk.
 
-    python -m perf.warm [--pairs 5] [--driver erofs] [--git-files 20000]
+    python -m perf.warm [--pairs 7] [--driver erofs] [--git-files 20000]
 
 Prints one JSON line a pair and one with the medians and ratios. Method: perf/README.md. Needs root, git, and a disk
 that overlayfs takes.
@@ -17,6 +17,7 @@ import statistics
 import subprocess
 import sys
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 
 from lazyfs.control_client import Daemon
@@ -57,7 +58,14 @@ while todo:
             if entry.is_dir(follow_symlinks=False):
                 todo.append(entry.path)
 """
-_SMALL = "for path in small: read(path)\n"
+_SMALL = """
+for _ in range(3):
+    for path in small: read(path)
+"""
+_SEQUENTIAL = """
+for _ in range(20):  # one pass takes 10 ms, and a virtual machine's processor is away for as long now and then
+    for path, _ in large: read(path)
+"""
 _RANDOM = """
 order = random.Random(1)
 opened = [(os.open(path, os.O_RDONLY), size) for path, size in large]
@@ -86,7 +94,7 @@ assert not found, found[:200]
 OPERATIONS = {
     "walk and lstat": _WALK,
     "open and read of small files": _SMALL,
-    "sequential reads": "for path, _ in large: read(path)\n",
+    "sequential reads": _SEQUENTIAL,
     "random reads of 4 KiB": _RANDOM,
     "python3 -c import": _IMPORT,
     "git status": _GIT,
@@ -108,9 +116,29 @@ def calls(daemon: Daemon) -> Counter[str]:
     return Counter(daemon.call("status")["fuse"])
 
 
+@contextlib.contextmanager
+def warmed(lazy: Path, native: Path) -> Iterator[None]:
+    """Drop all pages, have each operation read what it reads, and hold that in memory.
+
+    Anew for each pair: where in a virtual machine's memory a file's pages come to lie makes reads of it up to a fifth
+    faster or slower, and stays so as long as they are there.
+    """
+    drop_caches()
+    with contextlib.ExitStack() as stack:
+        for root in (lazy, native):
+            git_tree.refresh(root)
+        for what in OPERATIONS:
+            for root in (lazy, native):
+                seconds(what, root)
+        for root in (lazy, native):  # a project's own files are not read when it is warm
+            read = [path for path in root.iterdir() if path.name != "srv"]
+            stack.enter_context(locked(*read, root / git_tree.PLACE / ".git"))
+        yield
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description="Warm reads and names beside the local disk.")
-    parser.add_argument("--pairs", type=int, default=5)
+    parser.add_argument("--pairs", type=int, default=7)
     parser.add_argument("--driver", choices=("erofs", "fuse"), default="erofs")
     parser.add_argument("--git-files", type=int, default=20_000)
     args = parser.parse_args()
@@ -129,26 +157,19 @@ def main() -> int:
         lazy = stack.enter_context(lazy_image.overlay(tree, directory / "over-lazy"))
         native = stack.enter_context(lazy_image.overlay(plain, directory / "over-plain"))
         daemon = stack.enter_context(lazy_image.daemon(directory, store))
-        drop_caches()
-        for root in (lazy, native):
-            git_tree.refresh(root)
-        for what in OPERATIONS:
-            cold = seconds(what, lazy), seconds(what, native)  # from here on all is warm
-            print(json.dumps({"what": what, "first_lazy_s": round(cold[0], 4), "first_native_s": round(cold[1], 4)}))
-        for root in (lazy, native):  # a project's own files are not read when it is warm
-            read = [path for path in root.iterdir() if path.name != "srv"]
-            stack.enter_context(locked(*read, root / git_tree.PLACE / ".git"))
-        dropped = machine.caches_dropped()
+        dropped = 0
         for pair in range(args.pairs):
-            for what, (ours, theirs) in took.items():
-                before = calls(daemon)
-                for mine in (True, False) if pair % 2 else (False, True):
-                    (ours if mine else theirs).append(seconds(what, lazy if mine else native))
-                asked[what] += calls(daemon) - before
+            with warmed(lazy, native):
+                before_all = machine.caches_dropped()
+                for what, (ours, theirs) in took.items():
+                    before = calls(daemon)
+                    for mine in (True, False) if pair % 2 else (False, True):
+                        (ours if mine else theirs).append(seconds(what, lazy if mine else native))
+                    asked[what] += calls(daemon) - before
+                dropped += machine.caches_dropped() - before_all
             line = {what: round(ours[-1] / theirs[-1], 3) for what, (ours, theirs) in took.items()}
             told = {what: dict(count) for what, count in asked.items() if count}
             print(json.dumps({"what": "warm, lazy to native", "pair": pair, **line, "asked": told}), flush=True)
-        dropped = machine.caches_dropped() - dropped
     medians = {
         what: {
             "lazy_s": round(statistics.median(ours), 4),
