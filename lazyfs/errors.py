@@ -202,6 +202,10 @@ class FrameInvalid(FormatError):
     """A zstd frame or gzip member that does not decode, or decodes to another size than promised."""
 
 
+class TraceInvalid(FormatError):
+    """A trace that is malformed, or beyond one of our bounds."""
+
+
 class TableInvalid(FormatError):
     """A layer table or tree file of another version, or damaged. It is rebuilt, never repaired."""
 

@@ -65,6 +65,7 @@ TABLE: dict[type[LazyfsError], int] = {
     errors.TocInvalid: MALFORMED,
     errors.TarInvalid: MALFORMED,
     errors.FrameInvalid: MALFORMED,
+    errors.TraceInvalid: MALFORMED,
     errors.FuseUnavailable: MOUNT,
     errors.MountPointInvalid: MOUNT,
     errors.MountFailed: MOUNT,
