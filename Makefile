@@ -2,14 +2,18 @@
 # packages that are missing, and a virtual environment in .venv. Run as root, or as a user who may sudo.
 
 PYTHON ?= python3
-# Four at once on two cores: the tests of faults wait for time-outs more than they compute. PYTEST_ARGS='-n 0' for one.
-# In the order of tests/conftest.py: by itself xdist begins with files of many tests, and ends with a slow one alone.
-PYTEST_ARGS ?= -n 4 --dist loadfile --no-loadscope-reorder
+# Four at once on two cores: tests of daemons and faults wait more than they compute. In the order of tests/conftest.py: by
+# itself xdist begins with files of many tests, and ends with a slow one alone. `make pytest PYTEST_ARGS=tests` for all
+# tests one by one.
+PYTEST_ARGS ?= -n 4 --dist loadfile --no-loadscope-reorder tests/faults tests/fuse tests/system
+# Tests that only compute take what the others leave of the processors, a third, and no time of those that a clock watches.
+UNITS_ARGS ?= -n 2 --dist loadfile -p no:cacheprovider tests/unit
+PYTEST = $(SUDO) env "PATH=$$PATH" CI=true $(1) .venv/bin/python -m pytest -q
 SUDO := $(shell [ "$$(id -u)" = 0 ] || echo sudo)
 PATH := $(PATH):/usr/sbin:/sbin
 export PATH
 
-.PHONY: demo test pytest lint bytecode venv debs clean help
+.PHONY: demo test pytest units lint bytecode venv debs clean help
 
 help:
 	@echo 'make demo    start a real image lazily and by a full pull, behind a slow link, and compare (IMAGE=… for another one)'
@@ -21,12 +25,15 @@ help:
 demo: bytecode
 	$(SUDO) env "PATH=$$PATH" "IMAGE=$(IMAGE)" .venv/bin/python -m perf.demo
 
-# Types and lint beside the tests, in time that these wait.
+# All side by side; a failure of one does not end the others.
 test: bytecode
-	@$(MAKE) --no-print-directory -j2 lint pytest
+	@$(MAKE) --no-print-directory -j3 --keep-going --output-sync=line pytest units lint
 
 pytest: bytecode
-	$(SUDO) env "PATH=$$PATH" CI=true .venv/bin/python -m pytest -q $(PYTEST_ARGS)
+	$(call PYTEST,) $(PYTEST_ARGS)
+
+units: bytecode
+	$(call PYTEST,nice -n 5) $(UNITS_ARGS)
 
 # An installed lazyfs has its bytecode; this tree gets it here, also where PYTHONDONTWRITEBYTECODE is set: without it half
 # of a daemon's start is compiling, and the tests start some thousand processes.
@@ -36,7 +43,7 @@ bytecode: venv
 lint: venv
 	.venv/bin/ruff check lazyfs indexer snapshotter tests perf
 	.venv/bin/ruff format --check lazyfs indexer snapshotter tests perf
-	.venv/bin/mypy -p lazyfs -p indexer -p snapshotter -p perf
+	nice -n 5 .venv/bin/mypy -p lazyfs -p indexer -p snapshotter -p perf
 
 venv: debs .venv/stamp
 

@@ -71,16 +71,16 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             item.add_marker(folder)
         if item.get_closest_marker("fuse") and not os.access("/dev/fuse", os.R_OK | os.W_OK):
             item.add_marker(pytest.mark.skip(reason="no /dev/fuse that we may open"))
-    _mix(items, tests / "unit")
+    _mix(items, tests / "system")
 
 
-def _mix(items: list[pytest.Item], unit: Path) -> None:
-    """Put files of tests that compute between those of tests that wait, which begin earlier and end earlier.
+def _mix(items: list[pytest.Item], system: Path) -> None:
+    """Spread the longest files, those of whole systems, between the others, so that none of them is the last.
 
-    Side by side they fill both cores. A file stays together, and its tests in their order.
+    A file stays together, and its tests in their order.
     """
     files = {path: [item for item in items if item.path == path] for path in dict.fromkeys(item.path for item in items)}
-    kinds = [path for path in files if unit in path.parents], [path for path in files if unit not in path.parents]
+    kinds = [path for path in files if system not in path.parents], [path for path in files if system in path.parents]
     place = {
         path: number / len(kind) * share
         for kind, share in zip(kinds, (1.0, 0.8), strict=True)
