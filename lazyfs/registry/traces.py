@@ -1,0 +1,190 @@
+"""Traces beside an image in its registry: OCI artifacts that refer to its manifest, found by `find`, made by `attach`.
+
+An artifact has the type ARTIFACT and one layer, the trace as a file. Up to MAX_INLINE characters of base64 also ride in
+its annotation INLINE, which lists of referrers repeat: then that list is all that a reader asks for. A trace is a hint
+of whoever may push there; what is malformed, enormous or of another image is passed over.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import contextlib
+import io
+import logging
+import random
+import time
+from collections.abc import Sequence
+
+from lazyfs import digest as digests
+from lazyfs import oci
+from lazyfs.errors import LazyfsError, ManifestMissing, PushRejected, TraceInvalid
+from lazyfs.format.trace import MAX_TRACE, Trace, decode, encode, merged
+from lazyfs.oci import Descriptor
+from lazyfs.registry.referrers import fallback_tag
+from lazyfs.registry.repository import Repository
+from lazyfs.units import KiB
+
+log = logging.getLogger(__name__)
+
+ARTIFACT = "application/vnd.lazyfs.trace.v1"  # the artifact's type
+LAYER = ARTIFACT + "+zstd"  # its layer's media type
+INLINE = "dev.lazyfs.trace"  # annotation: the trace's file in base64
+READS = "dev.lazyfs.trace.reads"  # annotation: how many reads it tells of
+MAX_INLINE = 64 * KiB  # characters of base64
+MAX_FOUND = 8  # traces of one manifest that are read; with so many there, no more of them ride inline
+_MAX_MANIFEST = 256 * KiB  # bytes of an artifact's manifest
+_EMPTY_TYPE = "application/vnd.oci.empty.v1+json"  # OCI image-spec 1.1, "Guidance for an Empty Descriptor"
+_EMPTY = b"{}"
+_CREATED = "org.opencontainers.image.created"
+_TRIES = 8  # until a list of referrers has our entry
+_SETTLE = 0.5  # seconds at least until a list is believed to keep it
+
+
+def find(
+    repository: Repository, manifest_digest: str, deadline: float, *, layers: Sequence[str] | None = None
+) -> Trace | None:
+    """Return what the registry has of traces of a manifest, merged; None where there is none.
+
+    `layers` are the blob digests of that manifest, base first: a trace of others is passed over (without them the
+    newest trace decides which they are). Blocking: one request where the traces ride inline and the registry lists
+    referrers, else two, and two more for each large trace. Raise RegistryError and DocumentInvalid when the list
+    can't be had; a trace that can't be read is passed over.
+    """
+    listed = _newest_first(repository.referrers(manifest_digest, deadline=deadline))
+    if len(listed) > MAX_FOUND:
+        log.info("%s has %d traces: the newest %d are read", manifest_digest, len(listed), MAX_FOUND)
+    found: list[Trace] = []
+    for entry in listed[:MAX_FOUND]:
+        try:
+            trace = _read(repository, entry, manifest_digest, deadline)
+            if layers is not None and trace.layers != tuple(layers):
+                raise TraceInvalid("it is of an image with other layers")
+        except LazyfsError as error:
+            log.warning("trace %s of %s is passed over: %s", entry.digest, manifest_digest, error.message)
+            if time.monotonic() >= deadline:
+                break
+        else:
+            found.append(trace)
+    return merged(found)
+
+
+def attach(repository: Repository, subject: Descriptor, trace: Trace) -> Descriptor:
+    """Push a trace of the manifest `subject` as an artifact that refers to it; return the artifact's descriptor.
+
+    The same trace is the same artifact, pushed once. Blocking: uploads, and where the list of referrers is a tag that
+    everybody rewrites, until the list has kept our entry for a while. Raise TraceInvalid when the trace is too large or
+    of another manifest, PushRejected and the repository's other errors.
+    """
+    if trace.manifest != subject.digest:
+        raise TraceInvalid(f"the trace is of {trace.manifest}, not of {subject.digest}")
+    raw = encode(trace)
+    there = [entry.digest for entry in _newest_first(repository.referrers(subject.digest))]
+    small = len(base64.b64encode(raw)) <= MAX_INLINE
+    forms = [_artifact(subject, trace, raw, inline=inline) for inline in ((True, False) if small else (False,))]
+    for known, _ in forms:
+        if known.digest in there:
+            return known
+    # The list is one document with a bound, for everybody's referrers: it isn't filled with traces.
+    artifact, manifest = forms[0] if len(there) < MAX_FOUND else forms[-1]
+    for blob in (_EMPTY, raw):
+        repository.push_blob(digests.of(blob), len(blob), io.BytesIO(blob))
+    for _ in range(_TRIES):
+        began = time.monotonic()
+        repository.push_manifest(artifact.digest, oci.OCI_MANIFEST, manifest)
+        if _is_kept(repository, subject.digest, artifact.digest, time.monotonic() - began):
+            return artifact
+    raise PushRejected(
+        repository.host,
+        f"{repository.host} took the trace {artifact.digest}, but does not list it as a referrer of {subject.digest}",
+        hint="others may be writing that list: try it again",
+    )
+
+
+def _is_kept(repository: Repository, subject: str, artifact: str, took: float) -> bool:
+    """Tell whether the list of referrers has our artifact, and still has it once others wrote what they had read.
+
+    `took`: seconds that our own writing took; somebody else's takes about as long.
+    """
+    if not _lists(repository, subject, artifact):
+        time.sleep(random.uniform(0, took))  # whoever writes at the same time does not do so again
+        return False
+    with contextlib.suppress(ManifestMissing):
+        repository.manifest(fallback_tag(subject))
+        time.sleep(random.uniform(1, 2) * max(_SETTLE, 2 * took))
+        return _lists(repository, subject, artifact)
+    return True  # the registry keeps the list itself
+
+
+def _lists(repository: Repository, subject: str, artifact: str) -> bool:
+    return any(entry.digest == artifact for entry in repository.referrers(subject))
+
+
+def _artifact(subject: Descriptor, trace: Trace, raw: bytes, *, inline: bool) -> tuple[Descriptor, bytes]:
+    """Return (descriptor, manifest) of the artifact for a trace whose file is `raw`. Pure."""
+    annotations = {READS: str(len(trace.reads))}
+    if inline:
+        annotations[INLINE] = base64.b64encode(raw).decode()
+    manifest = oci.canonical_json(
+        {
+            "schemaVersion": 2,
+            "mediaType": oci.OCI_MANIFEST,
+            "artifactType": ARTIFACT,
+            "config": Descriptor(_EMPTY_TYPE, digests.of(_EMPTY), len(_EMPTY)).to_json(),
+            "layers": [Descriptor(LAYER, digests.of(raw), len(raw)).to_json()],
+            "subject": Descriptor(subject.media_type, subject.digest, subject.size).to_json(),
+            "annotations": annotations,
+        }
+    )
+    digest = digests.of(manifest)
+    return Descriptor(oci.OCI_MANIFEST, digest, len(manifest), annotations, artifact_type=ARTIFACT), manifest
+
+
+def _newest_first(listed: Sequence[Descriptor]) -> list[Descriptor]:
+    """Return the traces of a list of referrers: by the time that others note, then by their reads, then the last first.
+
+    Ours carry no time, or the same trace would be another artifact each time; but what is attached later was merged
+    with what was there, and so tells of more.
+    """
+    found = {entry.digest: (place, entry) for place, entry in enumerate(listed) if entry.artifact_type == ARTIFACT}
+
+    def age(item: tuple[int, Descriptor]) -> tuple[str, int, int]:
+        place, entry = item
+        told = entry.annotations.get(READS, "")
+        number = int(told) if told.isascii() and told.isdigit() and len(told) < 10 else 0
+        return entry.annotations.get(_CREATED, ""), number, place
+
+    return [entry for _, entry in sorted(found.values(), key=age, reverse=True)]
+
+
+def _read(repository: Repository, entry: Descriptor, manifest_digest: str, deadline: float) -> Trace:
+    """Return the checked trace of a referrer. Raise TraceInvalid, and what reading it raises."""
+    inline = entry.annotations.get(INLINE)
+    raw = _unpacked(inline) if inline is not None else _fetched(repository, entry, manifest_digest, deadline)
+    trace = decode(raw)
+    if trace.manifest != manifest_digest:
+        raise TraceInvalid(f"it is of {trace.manifest}")
+    return trace
+
+
+def _unpacked(inline: str) -> bytes:
+    if len(inline) > MAX_INLINE:
+        raise TraceInvalid(f"it rides in an annotation of {len(inline)} characters, more than the {MAX_INLINE} allowed")
+    try:
+        return base64.b64decode(inline, validate=True)
+    except (binascii.Error, ValueError):
+        raise TraceInvalid("its annotation is not base64") from None
+
+
+def _fetched(repository: Repository, entry: Descriptor, manifest_digest: str, deadline: float) -> bytes:
+    if entry.size > _MAX_MANIFEST:
+        raise TraceInvalid(f"its manifest has {entry.size} bytes, more than the {_MAX_MANIFEST} allowed")
+    media_type, raw = repository.manifest(entry.digest, deadline=deadline)
+    manifest = oci.parse_manifest(raw, media_type)
+    if manifest.subject is None or manifest.subject.digest != manifest_digest:
+        raise TraceInvalid("its manifest refers to something else")
+    if len(manifest.layers) != 1 or manifest.layers[0].media_type != LAYER:
+        raise TraceInvalid(f"it has no one layer of the type {LAYER}")
+    if manifest.layers[0].size > MAX_TRACE:
+        raise TraceInvalid(f"it has {manifest.layers[0].size} bytes, more than the {MAX_TRACE} allowed")
+    return repository.blob(manifest.layers[0], deadline=deadline)
