@@ -9,6 +9,7 @@ from functools import partial
 from lazyfs.config import Settings
 from lazyfs.errors import UsageError
 from snapshotter import image_service
+from snapshotter.collaborators import Collaborators
 from snapshotter.collect import Collected, Collector
 from snapshotter.directories import Directories
 from snapshotter.extraction import Extraction
@@ -18,7 +19,6 @@ from snapshotter.node_logins import NodeLogins
 from snapshotter.noting import Noting
 from snapshotter.records import count_held
 from snapshotter.remote import Remote
-from snapshotter.server import Collaborators
 from snapshotter.store import Store
 
 

@@ -15,9 +15,8 @@ import signal
 import socket
 import stat
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn, TypeAlias
@@ -29,10 +28,11 @@ from lazyfs import log as logs
 from lazyfs.config import Settings
 from lazyfs.errors import LazyfsError, StoreBroken, UsageError
 from lazyfs.process import harden
-from snapshotter import parts
+from snapshotter.collaborators import Connect, Handler, no_collaborators
+from snapshotter.connect import connect
 from snapshotter.directories import Directories
 from snapshotter.overlay import Overlay, kernel_options
-from snapshotter.service import NoteCall, Service, no_note
+from snapshotter.service import Service
 from snapshotter.snapshotter import Snapshotter
 from snapshotter.sockets import Lock, make_room
 from snapshotter.store import Store
@@ -49,28 +49,7 @@ _STOPS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 _PR_SET_DUMPABLE = 4
 
 
-Handler: TypeAlias = "grpc.GenericRpcHandler[Any, Any]"  # generic in its stubs alone
 Interceptor: TypeAlias = "grpc.ServerInterceptor[Any, Any]"
-
-
-@dataclass(frozen=True, slots=True)
-class Collaborators:
-    """Who decides, shows and collects; and what is to be stopped with the server, first to last."""
-
-    extraction: parts.Extraction
-    chains: parts.Chains
-    collector: parts.Collector
-    close: tuple[Callable[[], None], ...] = ()
-    handlers: tuple[Handler, ...] = ()  # further services on the same socket
-    note_call: NoteCall = no_note
-
-
-Connect = Callable[[Settings, Store, Directories], Collaborators]
-
-
-def no_collaborators(settings: Settings, store: Store, directories: Directories) -> Collaborators:
-    """Return stand-ins: every snapshot is an ordinary one, and nothing is given back."""
-    return Collaborators(parts.NoExtraction(), parts.NoChains(), parts.NoCollector())
 
 
 class Server:
@@ -197,8 +176,6 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("-v", "--verbose", action="count", default=0)
     args = parser.parse_args(argv)
-    from snapshotter.connect import connect  # which stands on this module
-
     logs.set_up(args.verbose + 1)
     harden()
     ctypes.CDLL(None).prctl(_PR_SET_DUMPABLE, 0, 0, 0, 0)  # who may read its memory: root alone

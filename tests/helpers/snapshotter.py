@@ -29,8 +29,9 @@ from google.protobuf.field_mask_pb2 import FieldMask
 from lazyfs.config import Settings
 from lazyfs.container import mounts
 from lazyfs.containerd.proto import snapshots_pb2 as messages
+from snapshotter.collaborators import Connect, no_collaborators
 from snapshotter.model import Kind, Mount, Usage
-from snapshotter.server import Connect, build, no_collaborators
+from snapshotter.server import build
 
 START = 30.0  # seconds until a started snapshotter must listen
 CALL = 30.0  # seconds for a call

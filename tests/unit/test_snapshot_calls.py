@@ -24,10 +24,10 @@ from lazyfs.errors import (
     StoreFull,
 )
 from snapshotter import schema, server, snapshotter
+from snapshotter.collaborators import Collaborators
 from snapshotter.directories import Directories
 from snapshotter.model import REF_LABEL, Kind, LazyImage, LazyLayer, LazyOffer, LazyPlace, Mount, Shown, Usage
 from snapshotter.overlay import Overlay
-from snapshotter.server import Collaborators
 from snapshotter.snapshotter import Snapshotter
 from snapshotter.store import Store
 from tests.helpers.daemon import tmpfs

@@ -18,6 +18,7 @@ from lazyfs.config import Settings
 from lazyfs.errors import RegistryTimeout
 from snapshotter import extraction as module
 from snapshotter import labels as told
+from snapshotter.collaborators import Collaborators
 from snapshotter.directories import Directories
 from snapshotter.extraction import Decision, Extraction
 from snapshotter.labels import Asked, Unsaid
@@ -25,7 +26,6 @@ from snapshotter.model import Kind, LazyImage, LazyLayer, LazyPlace, Shown, Usag
 from snapshotter.parts import NoCollector
 from snapshotter.reasons import Outcome
 from snapshotter.remote import ResolvedChain, ResolvedLayer
-from snapshotter.server import Collaborators
 from snapshotter.store import Store
 from tests.helpers.snapshotter import Client, Refused, serving
 
