@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import stat
 from enum import IntEnum
 
 import msgspec
@@ -36,6 +37,14 @@ class Kind(IntEnum):
     FIFO = 6
     HARDLINK = 7
     WHITEOUT = 8
+
+
+# The type bits of st_mode by kind, of what a tree shows.
+FILE_TYPE: dict[int, int] = {
+    Kind.DIR: stat.S_IFDIR, Kind.REG: stat.S_IFREG, Kind.SYMLINK: stat.S_IFLNK, Kind.CHAR: stat.S_IFCHR,
+    Kind.BLOCK: stat.S_IFBLK, Kind.FIFO: stat.S_IFIFO,
+}  # fmt: skip
+LINK_MODE = 0o777  # Linux gives symlinks no other, whatever their tar header says
 
 
 class Entry(msgspec.Struct, gc=False):  # half a million are made at once: a third of a dataclass's time

@@ -15,7 +15,7 @@ from operator import ne, not_, sub
 from typing import NamedTuple
 
 from lazyfs.errors import TocInvalid
-from lazyfs.format.entry import Kind
+from lazyfs.format.entry import FILE_TYPE, LINK_MODE, Kind
 from lazyfs.format.erofs_dirs import Directories, TreeColumns
 from lazyfs.format.erofs_layout import (
     BLOCK,
@@ -38,11 +38,6 @@ from lazyfs.format.erofs_layout import (
 from lazyfs.format.erofs_xattrs import NO_XATTRS, Xattrs, body_count
 from lazyfs.format.table import LayerTable
 
-_FILE_TYPE: dict[int, int] = {
-    Kind.DIR: stat.S_IFDIR, Kind.REG: stat.S_IFREG, Kind.SYMLINK: stat.S_IFLNK, Kind.CHAR: stat.S_IFCHR,
-    Kind.BLOCK: stat.S_IFBLK, Kind.FIFO: stat.S_IFIFO,
-}  # fmt: skip
-_LINK_MODE = 0o777  # Linux gives symlinks no other, whatever their tar header says
 _STRIDE = 96  # bytes of an ordinary file: an inode, one chunk index, and what is lost up to the next slot
 _TOO_MANY = "the image has too many files for one EROFS image"
 _IS_REG = bytes(kind == Kind.REG for kind in range(256))
@@ -178,7 +173,7 @@ class Inodes:
         for number, (row, (at, _, tail)) in enumerate(zip(self._special, self._extents, strict=True), 1):
             kind, table, source = tree.kind[row], tables[tree.layer[row]], tree.source[row]
             body = self._body.get(row, NO_XATTRS)
-            mode = _LINK_MODE if kind == Kind.SYMLINK else table.mode[source]
+            mode = LINK_MODE if kind == Kind.SYMLINK else table.mode[source]
             head = INODE_BYTES + len(body)
             layout, union, size, rest = FLAT_PLAIN, 0, 0, b""
             if kind in (Kind.DIR, Kind.SYMLINK):
@@ -201,7 +196,7 @@ class Inodes:
             elif kind != Kind.FIFO:
                 union = device_number(*table.rdev(source))
             INODE.pack_into(
-                out, at, layout << 1 | EXTENDED, body_count(body), _FILE_TYPE[kind] | mode, 0, size,
+                out, at, layout << 1 | EXTENDED, body_count(body), FILE_TYPE[kind] | mode, 0, size,
                 union, number, table.uid[source], table.gid[source], table.mtime[source], table.mtime_fraction[source],
                 tree.nlink[row],
             )  # fmt: skip

@@ -37,7 +37,6 @@ ROW_COLUMNS = {
 CHUNK_COLUMNS = {"chunk_data_offset": "Q", "chunk_size": "I", "chunk_frame": "I", "chunk_inner": "Q"}
 FRAME_COLUMNS = {"frame_blob_offset": "Q", "frame_blob_end": "Q", "frame_first_chunk": "I"}
 META = ("form", "blob_size", "data_size", "payload_end", "landmark", "dropped_xattrs", "entries", "holes")
-PAGE = 4096  # bytes; files begin on such boundaries of the data space
 _LONGEST_RUN = 256  # chunks that `run_end` looks ahead
 _LENGTHS = struct.Struct("<HI")
 

@@ -20,12 +20,13 @@ from lazyfs.errors import LazyfsError, MountFailed
 from lazyfs.format.entry import Chunk, Entry, Kind
 from lazyfs.format.erofs_write import write_erofs
 from lazyfs.format.listing import Listing
-from lazyfs.format.table import FORM_PLAIN, PAGE, LayerTable
+from lazyfs.format.table import FORM_PLAIN, LayerTable
 from lazyfs.format.table_build import LayerFacts, build_table
 from lazyfs.mount import erofs_mount
 from lazyfs.mount.erofs_mount import Method
 from lazyfs.mount.forest import PROBE_GOOD, PROBE_SIZE
 from lazyfs.tree import Tree, build_tree
+from lazyfs.units import PAGE
 
 log = logging.getLogger(__name__)
 

@@ -17,9 +17,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from lazyfs.chunks.layer import ServedLayer
-from lazyfs.format.entry import Kind
-from lazyfs.format.table import PAGE, LayerTable
+from lazyfs.format.entry import FILE_TYPE, LINK_MODE, Kind
+from lazyfs.format.table import LayerTable
 from lazyfs.tree import Tree
+from lazyfs.units import PAGE
 
 SHIFT = 40
 MASK = (1 << SHIFT) - 1
@@ -31,17 +32,6 @@ DATA_NAME = b".data"
 PROBE_NAME = b"probe"
 PROBE_SIZE = (1 << 20) + 2 * PAGE  # bytes
 PROBE_GOOD = PROBE_SIZE - PAGE  # bytes of it that can be read; reads of the last page fail
-
-FILE_TYPE = {
-    Kind.DIR: stat.S_IFDIR,
-    Kind.REG: stat.S_IFREG,
-    Kind.SYMLINK: stat.S_IFLNK,
-    Kind.CHAR: stat.S_IFCHR,
-    Kind.BLOCK: stat.S_IFBLK,
-    Kind.FIFO: stat.S_IFIFO,
-}
-
-_LINK_MODE = 0o777  # Linux gives symlinks no other, whatever their tar header says
 
 
 class NoSuchName(Exception):
@@ -262,7 +252,7 @@ class Forest:
         owner = self._squash
         return Attributes(
             node,
-            FILE_TYPE[kind] | (_LINK_MODE if kind == Kind.SYMLINK else table.mode[row]),
+            FILE_TYPE[kind] | (LINK_MODE if kind == Kind.SYMLINK else table.mode[row]),
             nlink,
             table.uid[row] if owner is None else owner.uid,
             table.gid[row] if owner is None else owner.gid,

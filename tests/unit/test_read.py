@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from lazyfs.chunks.layer import ServedLayer
 from lazyfs.errors import LayerQuarantined
-from lazyfs.format.table import PAGE
+from lazyfs.units import PAGE
 from tests.helpers.blobs import LayerBlob, zstd_chunked_layer
 from tests.helpers.chunk_tables import noise
 from tests.helpers.fake_registry import FakeRegistry
