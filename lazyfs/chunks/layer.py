@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from lazyfs.chunks.layer_store import LayerStore
 from lazyfs.chunks.spool import Spool
 from lazyfs.chunks.whole import WholeCheck
+from lazyfs.chunks.witness import Witness
 from lazyfs.errors import LayerQuarantined, LazyfsError
 from lazyfs.format.table import FORM_PLAIN, NO_FRAME, LayerTable
 from lazyfs.oci import Descriptor
@@ -79,6 +80,7 @@ class ServedLayer:
     others: list[Repository] = field(default_factory=list)  # where else the blob is, as other images say
     refill: Callable[[], object] | None = None  # fetches a plain layer again, whole; blocking
     trouble: LazyfsError | None = None  # why the last request failed; None: bytes came since
+    witnesses: tuple[Witness, ...] = ()  # who records what is read of it; nobody, most of the time
 
     @property
     def digest(self) -> str:

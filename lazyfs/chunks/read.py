@@ -5,7 +5,7 @@ Each step is asked only for what the one before did not have, and each chunk by 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -70,6 +70,8 @@ class Reader:
         if not places:
             return b""
         self._ahead.note(layer, places[0].chunk, places[-1].chunk)
+        if layer.witnesses:
+            _tell(layer, places)
         last = layer.table.file_chunks(row)[-1]
         if len(places) == 1:
             place = places[0]
@@ -94,6 +96,8 @@ class Reader:
             return bytes(size)
         last = found[-1][1].chunk
         self._ahead.note(layer, found[0][1].chunk, last)
+        if layer.witnesses:
+            _tell(layer, (place for _, place in found))
         if not all(layer.store.has(place.chunk) for _, place in found):
             last = layer.table.run_end(last)  # wanted by fetches alone, and it takes longer than all else here
         if len(found) == 1:
@@ -161,10 +165,15 @@ class Reader:
             self._remote.note_read(layer, chunk)
             return data
         began = trio.current_time()
+        absent = bool(layer.witnesses) and priority is Priority.DEMAND and not layer.store.has(chunk)
         while True:
             joined = key in self._single
             try:
-                return await self._single.run(key, partial(self._find, layer, chunk, priority, last_chunk, read))
+                data = await self._single.run(key, partial(self._find, layer, chunk, priority, last_chunk, read))
+                if absent:
+                    for witness in layer.witnesses:
+                        witness.waited(layer.number, chunk, trio.current_time() - began)
+                return data
             except LazyfsError as error:
                 # Whoever came first has run out of its time; ours is longer by what we came later.
                 if not joined or not error.temporary or self._remote.is_over(began):
@@ -231,3 +240,10 @@ class Reader:
     async def _run_refill(self, refill: Callable[[], object]) -> bytes:
         await trio.to_thread.run_sync(refill, limiter=self._refills)
         return b"done"
+
+
+def _tell(layer: ServedLayer, places: Iterable[Place]) -> None:
+    """Tell whoever records the layer what a reader wants, in its order: the tasks for it begin in any."""
+    for place in places:
+        for witness in layer.witnesses:
+            witness.demanded(layer.number, place.chunk)

@@ -16,7 +16,7 @@ from collections.abc import Callable
 import trio
 
 from lazyfs.chunks.crowds import STRETCH, Crowds
-from lazyfs.chunks.frames import Fetched, fetch_frames, needed
+from lazyfs.chunks.frames import Fetched, Sample, fetch_frames, needed
 from lazyfs.chunks.layer import ServedLayer
 from lazyfs.chunks.schedule import Priority, Scheduler, Ticket
 from lazyfs.errors import DaemonFault, LazyfsError, ReadDeadline, RegistryError
@@ -40,12 +40,13 @@ _FOREVER = 10 * 365 * 86400.0  # seconds, where read_timeout is 0
 class _Fetch:
     """One request for neighbouring frames, tried until all have landed: how urgent, and since when."""
 
-    __slots__ = ("flights", "hurry", "landed", "over", "priority", "repository", "ticket")
+    __slots__ = ("began", "flights", "hurry", "landed", "over", "priority", "repository", "ticket")
 
     def __init__(self, layer: ServedLayer, first: int, stop: int, priority: Priority, ticket: Ticket) -> None:
         self.priority = priority
         self.ticket = ticket  # of the try that waits or runs
         self.repository: Repository = layer.repository
+        self.began = 0.0  # when the last try left (time.monotonic)
         self.hurry = trio.Event()  # somebody more urgent has turned up: no time for a pause
         self.over = trio.Event()
         self.landed: list[int] = []  # frames that arrived last: the store is still writing them
@@ -317,6 +318,8 @@ class Remote:
             else:
                 sample = fetched.sample
                 self._scheduler.observe(layer.host, sample.first_byte, sample.size, sample.seconds)
+                if layer.witnesses:
+                    _tell(layer, fetch, left[0], sample)
                 self._blame(layer, fetch, fetched, repository)
             tries += 1
         return None
@@ -332,7 +335,8 @@ class Remote:
         def job() -> Fetched:
             # One try must leave time for another: a server that drips is not known by a pause between two bytes. What
             # nobody waits for may have waited long for its turn: its time runs from now.
-            deadline = time.monotonic() + min(self._timeout / 2, _LONGEST_TRY)
+            fetch.began = time.monotonic()
+            deadline = fetch.began + min(self._timeout / 2, _LONGEST_TRY)
             if ticket.priority is Priority.DEMAND:
                 deadline = min(deadline, end)
             return fetch_frames(layer, *left, deadline, deliver)
@@ -373,6 +377,15 @@ class Remote:
         flight = fetch.flights.pop(frame, None)
         if flight is not None and self._flights.get((layer.number, frame)) is flight:
             del self._flights[layer.number, frame]
+
+
+def _tell(layer: ServedLayer, fetch: _Fetch, frame: int, sample: Sample) -> None:
+    """Tell whoever records the layer of a request that began with a frame."""
+    blob_offset, first = layer.table.frame_blob_offset[frame], fetch.began + sample.first_byte
+    for witness in layer.witnesses:
+        witness.requested(
+            layer.number, blob_offset, sample.size, fetch.ticket.priority, fetch.began, first, first + sample.seconds
+        )
 
 
 def _frame_at(layer: ServedLayer, chunk: int) -> int:

@@ -33,6 +33,7 @@ from lazyfs.chunks.remote import Remote
 from lazyfs.chunks.schedule import Priority, Scheduler
 from lazyfs.chunks.stock import Stock
 from lazyfs.chunks.store import Store
+from lazyfs.chunks.trace_files import TraceFiles
 from lazyfs.config import Settings
 from lazyfs.container import sweep
 from lazyfs.control_client import prepare_run, socket_of
@@ -180,6 +181,7 @@ class Daemon:
                 lambda mounts: metrics().answer(mounts),
                 self._stop.set,
                 service,
+                TraceFiles(settings.root),
             )
             scraped = (
                 metrics().scraped(settings, mounted) if settings.metrics_address and self._alone else nullcontext()

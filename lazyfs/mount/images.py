@@ -36,6 +36,7 @@ from lazyfs.mount.layers import Layers
 from lazyfs.mount.planting import Planting
 from lazyfs.mount.preparing import Prepared, Preparer, Wanted
 from lazyfs.mount.resolving import Pull, Resolver
+from lazyfs.mount.tracing import Recorder
 from lazyfs.mount.whole_layers import WholeLayers
 from lazyfs.oci import ImageConfig, Manifest
 from lazyfs.reference import Reference
@@ -148,13 +149,14 @@ class Images:
         pull: Pull = Pull.NEWER,
         check: Callable[[Manifest], None] | None = None,
         access: Access | None = None,
+        recorder: Recorder | None = None,
     ) -> MountedImage:
         """Resolve an image and put its tree into the forest. A checkpoint, as long as the network takes.
 
         `access` is the user's; None: the node's, from the daemon's environment and its image service.
-        `check` is called with the manifest, in a thread, before any layer is fetched; what it raises is raised. Each
-        call is paired with one `release`. Raise ReferenceInvalid, PlatformMissing, RegistryError, TrustError,
-        FormatError or StoreError; then nothing is held.
+        `check` is called with the manifest, in a thread, before any layer is fetched; what it raises is raised.
+        `recorder` hears of all layers, until it is detached. Each call is paired with one `release`. Raise
+        ReferenceInvalid, PlatformMissing, RegistryError, TrustError, FormatError or StoreError; then nothing is held.
         """
         reference = references.parse(image)
         wanted_platform = platform or oci.host_platform()
@@ -176,11 +178,15 @@ class Images:
             prepared = await self._prepare_all(repository, reference.origin, manifest, config, tails, say)
         except RegistryError as error:
             if isinstance(error, (BlobMissing, ManifestMissing)) and doubt_tag(repository, reference):
-                return await self.mount(image, platform, plain_http, say, pull=pull, check=check, access=access)
+                return await self.mount(
+                    image, platform, plain_http, say, pull=pull, check=check, access=access, recorder=recorder
+                )
             if not resolved.known or not (error.temporary or pull is Pull.NEVER):
                 raise
             gone = await self._in_thread(partial(self._census.missing, manifest))
             raise missing.incomplete(reference, gone, "" if pull is Pull.NEVER else error.message) from None
+        if recorder is not None:
+            recorder.attach(manifest.digest, [one.digest for one in manifest.layers], [one.layer for one in prepared])
         try:
             planted = await self.planting.plant(prepared)
         except BaseException:

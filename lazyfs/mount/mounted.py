@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import shutil
+import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from functools import partial
@@ -14,6 +15,7 @@ from uuid import uuid4
 import trio
 
 from lazyfs.chunks.catalog import Catalog, MountRecord
+from lazyfs.chunks.trace_files import TraceFiles
 from lazyfs.config import Settings
 from lazyfs.container import mounts, sweep
 from lazyfs.errors import LazyfsError, MountPointInvalid, StoreError, UsageError
@@ -22,12 +24,14 @@ from lazyfs.mount.control import Say
 from lazyfs.mount.images import Images, MountedImage
 from lazyfs.mount.showing import Showing, Shown
 from lazyfs.mount.stock_calls import pull_of
+from lazyfs.mount.tracing import Recorder, fitting
 from lazyfs.registry.config import access as accesses
 
 log = logging.getLogger(__name__)
 
 KINDS = frozenset({"ro", "rw", "container"})
 _LAST_BREATH = 0.3  # seconds between a killed command's end and the sweep of what it left
+_DAY = 86400.0  # seconds; no start takes as long
 _LOOK = 5.0  # seconds between looks at the mount table for mounts that somebody else took away
 
 
@@ -44,6 +48,8 @@ class Mount:
     dir: str = ""
     kind: str = "ro"
     state_dir: str = ""
+    recorder: Recorder | None = None  # of the start, while it is recorded
+    command: tuple[str, ...] = ()  # that was said to be executed
 
 
 class Mounted:
@@ -59,6 +65,7 @@ class Mounted:
         metrics: Callable[[list[Mount]], Awaitable[dict[str, Any]]],
         stop: Callable[[], None],
         chains: ChainService,
+        traces: TraceFiles,
     ) -> None:
         self._settings = settings
         self._images = images
@@ -68,6 +75,7 @@ class Mounted:
         self._metrics = metrics
         self._stop = stop
         self._chains = chains
+        self._traces = traces
         self._mounts: dict[str, Mount] = {}
         self._limiter = trio.CapacityLimiter(4)
         self.changed = trio.Event()  # set and renewed when the number of mounts changes
@@ -85,6 +93,8 @@ class Mounted:
             case "release":
                 await self._release(self._find_id(args))
                 return {}
+            case "trace_end":
+                return await self._end_trace(args)
             case "find":
                 return self._found(self._find_dir(_text(args, "dir")))
             case "status":
@@ -174,21 +184,34 @@ class Mounted:
         entrypoint, command = args.get("entrypoint"), args.get("command")
         if not isinstance(entrypoint, str | None) or not (command is None or _is_words(command)):
             raise UsageError("mount_image: command is a list of texts and entrypoint a text")
-        image = await self._images.mount(
-            name,
-            platform,
-            plain_http,
-            say,
-            pull=pull_of(args),
-            access=None if access is None else accesses.from_json(access),
-        )
+        trace = args.get("trace", False)
+        if not isinstance(trace, bool | None):
+            raise UsageError("mount_image: trace is true or false")
+        recorder = Recorder() if trace else None
+        try:
+            image = await self._images.mount(
+                name,
+                platform,
+                plain_http,
+                say,
+                pull=pull_of(args),
+                access=None if access is None else accesses.from_json(access),
+                recorder=recorder,
+            )
+        except BaseException:
+            if recorder is not None:
+                recorder.detach()
+            raise
         try:
             shown = await self._showing.show(image.planted, driver)
         except BaseException:
+            if recorder is not None:
+                recorder.detach()
             with trio.CancelScope(shield=True):
                 await self._images.release(image)
             raise
         mount = Mount(uuid4().hex[:16], name, image, shown, connection, bool(args.get("lease")))
+        mount.recorder, mount.command = recorder, tuple(command or ())
         self._mounts[mount.id] = mount
         if command is not None:
             self._images.expect_exec(image, entrypoint, command)
@@ -229,12 +252,36 @@ class Mounted:
         await self._note(partial(self._catalog.set_mount, record), mount.dir)
         return {}
 
+    async def _end_trace(self, args: dict[str, Any]) -> dict[str, Any]:
+        """End the recording of a start, and write it to a file."""
+        mount, ready = self._find_id(args), args.get("ready")
+        if ready is not None and (
+            not isinstance(ready, int | float) or isinstance(ready, bool) or not 0 <= ready < _DAY
+        ):
+            raise UsageError("trace_end: ready is a number of seconds, at most a day")
+        recorder, mount.recorder = mount.recorder, None
+        if recorder is None:
+            raise UsageError("trace_end: nothing is recorded", hint="say trace: true when the image is mounted")
+        recorder.detach()
+        seconds = time.monotonic() - recorder.began if ready is None else float(ready)
+
+        def write() -> dict[str, Any]:
+            trace = fitting(recorder.trace(seconds, mount.command))
+            path = self._traces.record(trace)
+            return {
+                "path": os.fspath(path), "reads": len(trace.reads), "requests": len(trace.requests), "ready": seconds
+            }  # fmt: skip
+
+        return await trio.to_thread.run_sync(write, limiter=self._limiter)
+
     def _found(self, mount: Mount) -> dict[str, Any]:
         return {"mount": mount.id, "kind": mount.kind, "state_dir": mount.state_dir, "image": mount.name}
 
     async def _release(self, mount: Mount) -> None:
         if self._mounts.pop(mount.id, None) is None:
             return
+        if mount.recorder is not None:
+            mount.recorder.detach()
         await self._showing.hide(mount.image.planted, mount.shown)
         await self._images.release(mount.image)
         if mount.dir:
