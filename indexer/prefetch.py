@@ -1,7 +1,8 @@
 """The list of `--prefetch`: the files that a start reads, in order.
 
-Two spellings are read: a path a line (blank lines and those that begin with "#" are ignored), and the record files
-of stargz's optimizer, a JSON object a line with "path" (specs: estargz.md, section 3).
+Three spellings are read: a path a line (blank lines and those that begin with "#" are ignored), the record files of
+stargz's optimizer, a JSON object a line with "path" (specs: estargz.md, section 3), and traces, which a zstd frame's
+first bytes tell.
 """
 
 from __future__ import annotations
@@ -11,12 +12,14 @@ import stat
 from pathlib import Path
 from typing import Any
 
-from lazyfs.errors import FormatError, TarInvalid, UsageError
+from lazyfs.errors import FormatError, TarInvalid, TraceInvalid, UsageError
+from lazyfs.format import trace
 from lazyfs.format.entry import clean_path
 from lazyfs.units import MiB
 
 MAX_FILE = 16 * MiB  # bytes of a list
 MAX_PATHS = 100_000
+_ZSTD = b"\x28\xb5\x2f\xfd"
 
 
 def read_prefetch(path: Path) -> tuple[bytes, ...]:
@@ -30,6 +33,8 @@ def read_prefetch(path: Path) -> tuple[bytes, ...]:
 
 def parse_prefetch(raw: bytes, name: str) -> tuple[bytes, ...]:
     """Parse a prefetch list; `name` stands for it in errors. See `read_prefetch`."""
+    if raw.startswith(_ZSTD):
+        return _of_trace(raw, name)
     found: dict[bytes, None] = {}
     for number, line in enumerate(raw.splitlines(), 1):
         line = line.strip()
@@ -48,6 +53,14 @@ def parse_prefetch(raw: bytes, name: str) -> tuple[bytes, ...]:
         if len(found) > MAX_PATHS:
             raise UsageError(f"{name} names more than {MAX_PATHS} paths")
     return tuple(found)
+
+
+def _of_trace(raw: bytes, name: str) -> tuple[bytes, ...]:
+    """Return the files of a trace in the order of their first demand. Raise UsageError."""
+    try:
+        return tuple(path for path in trace.paths(trace.decode(raw)) if path)
+    except TraceInvalid as error:
+        raise UsageError(f"{name} begins like a trace and is none: {error.message}") from None
 
 
 def _path_of(line: bytes) -> bytes:

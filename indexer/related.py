@@ -19,6 +19,7 @@ from indexer.report import ReferrerReport
 from lazyfs import digest as digests
 from lazyfs import oci
 from lazyfs.errors import DocumentInvalid, FormatError, ManifestMissing, RegistryError, TrustError
+from lazyfs.registry import traces
 from lazyfs.registry.repository import Repository
 
 log = logging.getLogger(__name__)
@@ -137,6 +138,8 @@ def why_not(referrer: Referrer, results: Mapping[str, oci.Descriptor], *, wanted
         return "what it is about is the same in the result"
     if referrer.signs or referrer.beside:
         return "it vouches for the source's digest, which the result doesn't have: make it anew for the result"
+    if referrer.kind == traces.ARTIFACT:
+        return "it is a trace of the source: give it to --prefetch, or record one of the result"
     return "" if wanted else "--copy-referrers copies it"
 
 

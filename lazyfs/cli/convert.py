@@ -57,7 +57,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     parser.add_argument(
         "--level", metavar="N", type=_level, help="1 to 22 (default: 3, for podman 6), estargz 1 to 9 (default: 6)"
     )
-    parser.add_argument("--prefetch", metavar="FILE", help="a file of paths that a start reads, one a line, in order")
+    parser.add_argument("--prefetch", metavar="FILE", help="what a start reads, in order: a trace, or a path a line")
     parser.add_argument("--jobs", metavar="N", type=_jobs, help="layers and threads at once (default: CPU cores)")
     which = parser.add_mutually_exclusive_group()
     common.add_platform(which)

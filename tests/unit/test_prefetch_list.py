@@ -11,7 +11,9 @@ from hypothesis import strategies as st
 
 from indexer.options import ConvertOptions, OutputForm
 from indexer.prefetch import parse_prefetch, read_prefetch
+from lazyfs.digest import EMPTY
 from lazyfs.errors import UsageError
+from lazyfs.format.trace import Read, Trace, encode
 
 
 def test_paths_in_order_each_once(tmp_path: Path) -> None:
@@ -26,6 +28,14 @@ def test_record_files_of_the_optimizer() -> None:
         b'{"path":"etc/passwd","manifestDigest":"sha256:00","layerIndex":0}\n'
     )
     assert parse_prefetch(raw, "record") == ("usr/bin/café".encode(), b"etc/passwd")
+
+
+def test_a_trace_is_a_list_of_the_files_that_it_read_first(tmp_path: Path) -> None:
+    reads = (Read(b"usr/bin/app", 1, 0, 9), Read(b"etc/caf\xe9", 0, 0, 9), Read(b"usr/bin/app", 1, 9, 9))
+    (tmp_path / "start").write_bytes(encode(Trace(EMPTY, (EMPTY, EMPTY), reads)))
+    assert read_prefetch(tmp_path / "start") == (b"usr/bin/app", b"etc/caf\xe9")
+    with pytest.raises(UsageError, match="start begins like a trace and is none"):
+        parse_prefetch((tmp_path / "start").read_bytes()[:-1], "start")
 
 
 @pytest.mark.parametrize(
@@ -75,7 +85,7 @@ def test_any_bytes_give_paths_or_a_sentence(raw: bytes) -> None:
     try:
         paths = parse_prefetch(raw, "any")
     except UsageError as error:
-        assert error.message.startswith("line ")
+        assert error.message.startswith(("line ", "any begins like a trace"))
     else:
         assert len(set(paths)) == len(paths)
         assert all(path and not path.startswith(b"/") and b".." not in path.split(b"/") for path in paths)

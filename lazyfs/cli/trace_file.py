@@ -1,0 +1,77 @@
+"""Trace files that a user names: read bounded and checked, written whole or not at all, never over another file."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import secrets
+import stat
+from pathlib import Path
+
+from lazyfs.errors import StoreBroken, TraceInvalid, UsageError
+from lazyfs.format.trace import MAX_TRACE, Trace, decode
+
+
+def read_trace(name: str) -> Trace:
+    """Return the checked trace in a file. Blocking. Raise UsageError when it can't be read, TraceInvalid naming it."""
+    try:
+        # O_NONBLOCK: a FIFO would block for ever.
+        with open(os.open(name, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK), "rb") as file:
+            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+                raise UsageError(f"the trace {name} is no regular file")
+            raw = file.read(MAX_TRACE + 1)
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "its name holds a NUL byte"
+        raise UsageError(f"the trace {name} can't be read: {reason}") from None
+    try:
+        return decode(raw)
+    except TraceInvalid as error:
+        raise TraceInvalid(f"{name}: {error.message}") from None
+
+
+def check_place(name: str, *, force: bool) -> Path:
+    """Return where a file can be written: in a directory that is there, and over another file only with `force`.
+
+    Raise UsageError.
+    """
+    path = Path(name).absolute()
+    if not name or not path.parent.is_dir() or not os.access(path.parent, os.W_OK | os.X_OK) or path.is_dir():
+        raise UsageError(
+            f"{name or repr(name)} is no place for a file", hint="its directory must exist and be writable"
+        )
+    if not force and os.path.lexists(path):
+        raise UsageError(f"{name} is there already", hint="-o names another file, --force overwrites this one")
+    return path
+
+
+def write_trace(path: Path, raw: bytes, *, force: bool) -> None:
+    """Write a file, there whole or not at all. Blocking. Raise StoreBroken, UsageError as `check_place`."""
+    temporary = path.with_name(f".{path.name[:200]}.{secrets.token_hex(6)}")
+    try:
+        with temporary.open("xb") as file:
+            file.write(raw)
+            file.flush()
+            os.fsync(file.fileno())
+        _put(temporary, path, force=force)
+    except FileExistsError:
+        raise UsageError(f"{path} is there already", hint="-o names another file, --force overwrites it") from None
+    except OSError as error:
+        raise StoreBroken(f"the trace {path} can't be written: {error.strerror}") from None
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+
+
+def _put(temporary: Path, path: Path, *, force: bool) -> None:
+    """Give a file its name. Raise OSError, FileExistsError for a name that is taken unless `force`."""
+    if not force:
+        try:
+            os.link(temporary, path)  # unlike a rename it replaces nothing
+            return
+        except OSError as error:
+            if error.errno not in (errno.EPERM, errno.EOPNOTSUPP):
+                raise
+        if os.path.lexists(path):  # a file system without hard links
+            raise FileExistsError
+    temporary.rename(path)
