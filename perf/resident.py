@@ -9,6 +9,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 PAGE = mmap.PAGESIZE
+_ONE = bytes(byte & 1 for byte in range(256))  # the other bits of mincore mean nothing
 
 
 def regular_files(root: Path) -> list[Path]:
@@ -24,17 +25,21 @@ def regular_files(root: Path) -> list[Path]:
 
 def resident_bytes(files: Iterable[Path]) -> int:
     """Return the bytes of the pages of `files` that are in memory. Reads none."""
+    return sum(sum(resident_pages(path)) for path in files) * PAGE
+
+
+def resident_pages(path: Path) -> bytes:
+    """Return a byte for each page of a file that has bytes: 1 where it is in memory, 0 where not. Reads none."""
     libc = ctypes.CDLL(None, use_errno=True)
     libc.mmap.restype = ctypes.c_void_p
-    pages = 0
-    for path in files:
-        fd = os.open(path, os.O_RDONLY)
-        size = ctypes.c_size_t(os.fstat(fd).st_size)
-        at = libc.mmap(None, size, mmap.PROT_READ, mmap.MAP_SHARED, fd, ctypes.c_long(0))
-        os.close(fd)
-        found = ctypes.create_string_buffer(-(-size.value // PAGE))
-        if libc.mincore(ctypes.c_void_p(at), size, found):
-            raise OSError(ctypes.get_errno(), f"{path}: its pages are not known")
-        libc.munmap(ctypes.c_void_p(at), size)
-        pages += sum(byte & 1 for byte in found.raw)
-    return pages * PAGE
+    fd = os.open(path, os.O_RDONLY)
+    size = ctypes.c_size_t(os.fstat(fd).st_size)
+    at = libc.mmap(None, size, mmap.PROT_READ, mmap.MAP_SHARED, fd, ctypes.c_long(0))
+    os.close(fd)
+    found = ctypes.create_string_buffer(-(-size.value // PAGE))
+    failed = libc.mincore(ctypes.c_void_p(at), size, found)
+    error = ctypes.get_errno()
+    libc.munmap(ctypes.c_void_p(at), size)
+    if failed:
+        raise OSError(error, f"{path}: its pages are not known")
+    return found.raw.translate(_ONE)
