@@ -9,7 +9,7 @@ from typing import TypeVar
 
 T = TypeVar("T")
 
-_RESAMPLES = 4000
+_RESAMPLES = 2000
 _SURE = 0.95
 
 
