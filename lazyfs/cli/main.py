@@ -35,6 +35,7 @@ COMMANDS: dict[str, str] = {
     "wait": "wait until images are whole on this node",
     "pull": "pull an image into containerd, lazily with a snapshotter that can",
     "cache": "list, remove, prune, verify and unpin what the store holds",
+    "record": "start a container once and keep what its start read as a trace",
     "optimize": "attach what starts of an image read to the image in its registry",
     "status": "show mounts, caches, requests and errors of the running daemon",
     "why": "say of each layer of an image whether it is lazy, and if not why",

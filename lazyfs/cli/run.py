@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
+    from lazyfs.cli.recording import Recording
     from lazyfs.config import Settings
     from lazyfs.container.directory import ContainerDir
     from lazyfs.container.options import RunOptions
@@ -40,13 +41,20 @@ def add_parser(subparsers: Any) -> None:
     """Add the command's parser."""
     parser = subparsers.add_parser("run", epilog=_EPILOG, usage="lazyfs run [options] IMAGE [COMMAND [ARGUMENT…]]")
     add = parser.add_argument
+    add("-t", "--tty", action="store_true", help="give the container a terminal")
+    add("-i", "--interactive", action="store_true", help="hand our standard input on; otherwise it is empty")
+    add("--rm", action="store_true", help="accepted for habit: a container is always removed at its end")
+    add_container(parser)
+    parser.set_defaults(run=run)
+
+
+def add_container(parser: argparse.ArgumentParser) -> None:
+    """Add what every command that starts a container takes: how, from where, IMAGE and its command."""
+    add = parser.add_argument
     add("-e", "--env", metavar="K=V", action="append", default=[], help="set a variable; K alone: taken from ours")
     add("-w", "--workdir", metavar="DIR", default="", help="working directory, made when it is missing")
     add("-u", "--user", metavar="USER", default="", help="name or number, or USER:GROUP, as in the image's /etc/passwd")
     add("-v", "--volume", metavar="SRC:DST[:ro]", action="append", default=[], help="show SRC of this host at DST")
-    add("-t", "--tty", action="store_true", help="give the container a terminal")
-    add("-i", "--interactive", action="store_true", help="hand our standard input on; otherwise it is empty")
-    add("--rm", action="store_true", help="accepted for habit: a container is always removed at its end")
     add("--network", choices=("host", "none"), default="host", help="the host's network (default), or a loopback only")
     add("--read-only", action="store_true", help="the container can't write to its root file system")
     add("--entrypoint", metavar="PROGRAM", default=None, help="instead of the image's entrypoint and command")
@@ -59,33 +67,48 @@ def add_parser(subparsers: Any) -> None:
     common.add_registry(parser)
     common.add_image(parser)
     add("command_line", metavar="COMMAND", nargs=argparse.REMAINDER, help="instead of the image's command")
-    parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace, out: Output) -> int:
     """Run the container; return its exit status, or docker's 125, 126, 127. Blocking. Raise LazyfsError."""
     from lazyfs.container import runtime
 
-    options = _options(args)
+    options = container_options(args)
     settings = common.settings(args)
     runtime_path = runtime.find(args.runtime)
     try:
-        status = _run(args, out, settings, options, runtime_path)
+        status = run_container(args, out, settings, options, runtime_path)
     except ContainerFailed as error:
         if error.status == exit_codes.RUN_FAILED:
             raise
         out.error(error.message)
         return error.status
-    from lazyfs.container import directory
-
-    if directory.any_left(settings):  # after the run, because before the start it would cost time
-        from lazyfs.container import sweep
-
-        sweep.sweep(settings)
+    sweep_leftovers(settings)
     return status
 
 
-def _run(args: argparse.Namespace, out: Output, settings: Settings, options: RunOptions, runtime_path: str) -> int:
+def sweep_leftovers(settings: Settings) -> None:
+    """Remove what dead commands left of their containers: after a run, because before the start it would cost time."""
+    from lazyfs.container import directory
+
+    if directory.any_left(settings):
+        from lazyfs.container import sweep
+
+        sweep.sweep(settings)
+
+
+def run_container(
+    args: argparse.Namespace,
+    out: Output,
+    settings: Settings,
+    options: RunOptions,
+    runtime_path: str,
+    recording: Recording | None = None,
+) -> int:
+    """Mount the image, run the container and tidy up; return its exit status. Blocking. Raise LazyfsError.
+
+    `args` are those of `add_container`. `recording`: the start is recorded, and the container stopped at its end.
+    """
     preload = _preload()
     with contextlib.ExitStack() as stack:
         place, solo = None, None
@@ -94,7 +117,7 @@ def _run(args: argparse.Namespace, out: Output, settings: Settings, options: Run
             place = _claim(args, out, settings, stack)
             solo = place.at("lower")
             solo.mkdir(mode=0o700)
-        daemon, answer = stack.enter_context(_mounted(args, out, settings, solo))
+        daemon, answer = stack.enter_context(_mounted(args, out, settings, solo, recording))
         path, document = answer.get("path"), answer.get("config")
         if not isinstance(path, str) or not isinstance(document, dict):
             raise DaemonFault("lazyfsd's answer to mount_image has no path or no config")
@@ -104,7 +127,10 @@ def _run(args: argparse.Namespace, out: Output, settings: Settings, options: Run
         place = place or _claim(args, out, settings, stack)
         with contextlib.suppress(LazyfsError):  # only `lazyfs status` would miss it
             daemon.call("attach", mount=answer.get("mount"), dir=str(place.path), kind="container")
-        return launch.run(settings, place, launch.Image(path, document), options, runtime_path)
+        status = launch.run(settings, place, launch.Image(path, document), options, runtime_path, recording)
+        if recording is not None:
+            recording.finish(status)
+        return status
 
 
 def _claim(args: argparse.Namespace, out: Output, settings: Settings, stack: contextlib.ExitStack) -> ContainerDir:
@@ -115,7 +141,8 @@ def _claim(args: argparse.Namespace, out: Output, settings: Settings, stack: con
     return place
 
 
-def _options(args: argparse.Namespace) -> RunOptions:
+def container_options(args: argparse.Namespace) -> RunOptions:
+    """Return the options of a container, checked. Raise UsageError."""
     from lazyfs.container import options as checked
 
     if args.tty and args.interactive and not os.isatty(0):
@@ -146,12 +173,16 @@ def _preload() -> threading.Thread:
 
 @contextlib.contextmanager
 def _mounted(
-    args: argparse.Namespace, out: Output, settings: Settings, solo: Path | None
+    args: argparse.Namespace, out: Output, settings: Settings, solo: Path | None, recording: Recording | None
 ) -> Iterator[tuple[Daemon, dict[str, Any]]]:
     """Have the daemon mount the image for as long as this context lasts; yield the daemon and its answer."""
     from lazyfs import control_client
 
     with control_client.open_daemon(settings, solo) as daemon:
+        recorded: dict[str, Any] = {}
+        if recording is not None:
+            recording.begin(daemon)
+            recorded["trace"] = True
         answer = daemon.call(
             "mount_image",
             image=common.daemon_image(args),
@@ -164,7 +195,10 @@ def _mounted(
             entrypoint=args.entrypoint,
             command=args.command_line,
             on_event=_Events(out).say,
+            **recorded,
         )
+        if recording is not None:
+            recording.mounted(answer)
         for text in answer.get("notes") or ():
             out.note(str(text))
         yield daemon, answer

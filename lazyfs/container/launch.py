@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, Protocol
 
 from lazyfs.config import Settings
 from lazyfs.container import bundle, discard, host, namespaces, rootfs, supervisor, users
@@ -28,6 +28,7 @@ _START_MARGIN = 60.0  # seconds for the runtime, on top of what one lazy read ma
 _CONSOLE_TIMEOUT = 5.0  # seconds; the runtime has connected already
 _KILL_AT_INTERRUPT = 3  # a program that ignores Ctrl-C is killed at the third
 _MAX_REPORT = 1 << 16  # bytes
+_LOOK = 0.02  # seconds between two questions to an observer
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,9 +39,37 @@ class Image:
     document: dict[str, Any]
 
 
-def run(settings: Settings, place: ContainerDir, image: Image, options: RunOptions, runtime_path: str) -> int:
+class Observer(Protocol):
+    """Looks on while a container runs, and has it stopped once it has seen enough. None of these may take long."""
+
+    def wrote(self, stream: int, block: bytes) -> None:
+        """The container wrote to its stdout (1) or stderr (2). Called from other threads; never raises."""
+        ...
+
+    def enough(self) -> bool:
+        """Return whether the container is to be stopped. Asked some fifty times a second while it runs."""
+        ...
+
+    def ended(self, status: int) -> None:
+        """The container ended with this exit status; what it wrote may still be on the way."""
+        ...
+
+    def cancelled(self, number: int) -> None:
+        """SIGINT or SIGTERM came to us: the container is being stopped for it."""
+        ...
+
+
+def run(
+    settings: Settings,
+    place: ContainerDir,
+    image: Image,
+    options: RunOptions,
+    runtime_path: str,
+    observer: Observer | None = None,
+) -> int:
     """Run one container in the foreground, with our stdin, stdout and stderr; return its exit status (128 + signal).
 
+    With an observer all of its output goes to our stderr, and SIGINT stops it instead of being handed on.
     `place` is emptied and its runtime state forgotten at the end, but stays the caller's to discard. Blocking. Raise
     ContainerFailed (its `status` says 125, 126 or 127), MountFailed, UsageError, DocumentInvalid, StoreBroken.
     """
@@ -71,7 +100,12 @@ def run(settings: Settings, place: ContainerDir, image: Image, options: RunOptio
     )
     runtime = Runtime(runtime_path, str(discard.runtime_state(settings)), bool(machine.cgroup))
     _write_bundle(place.path, config, runtime)
-    console = Console(place.path, terminal=options.terminal, interactive=options.interactive)
+    console = Console(
+        place.path,
+        terminal=options.terminal,
+        interactive=options.interactive,
+        hears=None if observer is None else observer.wrote,
+    )
     try:
         if not machine.rootless:
             console.own(user.uid, user.gid)
@@ -93,7 +127,7 @@ def run(settings: Settings, place: ContainerDir, image: Image, options: RunOptio
         )
         console.close_container_ends()
         timeout = settings.read_timeout + _START_MARGIN if settings.read_timeout else None
-        return _Attendance(child, console, defaults.stop_signal).attend(timeout)
+        return _Attendance(child, console, defaults.stop_signal, observer).attend(timeout)
     finally:
         console.close()
 
@@ -109,7 +143,8 @@ def _write_bundle(path: Path, config: dict[str, Any], runtime: Runtime) -> None:
 class _Attendance:
     """Watches over one supervised container: hands signals on, carries its output, learns how it ended."""
 
-    def __init__(self, child: Child, console: Console, stop_signal: int) -> None:
+    def __init__(self, child: Child, console: Console, stop_signal: int, observer: Observer | None = None) -> None:
+        self._observer = observer
         self._child = child
         self._console = console
         self._stop_signal = stop_signal
@@ -158,6 +193,8 @@ class _Attendance:
             poll.register(listener, select.POLLIN)
         while True:
             left = None if self._kill_at is None else max(0.0, self._kill_at - time.monotonic()) * 1000
+            if self._is_observed:
+                left = _LOOK * 1000  # until it is stopped there is no time at which it is killed
             ready = {descriptor for descriptor, _ in poll.poll(left)}
             if self._kill_at is not None and time.monotonic() >= self._kill_at:
                 self._kill_at = None
@@ -170,6 +207,13 @@ class _Attendance:
                 self._console.receive(_CONSOLE_TIMEOUT)
             if self._child.reports in ready and not self._take_reports():
                 return
+            if self._is_observed and self._observer is not None and self._observer.enough():
+                self._stop()
+
+    @property
+    def _is_observed(self) -> bool:
+        """Whether the container runs, and nobody has stopped it yet."""
+        return self._observer is not None and self._started and self._status is None and not self._terms
 
     def _take_reports(self) -> bool:
         block = os.read(self._child.reports, 4096)
@@ -188,18 +232,18 @@ class _Attendance:
             elif "ended" in report:
                 self._status = int(report["ended"])
                 self._kill_at = None
+                if self._observer is not None:
+                    self._observer.ended(self._status)
             elif "error" in report:
                 self._error = ContainerFailed(report["error"], hint=report["hint"], status=report["status"])
         return bool(block)
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        if number == signal.SIGTERM:
-            self._terms += 1
-            if self._terms > 1:
-                self._kill()
-            else:
-                self._kill_at = time.monotonic() + _STOP_TIMEOUT
-                self._send(self._stop_signal)
+        if self._observer is not None and number in (signal.SIGINT, signal.SIGTERM):
+            self._observer.cancelled(number)
+            self._stop()
+        elif number == signal.SIGTERM:
+            self._stop()
         elif number == signal.SIGINT:
             self._interrupts += 1
             if self._interrupts >= _KILL_AT_INTERRUPT:
@@ -210,6 +254,15 @@ class _Attendance:
             if number == signal.SIGWINCH:
                 self._console.resize()
             self._send(number)
+
+    def _stop(self) -> None:
+        """Ask the container to end, and see to it that it does; the second time kill it."""
+        self._terms += 1
+        if self._terms > 1:
+            self._kill()
+        else:
+            self._kill_at = time.monotonic() + _STOP_TIMEOUT
+            self._send(self._stop_signal)
 
     def _kill(self) -> None:
         self._send(signal.SIGKILL)

@@ -16,6 +16,7 @@ import termios
 import threading
 import tty
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,10 +31,14 @@ class Console:
     """Three pipes, or with `terminal` one pseudo-terminal, between us and a container.
 
     Create it before the fork, give `container_ends` to the child, then `close_container_ends()`; once the container
-    runs, `connect()`; at its end `drain()`, and always `close()`.
+    runs, `connect()`; at its end `drain()`, and always `close()`. `hears`, where given, is told of each block of its
+    output by the threads that copy it, with 1 or 2 for the stream; both streams then go to our stderr.
     """
 
-    def __init__(self, directory: Path, *, terminal: bool, interactive: bool) -> None:
+    def __init__(
+        self, directory: Path, *, terminal: bool, interactive: bool, hears: Callable[[int, bytes], None] | None = None
+    ) -> None:
+        self._hears = hears
         self._terminal = terminal
         self._interactive = interactive
         self._null = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
@@ -112,8 +117,10 @@ class Console:
         # From here on each pipe is its thread's, to close at the end.
         if self._interactive:
             self._copy(0, self._ours.pop(0), close_target=True)
-        self._copy(self._ours.pop(0), 1, close_source=True, wait=True)
-        self._copy(self._ours.pop(0), 2, close_source=True, wait=True)
+        for stream in (1, 2):
+            hears = None if self._hears is None else partial(self._hears, stream)
+            target = stream if hears is None else 2
+            self._copy(self._ours.pop(0), target, close_source=True, wait=True, hears=hears)
 
     def resize(self) -> None:
         """Give the container's terminal the size of ours."""
@@ -149,15 +156,24 @@ class Console:
         # The master stays with the threads that may still sit in a read or write of it, up to the process's end.
 
     def _copy(
-        self, source: int, target: int, *, close_source: bool = False, close_target: bool = False, wait: bool = False
+        self,
+        source: int,
+        target: int,
+        *,
+        close_source: bool = False,
+        close_target: bool = False,
+        wait: bool = False,
+        hears: Callable[[bytes], None] | None = None,
     ) -> None:
-        thread = threading.Thread(target=_carry, args=(source, target, close_source, close_target), daemon=True)
+        thread = threading.Thread(target=_carry, args=(source, target, close_source, close_target, hears), daemon=True)
         thread.start()
         if wait:
             self._copies.append(thread)
 
 
-def _carry(source: int, target: int, close_source: bool, close_target: bool) -> None:
+def _carry(
+    source: int, target: int, close_source: bool, close_target: bool, hears: Callable[[bytes], None] | None
+) -> None:
     """Copy until the source ends. With the target's reader gone the source is closed, so that its writer learns it."""
     gone = False
     while not (gone and (close_source or close_target)):
@@ -167,6 +183,8 @@ def _carry(source: int, target: int, close_source: bool, close_target: bool) -> 
             break
         if not block:
             break
+        if hears is not None:
+            hears(block)
         view = memoryview(block)
         while view and not gone:
             try:
