@@ -39,6 +39,7 @@ COMMANDS: dict[str, str] = {
     "optimize": "attach what starts of an image read to the image in its registry",
     "status": "show mounts, caches, requests and errors of the running daemon",
     "why": "say of each layer of an image whether it is lazy, and if not why",
+    "trace": "draw what a recorded start read, and where it waited",
     "install": "have systemd keep lazyfs on this node, and containerd use it",
     "uninstall": "take back what install did",
     "doctor": "check what this machine has and lacks",

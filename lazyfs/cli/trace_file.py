@@ -1,4 +1,6 @@
-"""Trace files that a user names: read bounded and checked, written whole or not at all, never over another file."""
+"""Files that a user names for traces and their pictures: read bounded and checked, written whole or not at all, never
+over another file.
+"""
 
 from __future__ import annotations
 
@@ -36,12 +38,15 @@ def check_place(name: str, *, force: bool) -> Path:
     Raise UsageError.
     """
     path = Path(name).absolute()
-    if not name or not path.parent.is_dir() or not os.access(path.parent, os.W_OK | os.X_OK) or path.is_dir():
+    parent = path.parent
+    in_the_way = path.exists() and not path.is_file()  # a rename would put even a device away
+    if not name or in_the_way or not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
         raise UsageError(
-            f"{name or repr(name)} is no place for a file", hint="its directory must exist and be writable"
+            f"{name or repr(name)} is no place for a file",
+            hint="its directory must exist and be writable, and nothing but a file be there",
         )
     if not force and os.path.lexists(path):
-        raise UsageError(f"{name} is there already", hint="-o names another file, --force overwrites this one")
+        raise UsageError(f"{name} is there already", hint="name another file, or overwrite this one with --force")
     return path
 
 
@@ -55,9 +60,9 @@ def write_trace(path: Path, raw: bytes, *, force: bool) -> None:
             os.fsync(file.fileno())
         _put(temporary, path, force=force)
     except FileExistsError:
-        raise UsageError(f"{path} is there already", hint="-o names another file, --force overwrites it") from None
+        raise UsageError(f"{path} is there already", hint="name another file, or overwrite it with --force") from None
     except OSError as error:
-        raise StoreBroken(f"the trace {path} can't be written: {error.strerror}") from None
+        raise StoreBroken(f"{path} can't be written: {error.strerror}") from None
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
