@@ -199,6 +199,8 @@ def command(trace: Trace) -> str:
 
 def seconds(value: float) -> str:
     """Return a time, to the millisecond while that counts: "0.314 s", "12.41 s"."""
+    if not value:
+        return "0 s"
     for digits, bound in ((3, 10.0), (2, 100.0), (0, 1e5)):
         if value < bound:
             return f"{value:.{digits}f} s"

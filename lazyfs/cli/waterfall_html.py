@@ -23,6 +23,7 @@ _BAR = 10  # pixels of a bar in it
 _LABEL = 60  # characters of a label
 _TITLE = 1000  # characters of a path in a tooltip
 _TICKS = 10
+_LABELLED = 0.94  # of the axis: no room for a time behind
 _STYLE = """
 :root { color-scheme: light dark; --ink: #1c2330; --paper: #ffffff; --faint: #d8dde6; --hover: #eef2f8;
   --wait: #c62f3b; --there: #4a7d4f; --demand: #c77700; --prefetch: #2b6cb0; --background: #8a8f99; --mixed: #7b4fb5; }
@@ -118,7 +119,7 @@ def _chart(files: Sequence[Row], requests: Sequence[Row], end: float, ready: flo
         yield _line("axis", at, end, height)
     top = 0
     for _, rows in sections:
-        for at in ticks(end, _TICKS):
+        for at in (at for at in ticks(end, _TICKS) if at <= end * _LABELLED):
             yield f'<text x="{_percent(at, end)}" dx="3" y="{top + 13}">{at:g} s</text>\n'
         top += _HEIGHT
         for row in rows:

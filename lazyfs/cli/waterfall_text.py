@@ -125,8 +125,11 @@ def _column(at: float, width: int, end: float) -> int:
 def _axis(end: float, width: int) -> str:
     text = ""
     for at in ticks(end, max(1, width // _TICK)):
-        text = text.ljust(_column(at, width, end)) + f"{at:g} s "
-    return text[:width].rstrip()
+        longer = text.ljust(_column(at, width, end)) + f"{at:g} s"
+        if len(longer) > width:
+            break  # half a number would be another one
+        text = longer + " "
+    return text.rstrip()
 
 
 def ticks(end: float, most: int) -> list[float]:

@@ -167,6 +167,17 @@ def test_what_a_start_did_is_told() -> None:
     ]
 
 
+@given(st.integers(1, 10**6), st.integers(40, 200))
+def test_the_axis_tells_whole_numbers_at_their_place(ready: int, width: int) -> None:
+    lines = text_of(Trace(MANIFEST, LAYERS, (Read(b"a", 0, 0, 1),), (), ready / 1000), width)
+    axis, row = lines[lines.index("") + 1 : lines.index("") + 3]
+    begin, end = row.index("."), row.rindex("|")
+    assert axis.index("0 s") == begin
+    for told in re.finditer(r"(\S+) s", axis):
+        place = begin + float(told[1]) * 1000 / ready * (end + 1 - begin)
+        assert told.start() == pytest.approx(place, abs=1.01)
+
+
 def test_thousands_of_reads_fit_a_terminal_and_none_is_lost() -> None:
     reads = tuple(
         Read(b"usr/lib/%d/file" % (n // 2), 0, n, 10, n / 1000, 0.5 if n in (1000, 4000) else 0.0) for n in range(5000)
