@@ -22,6 +22,7 @@ from perf.startup_images import Image, read_blobs
 from perf.workloads import Answer, Exit, Line, Workload
 from tests.helpers import real
 from tests.helpers.cri import CriFailed, Pod
+from tests.helpers.daemon import until
 from tests.helpers.pods import PodNode
 
 DEADLINE = 1800.0  # seconds for a start: 2 GB on the slowest link take some minutes
@@ -97,6 +98,8 @@ class Node(PodNode):
     def __enter__(self) -> Node:
         super().__enter__()
         try:
+            if self.snapshotter == "lazyfs":  # its daemon runs, as on a node
+                until(lambda: "bytes" in self.status(), "the snapshotter has its daemon", real.START)
             self.pod = self.cri.run_pod("one")
         except BaseException:
             self._throw_away()
