@@ -119,7 +119,7 @@ class Recording:
                 text = self._pending[stream] + block
                 if line in text:
                     self._line_at = self._now()
-                self._pending[stream] = text[len(text) - len(line) + 1 :] if len(line) > 1 else b""
+                self._pending[stream] = text[-(len(line) - 1) :] if len(line) > 1 else b""
 
     def enough(self) -> bool:
         now = self._now()
