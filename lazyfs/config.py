@@ -37,6 +37,8 @@ class Settings:
     offline: bool = False  # ask no registry: only images that are whole on this node can be mounted
     prefetch: bool = True  # fetch up to the landmark after a mount
     background: bool = True  # fill and verify whole layers after a mount
+    trace: bool = True  # prefetch also what a trace of earlier starts tells of
+    learn: bool = True  # keep what starts on this node read first, for the next ones
     prefetch_rate: int = 0  # bytes a second that prefetch may ask for, all registries together; 0: any
     background_rate: int = 0  # the same of background
     lazy_from: tuple[str, ...] = ("*",)  # repositories (shell patterns) whose layers are used before the whole check

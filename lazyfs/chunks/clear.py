@@ -11,6 +11,7 @@ from lazyfs import digest as digests
 from lazyfs import oci
 from lazyfs import reference as references
 from lazyfs.chunks.census import Census, HeldImage, HeldLayer
+from lazyfs.chunks.trace_files import TraceFiles
 from lazyfs.errors import LazyfsError, ManifestMissing, StoreFull, UsageError
 
 log = logging.getLogger(__name__)
@@ -75,6 +76,7 @@ class Clearing:
         self._store = census.store
         self._catalog = census.catalog
         self._release = release
+        self._traces = TraceFiles(census.store.root)
 
     def prune(self, goal: Goal) -> Cleared:
         """Remove what `goal` allows, and what nobody refers to: layers, documents, trees. Raise StoreError."""
@@ -130,6 +132,8 @@ class Clearing:
             else:
                 self._remove(digest, done)
         self._forget(chosen, done)
+        for digest in chosen:
+            self._traces.drop(digest)
         return self._finish(done)
 
     def remove_layers(self, digests: list[str]) -> Cleared:

@@ -54,7 +54,7 @@ def serve_chains(
     layers = ChainLayers(images.layers, images.fillings, preparer, keeping, apart, links)
     documents = ChainDocuments(census.catalog, images.resolver, links)
     reachable = Reachable(links, census)
-    chains = Chains(layers, keeping, reachable, images.planting, forest, apart, showing)
+    chains = Chains(layers, keeping, reachable, images.planting, forest, apart, showing, images.starts)
     clearing = Clearing(census, release=donors.close)
 
     def open_repository(reference: Reference, access: Access | None) -> Repository:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import time
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from lazyfs.mount.planting import Planting
 from lazyfs.mount.preparing import Prepared
 from lazyfs.mount.reachable import Reachable
 from lazyfs.mount.showing import Showing, Shown
+from lazyfs.mount.starts import Start, Starts
 from lazyfs.oci import Descriptor
 
 log = logging.getLogger(__name__)
@@ -43,6 +45,7 @@ class Chain:
     shown: Shown
     planted: Planted
     layers: tuple[LayerFacts, ...]  # base first
+    start: Start  # as far as traces are concerned
 
     @property
     def path(self) -> str:
@@ -72,6 +75,7 @@ class Chains:
         forest: Forest,
         apart: Apart,
         showing: Showing,
+        starts: Starts,
     ) -> None:
         self._layers = layers
         self._keeping = keeping
@@ -80,6 +84,7 @@ class Chains:
         self._forest = forest
         self._apart = apart
         self._showing = showing
+        self._starts = starts
         self._chains: dict[str, Chain] = {}
 
     def __len__(self) -> int:
@@ -102,7 +107,10 @@ class Chains:
         Raise RegistryTimeout when that passes, ImageIncomplete where bytes of them can't be had, else as `Layers.hold`
         and `ChainLayers.await_trust`.
         """
-        with trio.move_on_after(max(0.0, source.deadline - time.monotonic())) as scope:
+        digests = [layer.descriptor.digest for layer in layers]
+        start = self._starts.begin(source.repository, manifest_digest, digests, whole=False)
+        with contextlib.ExitStack() as undo, trio.move_on_after(max(0.0, source.deadline - time.monotonic())) as scope:
+            undo.callback(self._starts.end, start)
             prepared = await self._hold_all(source, layers)
             try:
                 await self._reachable.check(source, [one.layer for one in prepared])
@@ -111,11 +119,15 @@ class Chains:
                     for one in prepared:
                         await self._layers.drop(one)
                 raise
+            self._starts.mounted(start, [one.layer for one in prepared])
             planted = await self._plant(source, prepared)
             facts = tuple(LayerFacts(one.layer, not one.reason, one.reason) for one in prepared)
             shown = await self._show(planted)
-            chain = Chain(planted.name.decode(), str(source.reference), manifest_digest, shown, planted, facts)
-            return await self._record(chain)
+            chain = Chain(planted.name.decode(), str(source.reference), manifest_digest, shown, planted, facts, start)
+            known = await self._record(chain)
+            if known is chain:
+                undo.pop_all()
+            return known
         assert scope.cancelled_caught
         host = source.reference.host
         raise RegistryTimeout(host, f"the layers of {source.reference} could not be shown in time", hint="try again")
@@ -125,6 +137,7 @@ class Chains:
         chain = self._chains.pop(chain_id, None)
         if chain is not None:
             log.info("chain let go", extra=fields(chain=chain.id, image=chain.image))
+            self._starts.end(chain.start)
             with trio.CancelScope(shield=True):
                 await self._take_back(chain.planted, chain.shown)
 

@@ -13,7 +13,7 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
@@ -54,11 +54,14 @@ from lazyfs.mount.preparing import Preparer
 from lazyfs.mount.resolving import Resolver
 from lazyfs.mount.session import Session
 from lazyfs.mount.showing import Showing
+from lazyfs.mount.starts import Starts
 from lazyfs.mount.status import RequestCounters, StatusReport
 from lazyfs.mount.stock_calls import StockCalls
 
 if TYPE_CHECKING:
+    from lazyfs.format.trace import Trace
     from lazyfs.mount.metrics import DaemonMetrics
+    from lazyfs.registry.repository import Repository
 from lazyfs.process import harden
 
 log = logging.getLogger(__name__)
@@ -134,6 +137,8 @@ class Daemon:
             filler = Filler(scheduler, remote)
             uses = NodeUses()
             census = Census(store, catalog, uses)
+            traces = TraceFiles(settings.root)
+            starts = Starts(settings, traces, census, remote, scheduler, nursery, _find_trace, requests.note_error)
             images = Images(
                 settings,
                 forest,
@@ -144,6 +149,7 @@ class Daemon:
                 memory,
                 preparer,
                 census,
+                starts,
                 partial(Resolver, catalog, settings, lambda manifest: not census.missing(manifest)),
                 nursery,
                 requests.note_hop,
@@ -181,7 +187,7 @@ class Daemon:
                 lambda mounts: metrics().answer(mounts),
                 self._stop.set,
                 service,
-                TraceFiles(settings.root),
+                traces,
             )
             scraped = (
                 metrics().scraped(settings, mounted) if settings.metrics_address and self._alone else nullcontext()
@@ -332,6 +338,12 @@ def _metrics(
     from lazyfs.mount.metrics import DaemonMetrics  # not at the start, which is measured in milliseconds
 
     return DaemonMetrics(report, requests, catalog, chains)
+
+
+def _find_trace(repository: Repository, manifest: str, deadline: float, layers: Sequence[str] | None) -> Trace | None:
+    from lazyfs.registry import traces  # not at the start, which is measured in milliseconds
+
+    return traces.find(repository, manifest, deadline, layers=layers)
 
 
 def _end_now() -> None:

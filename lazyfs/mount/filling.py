@@ -25,6 +25,7 @@ log = logging.getLogger(__name__)
 _PATIENCE = 300.0  # seconds without a byte after which a wait fails, where reads wait for ever
 _PATIENCE_IN_TROUBLE = 30.0  # the same where the last request has failed
 _LOOK = 0.5  # seconds between looks at how far a layer is
+_TRACE = 60.0  # seconds that a layer's prefetch and fill let what a trace asks for go first
 _ROUNDS = 3  # fills of one layer after which its chunks don't stay
 
 
@@ -60,6 +61,8 @@ class Fillings:
         self._donors = donors
         self._quarantine = quarantine
         self._limiter = trio.CapacityLimiter(4)
+        # Waits while something more urgent is being fetched ahead for a layer's image.
+        self.before: Callable[[ServedLayer], Awaitable[None]] = _nothing
         self._fillings: dict[str, _Filling] = {}
         self._working: Counter[str] = Counter()  # tasks that have not ended yet, their threads being in a request
 
@@ -107,6 +110,7 @@ class Fillings:
                 del self._working[layer.digest]
 
     async def _fill(self, layer: ServedLayer, filling: _Filling) -> None:
+        await self._let_traces_pass(layer, filling)
         if self._settings.prefetch and layer.table.landmark:
             await self._filler.prefetch(layer)
         due = layer.check is not None or not layer.store.complete
@@ -125,6 +129,19 @@ class Fillings:
             await self._in_thread(partial(self._donors.add, layer))
             filling.idle.set()
             await filling.wanted.wait()
+
+    async def _let_traces_pass(self, layer: ServedLayer, filling: _Filling) -> None:
+        """Wait while what a trace tells of is fetched, for a while, and not where somebody wants the layer complete."""
+        with trio.move_on_after(_TRACE) as scope:
+            async with trio.open_nursery() as nursery:
+
+                async def until_wanted() -> None:
+                    await filling.wanted.wait()
+                    scope.cancel()
+
+                nursery.start_soon(until_wanted)
+                await self.before(layer)
+                nursery.cancel_scope.cancel()
 
     def _works_ahead(self, layer: ServedLayer) -> bool:
         """Tell whether a layer is to be fetched before anybody asks for it."""
@@ -192,6 +209,10 @@ class Fillings:
                 patience = min(patience, _PATIENCE_IN_TROUBLE)
             if trio.current_time() - since >= patience and not idle.is_set():
                 raise trouble or ReadDeadline(patience, f"layer {layer.digest} does not go on")
+
+
+async def _nothing(layer: ServedLayer) -> None:
+    """Wait for nothing."""
 
 
 async def guard(what: str, work: Callable[[], Awaitable[object]]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -36,6 +37,7 @@ from lazyfs.mount.layers import Layers
 from lazyfs.mount.planting import Planting
 from lazyfs.mount.preparing import Prepared, Preparer, Wanted
 from lazyfs.mount.resolving import Pull, Resolver
+from lazyfs.mount.starts import Start, Starts
 from lazyfs.mount.tracing import Recorder
 from lazyfs.mount.whole_layers import WholeLayers
 from lazyfs.oci import ImageConfig, Manifest
@@ -79,6 +81,7 @@ class MountedImage:
     planted: Planted
     layers: tuple[LayerFacts, ...]
     remarks: tuple[str, ...]  # on what the registry did not say
+    start: Start | None  # as far as traces are concerned; None: nothing is to be started of it
 
     @property
     def notes(self) -> tuple[str, ...]:
@@ -115,6 +118,7 @@ class Images:
         memory: MemoryCache,
         preparer: Preparer,
         census: Census,
+        starts: Starts,
         resolver: Callable[[ThreadPoolExecutor], Resolver],
         nursery: trio.Nursery,
         on_hop: OnHop,
@@ -128,6 +132,8 @@ class Images:
         self._memory = memory
         self._preparer = preparer
         self._census = census
+        self.starts = starts
+        self.fillings.before = starts.until_idle
         self._nursery = nursery
         self.on_hop = on_hop
         self._transport = Transport()
@@ -150,13 +156,15 @@ class Images:
         check: Callable[[Manifest], None] | None = None,
         access: Access | None = None,
         recorder: Recorder | None = None,
+        follow: bool = False,
     ) -> MountedImage:
         """Resolve an image and put its tree into the forest. A checkpoint, as long as the network takes.
 
         `access` is the user's; None: the node's, from the daemon's environment and its image service.
         `check` is called with the manifest, in a thread, before any layer is fetched; what it raises is raised.
-        `recorder` hears of all layers, until it is detached. Each call is paired with one `release`. Raise
-        ReferenceInvalid, PlatformMissing, RegistryError, TrustError, FormatError or StoreError; then nothing is held.
+        `recorder` hears of all layers, until it is detached. `follow`: something is about to start of it, so
+        that traces are replayed and learned. Each call is paired with one `release`. Raise ReferenceInvalid,
+        PlatformMissing, RegistryError, TrustError, FormatError or StoreError; then nothing is held.
         """
         reference = references.parse(image)
         wanted_platform = platform or oci.host_platform()
@@ -172,34 +180,58 @@ class Images:
         if check is not None:
             await self._in_thread(partial(check, manifest))
         remarks = await self._in_thread(partial(missing.check, self._census, reference, resolved, pull))
-        try:
-            tails = self._preparer.begin_tails(repository, manifest, self._pool)
-            config = await self._in_thread(resolved.config.result)
-            prepared = await self._prepare_all(repository, reference.origin, manifest, config, tails, say)
-        except RegistryError as error:
-            if isinstance(error, (BlobMissing, ManifestMissing)) and doubt_tag(repository, reference):
-                return await self.mount(
-                    image, platform, plain_http, say, pull=pull, check=check, access=access, recorder=recorder
-                )
-            if not resolved.known or not (error.temporary or pull is Pull.NEVER):
+        with contextlib.ExitStack() as undo:
+            try:
+                tails = self._preparer.begin_tails(repository, manifest, self._pool)
+                start = self._begin_start(repository, manifest, undo) if follow else None
+                config = await self._in_thread(resolved.config.result)
+                prepared = await self._prepare_all(repository, reference.origin, manifest, config, tails, say)
+            except RegistryError as error:
+                if isinstance(error, (BlobMissing, ManifestMissing)) and doubt_tag(repository, reference):
+                    return await self.mount(
+                        image,
+                        platform,
+                        plain_http,
+                        say,
+                        pull=pull,
+                        check=check,
+                        access=access,
+                        recorder=recorder,
+                        follow=follow,
+                    )
+                if not resolved.known or not (error.temporary or pull is Pull.NEVER):
+                    raise
+                gone = await self._in_thread(partial(self._census.missing, manifest))
+                raise missing.incomplete(reference, gone, "" if pull is Pull.NEVER else error.message) from None
+            if recorder is not None:
+                recorder.attach(one.layer for one in prepared)
+            if start is not None:
+                held = [one.layer for one in prepared]
+                self.starts.mounted(start, held, trusted=self.fillings.trusts(reference.origin))
+            try:
+                planted = await self.planting.plant(prepared)
+            except BaseException:
+                await self.layers.drop([one.layer for one in prepared])
                 raise
-            gone = await self._in_thread(partial(self._census.missing, manifest))
-            raise missing.incomplete(reference, gone, "" if pull is Pull.NEVER else error.message) from None
-        if recorder is not None:
-            recorder.attach(manifest.digest, [one.digest for one in manifest.layers], [one.layer for one in prepared])
-        try:
-            planted = await self.planting.plant(prepared)
-        except BaseException:
-            await self.layers.drop([one.layer for one in prepared])
-            raise
-        try:
-            await self._await_trust(reference, prepared, say)
-        except BaseException:
-            with trio.CancelScope(shield=True):
-                await self.planting.release(planted)
-            raise
-        facts = tuple(LayerFacts(one.layer, not one.reason, one.reason) for one in prepared)
-        return MountedImage(reference, wanted_platform, manifest, config, planted, facts, (*remarks, *limits.remarks))
+            try:
+                await self._await_trust(reference, prepared, say)
+            except BaseException:
+                with trio.CancelScope(shield=True):
+                    await self.planting.release(planted)
+                raise
+            facts = tuple(LayerFacts(one.layer, not one.reason, one.reason) for one in prepared)
+            undo.pop_all()
+            said = (*remarks, *limits.remarks)
+            return MountedImage(reference, wanted_platform, manifest, config, planted, facts, said, start)
+
+    def _begin_start(self, repository: Repository, manifest: Manifest, undo: contextlib.ExitStack) -> Start | None:
+        """Begin to look for a trace, behind the requests that the mount needs; None where no layer is lazy."""
+        if not any(map(self._preparer.is_lazy, manifest.layers)):
+            return None
+        digests = [layer.digest for layer in manifest.layers]
+        start = self.starts.begin(repository, manifest.digest, digests, whole=True)
+        undo.callback(self.starts.end, start)
+        return start
 
     def open(
         self,
@@ -234,14 +266,23 @@ class Images:
     def expect_exec(self, image: MountedImage, entrypoint: str | None, command: list[str]) -> None:
         """Begin to fetch what a container of the image will execute. Doesn't wait."""
         words = command_of(image.config.process, entrypoint, command)
-        self._nursery.start_soon(guard, "ahead", partial(self._ahead.run, image.planted, words))
+
+        async def run() -> None:
+            if image.start is not None:
+                await self.starts.until_over(image.start)  # what is known is better than a guess
+            await self._ahead.run(image.planted, words)
+
+        self._nursery.start_soon(guard, "ahead", run)
 
     async def release(self, image: MountedImage) -> None:
         """Give one mount of an image back; with the last one its tree and layers go. A checkpoint."""
+        if image.start is not None:
+            self.starts.end(image.start)
         await self.planting.release(image.planted)
 
     async def close(self) -> None:
         """End all background work and close all layers and connections."""
+        await self.starts.close()
         self.fillings.stop_all()
         for planted in self._forest.trees():
             await self.layers.drop(self._forest.uproot(planted))

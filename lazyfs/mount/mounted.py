@@ -197,6 +197,7 @@ class Mounted:
                 pull=pull_of(args),
                 access=None if access is None else accesses.from_json(access),
                 recorder=recorder,
+                follow=True,
             )
         except BaseException:
             if recorder is not None:
@@ -265,8 +266,11 @@ class Mounted:
         recorder.detach()
         seconds = time.monotonic() - recorder.began if ready is None else float(ready)
 
+        manifest = mount.image.manifest
+        layers = [layer.digest for layer in manifest.layers]
+
         def write() -> dict[str, Any]:
-            trace = fitting(recorder.trace(seconds, mount.command))
+            trace = fitting(recorder.trace(manifest.digest, layers, seconds, mount.command))
             path = self._traces.record(trace)
             return {
                 "path": os.fspath(path), "reads": len(trace.reads), "requests": len(trace.requests), "ready": seconds

@@ -27,6 +27,7 @@ from lazyfs.mount.mounted import Mount
 from lazyfs.mount.operations import Operations
 from lazyfs.mount.session import Session
 from lazyfs.mount.showing import Showing
+from lazyfs.mount.starts import NONE, Start
 from lazyfs.registry.health import Health
 from lazyfs.registry.hops import Hop
 from lazyfs.stats import REQUEST_BOUNDS, Buckets, Histograms, Names
@@ -185,6 +186,7 @@ class StatusReport:
             "kind": mount.kind,
             "driver": mount.shown.driver,
             "reason": mount.shown.reason,
+            "trace": _trace(mount.image.start),
             **_filled(mount.image.layers, mount.image.size),
         }
 
@@ -197,8 +199,14 @@ class StatusReport:
             "kind": "chain",
             "driver": chain.shown.driver,
             "reason": chain.shown.reason,
+            "trace": _trace(chain.start),
             **_filled(chain.layers, chain.size),
         }
+
+
+def _trace(start: Start | None) -> dict[str, Any]:
+    """Return where a mount's trace came from, and how many compressed bytes were asked for because of it."""
+    return {"source": NONE, "bytes": 0} if start is None else {"source": start.source, "bytes": start.asked}
 
 
 def _filled(facts: tuple[LayerFacts, ...], size: int) -> dict[str, Any]:

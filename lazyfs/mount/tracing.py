@@ -25,8 +25,6 @@ class Recorder:
     def __init__(self) -> None:
         self.began = time.monotonic()
         self.last = self.began  # when a chunk was demanded for the first time, or came, most recently
-        self._manifest = ""
-        self._digests: tuple[str, ...] = ()
         self._layers: dict[int, ServedLayer] = {}  # by layer number
         self._reads: dict[tuple[int, int], list[float]] = {}  # (layer, chunk) → when, and how long it took
         self._requests: list[tuple[int, int, int, int, float, float, float]] = []
@@ -37,9 +35,8 @@ class Recorder:
 
     # -- whose start it is
 
-    def attach(self, manifest: str, digests: Iterable[str], layers: Iterable[ServedLayer]) -> None:
-        """Listen to an image's layers, those that were not known yet. `digests`: all of its layers, base first."""
-        self._manifest, self._digests = manifest, tuple(digests)[:MAX_LAYERS]
+    def attach(self, layers: Iterable[ServedLayer]) -> None:
+        """Listen to these layers."""
         for layer in layers:
             self._layers[layer.number] = layer
             if self not in layer.witnesses:
@@ -72,9 +69,13 @@ class Recorder:
 
     # -- what came of it
 
-    def trace(self, ready: float, command: tuple[str, ...] = ()) -> Trace:
-        """Return what was noted, with paths. Blocking, milliseconds for large layers; after `detach`, in any thread."""
-        places = {digest: place for place, digest in reversed(list(enumerate(self._digests)))}
+    def trace(self, manifest: str, digests: Iterable[str], ready: float, command: tuple[str, ...] = ()) -> Trace:
+        """Return what was noted, with paths; `digests`: all layers of the image, base first.
+
+        Blocking, milliseconds for large layers; after `detach`, in any thread.
+        """
+        named = tuple(digests)[:MAX_LAYERS]
+        places = {digest: place for place, digest in reversed(list(enumerate(named)))}
         place_of = {number: places[one.digest] for number, one in self._layers.items() if one.digest in places}
         by_layer: dict[int, set[int]] = defaultdict(set)
         for layer, chunk in self._reads:
@@ -97,7 +98,7 @@ class Recorder:
             for layer, offset, size, priority, *times in sorted(self._requests, key=lambda each: each[4])
             if layer in place_of
         ]
-        return Trace(self._manifest, self._digests, tuple(reads), tuple(requests), ready, command)
+        return Trace(manifest, named, tuple(reads), tuple(requests), ready, command)
 
 
 def rows_of(table: LayerTable, chunks: Iterable[int]) -> dict[int, int]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 import stat
 from pathlib import Path
 from typing import Any
@@ -10,10 +12,14 @@ import pytest
 
 from lazyfs import control_client
 from lazyfs.errors import UsageError
-from lazyfs.format.trace import decode
+from lazyfs.format.trace import Read, Trace, decode, encode, paths
+from lazyfs.oci import OCI_MANIFEST, Descriptor
+from lazyfs.reference import parse
+from lazyfs.registry import traces
+from lazyfs.registry.open import OpenOptions, open_repository
 from tests.helpers.blobs import LayerBlob, zstd_chunked_layer
-from tests.helpers.daemon import Node, add, both_drivers, pattern
-from tests.helpers.fake_registry import FakeRegistry
+from tests.helpers.daemon import Node, add, both_drivers, pattern, tmpfs, until
+from tests.helpers.fake_registry import AddedImage, FakeRegistry, Fault
 from tests.helpers.tars import file, tar_of
 
 FILES = {f"f{number:02}": pattern(100_000, number) for number in range(20)}
@@ -49,3 +55,165 @@ def test_a_start_is_recorded_to_a_file(node: Node, registry: FakeRegistry, drive
     assert found[b"f07"].waited > 0 and trace.requests
     offsets = {read.offset for read in trace.reads if read.path == b"f07"}
     assert offsets == {0, 1 << 16}
+
+
+# -- learned, and fetched ahead the next time
+
+
+def ranges(registry: FakeRegistry, digest: str) -> int:
+    return registry.count("GET", f"/blobs/{digest}")
+
+
+def traced(node: Node) -> dict[str, Any]:
+    """Return what the status says of the trace of the one mount."""
+    found: dict[str, Any] = node.status()["mounts"][0]["trace"]
+    return found
+
+
+def learn(node: Node, image: AddedImage, *names: str) -> Path:
+    """Start an image that reads these files; return the file of the trace that the node has learned."""
+    tree = node.mount(image)
+    for name in names:
+        assert node.read(tree / name) == FILES[name]
+    node.umount(tree)
+    until(lambda: not node.processes(), "the daemon ends with what it has learned")
+    return node.root / "traces" / image.digest.removeprefix("sha256:")
+
+
+def empty_store(node: Node) -> None:
+    """Forget everything of the images but their traces."""
+    for name in os.listdir(node.root):
+        if name != "traces":
+            path = node.root / name
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+WANTED = [f"f{number:02}" for number in (3, 17, 4, 5, 6, 12)]
+
+
+def fetched_ahead(node: Node, registry: FakeRegistry, image: AddedImage, source: str) -> None:
+    """Mount an image from an empty store: what is in its trace comes in few ranges, unasked for."""
+    registry.clear_log()
+    tree = node.mount(image)
+    until(lambda: traced(node)["bytes"] >= len(WANTED) * 100_000, "all that the trace tells of was asked for")
+    until(lambda: node.layer()["present"] >= len(WANTED) * 100_000, "it is here")
+    assert traced(node)["source"] == source
+    before = ranges(registry, image.layers[0])
+    assert before <= 6  # the tail, and few ranges for 12 chunks in 4 places
+    for name in WANTED:
+        assert node.read(tree / name) == FILES[name]
+    assert ranges(registry, image.layers[0]) == before
+    assert node.layer()["bytes"]["demand"] == 0
+
+
+@both_drivers
+def test_the_next_cold_start_fetches_what_was_learned(node: Node, registry: FakeRegistry, driver: str) -> None:
+    node.settings |= {"DRIVER": driver, "PREFETCH": "1"}
+    image = add(registry, "one", layer())
+    path = learn(node, image, *WANTED)
+    trace = decode(path.read_bytes())
+    assert (trace.manifest, trace.layers) == (image.digest, image.layers)
+    assert [name.decode() for name in paths(trace)] == WANTED
+    assert not trace.requests and all(read.waited == 0 for read in trace.reads)
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+    empty_store(node)
+    fetched_ahead(node, registry, image, "node")
+    assert registry.count("GET", "/referrers/") == 0  # the node knows better
+    assert registry.bytes_sent("/blobs/") < len(WANTED) * 2 * (1 << 16) + 200_000
+
+
+def test_a_trace_of_the_registry_is_fetched_and_kept(node: Node, registry: FakeRegistry) -> None:
+    node.settings["PREFETCH"] = "1"
+    registry.referrers = True
+    image = add(registry, "one", layer())
+    attached(registry, image, *[Read(name.encode(), 0, 0, 100_000) for name in WANTED])
+    fetched_ahead(node, registry, image, "registry")
+    node.stop()
+    kept = decode((node.root / "traces" / image.digest.removeprefix("sha256:")).read_bytes())
+    assert {name.decode() for name in paths(kept)} == set(WANTED)
+
+
+def attached(registry: FakeRegistry, image: AddedImage, *reads: Read, layers: tuple[str, ...] = ()) -> None:
+    """Attach a trace to an image in the registry."""
+    with_layers = layers or image.layers
+    repository = open_repository(parse(image.reference), OpenOptions())
+    subject = Descriptor(OCI_MANIFEST, image.digest, len(image.raw))
+    traces.attach(repository, subject, Trace(image.digest, with_layers, reads))
+    repository.close()
+
+
+def test_hostile_traces_harm_nothing_and_delay_nothing(node: Node, registry: FakeRegistry) -> None:
+    node.settings["PREFETCH"] = "1"
+    registry.referrers = True
+    image, other = add(registry, "one", layer()), add(registry, "other", layer("x"))
+    huge = [Read(name.encode(), 0, number << 16, 1 << 61) for name in FILES for number in range(2000)]
+    attached(registry, image, *[Read(b"none/such", 0, 1 << 60, 1 << 61), Read(b"f00", 0, 1 << 61, 5)], *huge)
+    path = node.root / "traces" / other.digest.removeprefix("sha256:")
+    path.parent.mkdir(parents=True, mode=0o700)
+    node.root.chmod(0o700)
+    path.write_bytes(encode(Trace(image.digest, image.layers, (Read(b"f00", 0, 0, 1),))))  # another image's
+    trees = [node.mount(image), node.mount(other)]
+    assert node.read(trees[0] / "f19") == FILES["f19"]
+    assert node.read(trees[1] / "f19x") == FILES["f19"]
+    until(lambda: node.status()["mounts"][0]["layers"][0]["complete"], "the enormous one has fetched all there is")
+    assert registry.bytes_sent(f"/blobs/{image.layers[0]}") <= len(registry.blobs[image.layers[0]]) + 200_000
+    assert not path.exists()  # removed and ignored
+    assert node.status()["mounts"][1]["trace"] == {"source": "none", "bytes": 0}
+
+
+@pytest.mark.parametrize("fault", [Fault.BLACK_HOLE, Fault.STATUS])
+def test_a_registry_without_an_answer_on_referrers_delays_nothing(
+    node: Node, registry: FakeRegistry, fault: Fault
+) -> None:
+    node.settings["PREFETCH"] = "1"
+    image = add(registry, "one", layer())
+    registry.fault(fault, path="/referrers/")
+    tree = node.mount(image)
+    assert node.read(tree / "f00") == FILES["f00"]
+    assert traced(node)["source"] == "none"
+    order = [request.path for request in registry.requests]
+    asked = next((number for number, path in enumerate(order) if "/referrers/" in path), None)
+    assert asked is None or asked > next(number for number, path in enumerate(order) if "/manifests/" in path)
+
+
+def test_settings_say_whether_traces_are_learned_and_fetched(node: Node, registry: FakeRegistry) -> None:
+    node.settings |= {"PREFETCH": "1", "TRACE": "0", "LEARN": "0"}
+    image = add(registry, "one", layer())
+    path = learn(node, image, "f03")
+    assert not path.exists() and registry.count("GET", "/referrers/") == 0
+    path.parent.mkdir(0o700)
+    path.write_bytes(encode(Trace(image.digest, image.layers, (Read(b"f17", 0, 0, 100_000),))))
+    tree = node.mount(image)
+    assert node.read(tree / "f05") == FILES["f05"]
+    assert traced(node) == {"source": "none", "bytes": 0}
+    assert node.layer()["bytes"]["prefetch"] == 0
+
+
+def test_what_is_whole_needs_no_learning_and_its_removal_drops_the_trace(node: Node, registry: FakeRegistry) -> None:
+    node.settings["PREFETCH"] = "1"
+    image = add(registry, "one", layer())
+    assert node.lazyfs("fetch", image.reference).returncode == 0
+    registry.clear_log()
+    path = learn(node, image, "f04")
+    assert not path.exists() and registry.count("GET", "/referrers/") == 0
+    path.parent.mkdir(0o700, exist_ok=True)
+    path.write_bytes(encode(Trace(image.digest, image.layers, ())))
+    done = node.lazyfs("cache", "rm", image.reference)
+    assert done.returncode == 0, done.stderr
+    assert not path.exists()
+
+
+def test_a_disk_smaller_than_the_image(node: Node, registry: FakeRegistry) -> None:
+    """More than the disk holds is in the trace: reads are served, and what was fetched ahead stays within bounds."""
+    with tmpfs(node.root, 1_200_000):
+        node.settings["PREFETCH"] = "1"
+        image = add(registry, "one", layer())
+        (node.root / "traces").mkdir(0o700)
+        told = Trace(image.digest, image.layers, tuple(Read(name.encode(), 0, 0, 100_000) for name in FILES))
+        (node.root / "traces" / image.digest.removeprefix("sha256:")).write_bytes(encode(told))
+        tree = node.mount(image)
+        for name, data in FILES.items():
+            assert node.read(tree / name) == data
+        assert traced(node)["source"] == "node"
+        node.umount(tree)
+        until(lambda: not node.processes(), "the daemon ends")

@@ -19,6 +19,7 @@ from lazyfs.mount.keeping import Keeping
 from lazyfs.mount.planting import Planting
 from lazyfs.mount.reachable import Reachable
 from lazyfs.mount.showing import Showing
+from lazyfs.mount.starts import Starts
 from lazyfs.registry.offline import OfflineRepository
 
 
@@ -30,6 +31,13 @@ class Parts:
     def __init__(self) -> None:
         self.gate = threading.Event()
         self.done: list[str] = []
+
+    def begin(self, *_: object, whole: bool) -> str:
+        return "start"
+
+    def mounted(self, *_: object) -> None: ...
+
+    def end(self, start: str) -> None: ...
 
     async def check(self, *_: object) -> None:
         await trio.lowlevel.checkpoint()
@@ -58,7 +66,7 @@ async def test_the_caller_is_answered_in_its_time_and_what_comes_late_is_taken_b
         async with trio.open_nursery() as nursery:
             chains = Chains(
                 cast(ChainLayers, parts), cast(Keeping, parts), cast(Reachable, parts), cast(Planting, parts),
-                cast(Forest, parts), Apart(nursery), cast(Showing, parts),
+                cast(Forest, parts), Apart(nursery), cast(Showing, parts), cast(Starts, parts),
             )  # fmt: skip
             with pytest.raises(RegistryTimeout, match="in time"):
                 await chains.mount(source, "", [])

@@ -36,7 +36,7 @@ OTHER = "sha256:" + "b" * 64
 
 def listen(layer: ServedLayer) -> Recorder:
     recorder = Recorder()
-    recorder.attach(MANIFEST, [OTHER, layer.digest], [layer])
+    recorder.attach([layer])
     return recorder
 
 
@@ -51,7 +51,7 @@ async def test_first_demands_in_order_with_paths_and_what_was_waited_for(scratch
         layer.store.forget()
         recorder.detach()
         await one.read(layer, b"usr/big", 0, 10)  # nobody listens any more
-        trace = recorder.trace(1.5, ("cmd",))
+        trace = recorder.trace(MANIFEST, [OTHER, layer.digest], 1.5, ("cmd",))
     assert (trace.manifest, trace.layers, trace.ready) == (MANIFEST, (OTHER, layer.digest), 1.5)
     assert [(read.path, read.layer, read.offset, read.size) for read in trace.reads] == [
         (b"usr/big", 1, 2 * CHUNK, CHUNK),
@@ -79,7 +79,7 @@ async def test_what_is_here_is_noted_and_not_waited_for(scratch: Path, registry:
                 await trio.sleep(0.001)
         recorder = listen(layer)
         await one.reader.read_data(layer, 0, layer.table.data_size)
-        trace = recorder.trace(0)
+        trace = recorder.trace(MANIFEST, [layer.digest], 0)
     assert {read.path for read in trace.reads} == {b"usr/big", b"usr/small"}
     assert [read.waited for read in trace.reads if read.path == b"usr/big"] == [0.0] * 5
 
@@ -90,7 +90,7 @@ async def test_prefetch_is_no_demand_and_is_told_as_a_request(scratch: Path, reg
         recorder = listen(layer)
         await one.remote.bring(layer, 0, layer.table.frame_count, Priority.PREFETCH)
         await one.reader.chunk(layer, 0, Priority.PREFETCH, 0)
-        trace = recorder.trace(0)
+        trace = recorder.trace(MANIFEST, [layer.digest], 0)
     assert not trace.reads
     assert [request.priority for request in trace.requests] == [Priority.PREFETCH]
 
@@ -112,7 +112,7 @@ def trace_of(manifest: str, reads: int = 1) -> Trace:
 
 
 def test_a_trace_that_is_too_large_loses_its_last_reads() -> None:
-    paths = [os.urandom(100).hex().encode() for _ in range(20_000)]
+    paths = [os.urandom(100).hex().encode() for _ in range(12_000)]
     large = Trace(MANIFEST, (OTHER,), tuple(Read(path, 0, 0, 1) for path in paths))
     small = fitting(large)
     assert 0 < len(small.reads) < len(large.reads)

@@ -1,0 +1,263 @@
+"""Starts of images: what is known of earlier ones is fetched ahead, and what this one reads is learned for the next.
+
+A node's own trace comes first; where it has none, the registry is asked beside everything else that a mount does, and
+nobody waits for its answer. What is learned is merged with what the registry knew and kept on the node.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import OrderedDict
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+
+import trio
+
+from lazyfs.chunks.census import Census
+from lazyfs.chunks.layer import ServedLayer
+from lazyfs.chunks.remote import Remote
+from lazyfs.chunks.schedule import Scheduler
+from lazyfs.chunks.trace_files import TraceFiles
+from lazyfs.config import Settings
+from lazyfs.errors import LazyfsError
+from lazyfs.format.trace import Trace, merged, stripped
+from lazyfs.mount.replay import Replay
+from lazyfs.mount.tracing import Recorder, fitting
+from lazyfs.registry.offline import OfflineRepository
+from lazyfs.registry.repository import Repository
+
+log = logging.getLogger(__name__)
+
+NODE, REGISTRY, NONE = "node", "registry", "none"  # where a mount's trace came from
+_QUIET = 10.0  # seconds without a first demand after which a start is over
+_LONGEST = 60.0  # seconds of one that are noted at most
+_LOOK = 0.5  # seconds between looks at that
+_ANSWER = 5.0  # seconds for the registry to answer
+_AGAIN = 30.0  # seconds for which its answer is remembered: many containers of one image may start
+_ANSWERS = 16  # remembered
+_LAST_WORDS = 3.0  # seconds that the end of the daemon waits for what was learned
+
+# (repository, manifest's digest, deadline, blob digests of its layers where they are known) → what it has
+Find = Callable[[Repository, str, float, Sequence[str] | None], Trace | None]
+
+
+@dataclass(eq=False, slots=True)
+class Start:
+    """One mount of an image, as far as traces are concerned."""
+
+    manifest: str  # "": nothing is known of the image, so nothing is done
+    digests: tuple[str, ...]  # of its layers, base first
+    whole: bool  # these are all of its layers
+    source: str = NONE  # where the trace came from
+    asked: int = 0  # compressed bytes that were asked for because of it
+    trace: Trace | None = None
+    layers: tuple[ServedLayer, ...] = ()
+    recorder: Recorder | None = None
+    scope: trio.CancelScope = field(default_factory=trio.CancelScope)  # of the search and the replay
+    learning: trio.CancelScope = field(default_factory=trio.CancelScope)
+    mounted: trio.Event = field(default_factory=trio.Event)  # the layers are known
+    idle: trio.Event = field(default_factory=trio.Event)  # nothing is fetched, or known to be fetched soon
+    kept: bool = False  # the node had a trace before
+
+
+class Starts:
+    """The starts of a node. Belongs to one trio loop; disk and network are left to threads.
+
+    `find` asks a registry, see `registry.traces`. `note_error` counts what went wrong.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        files: TraceFiles,
+        census: Census,
+        remote: Remote,
+        scheduler: Scheduler,
+        nursery: trio.Nursery,
+        find: Find,
+        note_error: Callable[[LazyfsError], None],
+    ) -> None:
+        self._settings = settings
+        self._files = files
+        self._census = census
+        self._remote = remote
+        self._scheduler = scheduler
+        self._nursery = nursery
+        self._find = find
+        self._note_error = note_error
+        self._replays = settings.prefetch and settings.trace
+        self._starts: set[Start] = set()
+        self._answers: OrderedDict[str, tuple[float, Trace | None]] = OrderedDict()
+        self._disk = trio.CapacityLimiter(2)
+        self._network = trio.CapacityLimiter(4)
+        self._saving = 0
+
+    # -- a mount's life
+
+    def begin(self, repository: Repository, manifest: str, digests: Sequence[str], *, whole: bool) -> Start:
+        """Begin to look for what is known of an image's starts. Doesn't wait.
+
+        `digests`: the layers that are shown, base first; `whole`: all of the image's. Each call is paired with one
+        `end`.
+        """
+        start = Start(manifest, tuple(digests), whole)
+        self._starts.add(start)
+        if manifest and (self._replays or self._settings.learn):
+            self._nursery.start_soon(self._guard, partial(self._run, start, repository))
+        else:
+            start.idle.set()
+        return start
+
+    def mounted(self, start: Start, layers: Sequence[ServedLayer], *, trusted: bool = True) -> None:
+        """Tell which layers an image has. Doesn't wait. What is not `trusted` is fetched whole before it is used."""
+        start.layers = tuple(dict.fromkeys(layers))
+        lazy = [layer for layer in start.layers if not layer.is_plain]
+        due = [layer for layer in lazy if not isinstance(layer.repository, OfflineRepository)]
+        if not start.manifest or all(layer.store.complete for layer in due):
+            start.scope.cancel()
+            start.idle.set()
+            return
+        if self._settings.learn:
+            start.recorder = Recorder()
+            start.recorder.attach(lazy)
+            self._nursery.start_soon(self._guard, partial(self._learn, start, start.recorder))
+        if not trusted:
+            start.scope.cancel()
+            start.idle.set()
+        start.mounted.set()
+
+    def end(self, start: Start) -> None:
+        """Forget a mount; what was learned of it is saved in the background. Doesn't wait."""
+        self._starts.discard(start)
+        start.scope.cancel()
+        start.learning.cancel()
+        start.idle.set()
+
+    async def until_idle(self, layer: ServedLayer) -> None:
+        """Wait while what is known of a start is being fetched for a mount that has this layer. A checkpoint."""
+        for start in [start for start in self._starts if layer in start.layers]:
+            await self.until_over(start)
+
+    async def until_over(self, start: Start) -> None:
+        """Wait while what is known of a start is being fetched. A checkpoint."""
+        while not start.idle.is_set():
+            await start.idle.wait()
+        await trio.lowlevel.checkpoint()
+
+    async def close(self) -> None:
+        """Wait a moment for what was learned to be saved. A checkpoint."""
+        for start in list(self._starts):
+            self.end(start)
+        with trio.move_on_after(_LAST_WORDS):
+            while self._saving:
+                await trio.sleep(0.01)
+
+    # -- what is known
+
+    async def _run(self, start: Start, repository: Repository) -> None:
+        try:
+            with start.scope:
+                known, cold = await trio.to_thread.run_sync(partial(self._known, start), limiter=self._disk)
+                start.kept = known is not None
+                if not self._replays:
+                    return
+                if known is None:
+                    start.idle.set()  # nothing waits for a registry
+                    if not cold:
+                        await start.mounted.wait()  # all may be here
+                    known = await self._ask(start, repository)
+                if known is not None:
+                    start.trace, start.source = known, NODE if start.kept else REGISTRY
+                    await start.mounted.wait()
+                    await self._replay(start, known)
+        finally:
+            start.idle.set()
+
+    def _known(self, start: Start) -> tuple[Trace | None, bool]:
+        """Return the node's trace of an image, and whether something of the image is surely missing. Blocking."""
+        manifest = None if start.whole else self._census.manifest(start.manifest)
+        if manifest is not None:
+            all_layers = tuple(layer.digest for layer in manifest.layers)
+            if set(start.digests) <= set(all_layers):
+                start.digests, start.whole = all_layers, True
+        trace = self._files.load(start.manifest)
+        if trace is not None and not set(trace.layers) & set(start.digests):
+            self._files.drop(start.manifest)
+            trace = None
+        return trace, any(not self._census.store.table_path(digest).exists() for digest in start.digests)
+
+    async def _ask(self, start: Start, repository: Repository) -> Trace | None:
+        """Ask the registry, within a deadline, once for many. A failure is no more than a line in the log."""
+        if isinstance(repository, OfflineRepository):
+            return None
+        at, answer = self._answers.get(start.manifest, (float("-inf"), None))
+        if trio.current_time() - at < _AGAIN:
+            return answer
+        layers = start.digests if start.whole else None
+        job = partial(self._find, repository, start.manifest, time.monotonic() + _ANSWER, layers)
+        try:
+            with trio.move_on_after(_ANSWER):
+                answer = await trio.to_thread.run_sync(job, limiter=self._network, abandon_on_cancel=True)
+        except LazyfsError as error:
+            log.info("no trace from the registry: image=%s error=%s", start.manifest, error)
+            self._note_error(error)
+            answer = None
+        self._answers.pop(start.manifest, None)
+        self._answers[start.manifest] = trio.current_time(), answer
+        while len(self._answers) > _ANSWERS:
+            self._answers.popitem(last=False)
+        return answer
+
+    async def _replay(self, start: Start, trace: Trace) -> None:
+        def asked(size: int) -> None:
+            start.asked += size
+
+        if start.idle.is_set():  # else somebody waits for it
+            start.idle = trio.Event()
+        began = time.monotonic()
+        room = self._settings.store_size // 2
+        await Replay(self._remote, self._scheduler, trace, start.layers, room, asked).run()
+        log.debug(
+            "trace of %s fetched: from=%s bytes=%d seconds=%.2f",
+            start.manifest, start.source, start.asked, time.monotonic() - began,
+        )  # fmt: skip
+
+    # -- what is learned
+
+    async def _learn(self, start: Start, recorder: Recorder) -> None:
+        self._saving += 1
+        try:
+            with start.learning:
+                while not start.kept:
+                    await trio.sleep(_LOOK)
+                    now = time.monotonic()
+                    if now - recorder.began >= _LONGEST or (len(recorder) and now - recorder.last >= _QUIET):
+                        break
+            recorder.detach()
+            if len(recorder) and not start.kept:
+                with trio.CancelScope(shield=True):
+                    save = partial(self._save, start, recorder)
+                    await trio.to_thread.run_sync(save, limiter=self._disk)
+        finally:
+            recorder.detach()
+            self._saving -= 1
+
+    def _save(self, start: Start, recorder: Recorder) -> None:
+        """Keep what a start has read, with what another one or the registry has told meanwhile. Blocking."""
+        ours = stripped(recorder.trace(start.manifest, start.digests, recorder.last - recorder.began))
+        others = [self._files.load(start.manifest), start.trace]
+        try:
+            whole = merged([ours, *(stripped(other) for other in others if other is not None)])
+            assert whole is not None
+            self._files.save(fitting(whole))
+            log.info("learned what starts of %s read: %d chunks", start.manifest, len(whole.reads))
+        except LazyfsError as error:
+            log.warning("what was learned of %s is not kept: %s", start.manifest, error)
+
+    async def _guard(self, work: Callable[[], Awaitable[object]]) -> None:
+        try:
+            await work()
+        except Exception:
+            log.exception("work on a trace broke")
