@@ -76,6 +76,7 @@ class ServedLayer:
     verified: bool = False
     quarantine: str = ""  # why nothing may be read any more
     users: int = 0  # trees that hold the layer
+    dropped: bool = False  # nobody holds it any more: its number may be that of another table of the blob from now on
     bytes_by_priority: list[int] = field(default_factory=lambda: [0, 0, 0])  # compressed bytes fetched
     others: list[Repository] = field(default_factory=list)  # where else the blob is, as other images say
     refill: Callable[[], object] | None = None  # fetches a plain layer again, whole; blocking

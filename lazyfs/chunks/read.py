@@ -195,7 +195,8 @@ class Reader:
         if data is None:
             raise BlobMissing(layer.host, f"a hole of layer {layer.digest} is not what its TOC says")
         layer.ensure_readable()  # the whole check may have ended meanwhile
-        self._memory.put((layer.number, chunk), data)
+        if not layer.dropped:
+            self._memory.put((layer.number, chunk), data)
         return data
 
     async def _from_afar(

@@ -156,14 +156,14 @@ class VerifyAhead:
 
     @staticmethod
     def _drain(todo: deque[int], taken: set[int]) -> Iterator[int]:
-        while todo:
+        for _ in range(len(todo)):  # what comes meanwhile has to wait for its turn: other readers want the thread
             chunk = todo.popleft()
             taken.add(chunk)
             yield chunk
 
     def _done(self, layer: ServedLayer, chunk: int, data: bytes | None) -> None:
         key = layer.number, chunk
-        if data is not None and not layer.quarantine and self._memory.put(key, data):
+        if data is not None and not (layer.quarantine or layer.dropped) and self._memory.put(key, data):
             self._unread[key] = None
             if len(self._unread) > _UNREAD:
                 self._unread.popitem(last=False)

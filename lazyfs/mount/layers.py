@@ -72,6 +72,10 @@ class Layers:
         """Tell whether a layer is in use, or is being prepared for somebody."""
         return digest in self._held or digest in self._preparing
 
+    def is_preparing(self, digest: str) -> bool:
+        """Tell whether a layer is being prepared for somebody: one without TOC is fetched whole meanwhile."""
+        return digest in self._preparing
+
     # -- holding
 
     async def hold(
@@ -172,6 +176,7 @@ class Layers:
         for layer in layers:
             layer.users -= 1
             if layer.users == 0:
+                layer.dropped = True
                 held = self._held.get(layer.digest)
                 if held is not None and held.layer is layer:
                     del self._held[layer.digest]

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
 
@@ -195,3 +197,69 @@ async def test_a_small_memory_is_left_to_what_was_asked_for(scratch: Path, regis
             await read(one, layer, chunk, chunk)
             assert max(held(one, layer), default=-1) <= chunk
         assert one.reader.counters.from_store == len(CONTENT)
+
+
+async def test_what_comes_after_its_layer_was_dropped_is_nobodys(
+    scratch: Path, registry: FakeRegistry, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its number may be another table's by then: of the same blob, by what another image says of it."""
+    gate = threading.Event()
+    real = LayerStore.read_in_order
+
+    def slow(self: LayerStore, chunks: Iterable[int]) -> Iterator[tuple[int, bytes | None]]:
+        for item in real(self, chunks):
+            gate.wait(10)
+            yield item
+
+    async with node(scratch) as one:
+        layer = await stored(one, registry)
+        monkeypatch.setattr(LayerStore, "read_in_order", slow)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(read, one, layer, 0, 4)
+            await until(lambda: (layer.number, 3) in one.reader._ahead)
+            nursery.cancel_scope.cancel()
+        layer.dropped = True
+        one.memory.forget_layer(layer.number)
+        gate.set()
+        await until(lambda: not one.reader._ahead._promised)
+        assert held(one, layer) == []
+
+
+async def test_a_reader_who_rested_waits_for_his_turn_alone(
+    scratch: Path, registry: FakeRegistry, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Others who read on all the time keep no thread to themselves."""
+    names = [f"file-{number}" for number in range(READERS + 1)]
+    blob = zstd_chunked_layer(tar_of(*(file(name, noise(name, CHUNKS * CHUNK)) for name in names)), chunk_size=CHUNK)
+    async with node(scratch, memory=64 * MiB) as one:
+        layer = one.serve(blob, registry)
+        one.memory.resize(0)
+        for name in names:
+            await one.read(layer, name.encode())
+        with trio.fail_after(10):
+            while one.remote.in_flight() or not layer.store.complete:
+                await trio.sleep(0.001)
+        one.memory.resize(8 * MiB)
+        turns: list[int] = []
+        real = LayerStore.read_in_order
+
+        def counted(self: LayerStore, chunks: Iterable[int]) -> Iterator[tuple[int, bytes | None]]:
+            turns.append(0)
+            turn = len(turns) - 1
+            for item in real(self, chunks):
+                turns[turn] += 1
+                time.sleep(0.002)  # longer than a reader takes to ask for more
+                yield item
+
+        monkeypatch.setattr(LayerStore, "read_in_order", counted)
+
+        async def all_of(name: str) -> None:
+            for chunk in range(CHUNKS):
+                await one.read(layer, name.encode(), chunk * CHUNK, CHUNK)
+
+        with trio.fail_after(30):
+            async with trio.open_nursery() as nursery:
+                for name in names:
+                    nursery.start_soon(all_of, name)
+        window = 1 * MiB // CHUNK
+        assert max(turns) <= 2 * (window + 1), "a thread goes back when what it was given is done"
