@@ -52,14 +52,13 @@ class Builder:
         self._changed = threading.Condition()
         self._idle: list[subprocess.Popen[bytes]] = []
         self._busy = 0  # jobs under way
+        self._closed = False
 
     def warm(self) -> None:
         """Start a process that imports what it needs while its job is still on the way. Doesn't block."""
         with self._changed:
-            for child in [child for child in self._idle if child.poll() is not None]:
-                _end(child)  # for want of work
-                self._idle.remove(child)
-            if not self._idle and not self._busy:
+            self._bury()
+            if not self._idle and not self._busy and not self._closed:
                 self._idle.append(_spawn())
 
     def run(self, job: dict[str, Any], *, timeout: float = TIMEOUT) -> None:
@@ -69,16 +68,25 @@ class Builder:
         """
         child = self._take()
         try:
-            answer = _ask(child, job, timeout) if child is not None else b""
-            if not answer:  # there was none, or it ended for want of work just now
-                child = _spawn()
-                answer = _ask(child, job, timeout)
-            assert child is not None
-            kept = _is_answer(answer) and self._keep(child)
+            if child is not None:
+                answer, complaint, status = self._give(child, job, timeout)
+            if child is None or not (answer or status):  # there was none, or it ended for want of work just now
+                answer, complaint, status = self._give(_spawn(), job, timeout)
         finally:
             self._done()
-        complaint, status = (b"", 0) if kept else _end(child)
         read_answer(answer, complaint, status)
+
+    def _give(self, child: subprocess.Popen[bytes], job: dict[str, Any], timeout: float) -> tuple[bytes, bytes, int]:
+        """Return a child's answer to a job, b"" when it died, with its last words and exit status when it has ended."""
+        try:
+            answer = _ask(child, job, timeout)
+        except BaseException:
+            child.kill()
+            _end(child)
+            raise
+        if _is_answer(answer) and self._keep(child):
+            return answer, b"", 0
+        return answer, *_end(child)
 
     def _take(self) -> subprocess.Popen[bytes] | None:
         """Return an idle process, None: to be started."""
@@ -86,11 +94,18 @@ class Builder:
             if self._busy:
                 self._changed.wait_for(lambda: self._idle, _START)
             self._busy += 1
+            self._bury()
             return self._idle.pop() if self._idle else None
+
+    def _bury(self) -> None:
+        """Reap the idle processes that have ended for want of work, or were killed."""
+        for child in [child for child in self._idle if child.poll() is not None]:
+            _end(child)
+            self._idle.remove(child)
 
     def _keep(self, child: subprocess.Popen[bytes]) -> bool:
         with self._changed:
-            if len(self._idle) >= _KEPT:
+            if self._closed or len(self._idle) >= _KEPT:
                 return False
             self._idle.append(child)
             return True
@@ -101,8 +116,9 @@ class Builder:
             self._changed.notify()
 
     def close(self) -> None:
-        """End the idle processes."""
+        """End the idle processes, and each of the others with its job."""
         with self._changed:
+            self._closed = True
             children, self._idle = self._idle, []
         for child in children:
             _end(child)
@@ -150,11 +166,11 @@ def _ask(child: subprocess.Popen[bytes], job: dict[str, Any], timeout: float) ->
     except BrokenPipeError:
         return b""
     answer, deadline = b"", time.monotonic() + timeout
+    coming = select.poll()  # select(2) takes no number above 1023, and a daemon of many layers has such
+    coming.register(child.stdout, select.POLLIN)
     while not answer.endswith(b"\n") and len(answer) < _MAX_ANSWER:
         left = deadline - time.monotonic()
-        if left <= 0 or not select.select([child.stdout], [], [], left)[0]:
-            child.kill()
-            _end(child)
+        if left <= 0 or not coming.poll(left * 1000):
             raise TocInvalid(f"its TOC took more than {timeout:.0f} s to read")
         part = os.read(child.stdout.fileno(), 1 << 16)
         if not part:
@@ -196,6 +212,8 @@ def read_answer(answer: bytes, complaint: bytes, status: int, blame: type[Format
         raise decode_error(value["error"], blame)
     if value:
         return
+    if status == -signal.SIGBUS:
+        raise StoreBroken("the disk of the store lost bytes while they were read")
     if status == -signal.SIGXCPU:
         raise blame("it took more processor time to read than any layer may")
     tail = complaint.decode("utf-8", "replace").strip().rpartition("\n")[2]

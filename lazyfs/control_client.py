@@ -355,9 +355,11 @@ def _private(path: str, flags: int) -> int:
 
 def _read_line(fd: int, deadline: float) -> bytes:
     data = b""
+    coming = select.poll()
+    coming.register(fd, select.POLLIN)
     while not data.endswith(b"\n"):
         left = deadline - time.monotonic()
-        if left <= 0 or not select.select([fd], [], [], left)[0]:
+        if left <= 0 or not coming.poll(left * 1000):
             return b""
         part = os.read(fd, 1 << 16)
         if not part:

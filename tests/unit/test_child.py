@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -127,6 +128,38 @@ def test_a_killed_idle_process_is_replaced(tmp_path: Path) -> None:
     builder.close()
     idle.communicate()
     assert (tmp_path / "two").exists()
+
+
+def test_a_job_that_kills_its_process_is_not_given_to_another(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = tmp_path / "asked"
+    as_child(monkeypatch, f"open({str(asked)!r}, 'a').write('x'); os.kill(os.getpid(), 9)")
+    builder = Builder()
+    builder.warm()
+    with pytest.raises(TocInvalid, match="status -9"):
+        builder.run({})
+    assert asked.read_text() == "x", "what took the machine's memory once takes it again"
+    builder.close()
+
+
+def test_a_daemon_of_many_open_files_builds_too(tmp_path: Path) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(hard, 4096), hard))
+    opened = [os.open(os.devnull, os.O_RDONLY) for _ in range(1100)]
+    try:
+        run_job({"tables": [toc_job(tmp_path, file("a"), name="one")]})
+    finally:
+        for number in opened:
+            os.close(number)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert (tmp_path / "one").exists()
+
+
+def test_a_closed_builder_keeps_no_process(tmp_path: Path) -> None:
+    builder = Builder()
+    builder.close()
+    builder.warm()
+    builder.run({"tables": [toc_job(tmp_path, file("a"), name="one")]})
+    assert not builder._idle
 
 
 def as_child(monkeypatch: pytest.MonkeyPatch, code: str) -> None:
