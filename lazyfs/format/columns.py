@@ -26,7 +26,7 @@ from typing import TypeVar
 
 from lazyfs.errors import StoreBroken, StoreFull, TableInvalid
 from lazyfs.format.checked import CHECKED
-from lazyfs.format.checksum import SIZE, checksum
+from lazyfs.format.checksum import checksum, file_checksum
 
 T = TypeVar("T")
 
@@ -110,28 +110,31 @@ class Columns:
                 found = os.fstat(fd)
                 if found.st_size < _HEAD.size:
                     raise TableInvalid(f"{path} is too short")
+                count = self._check(fd, found, magic, version)
                 self._map = mmap.mmap(fd, found.st_size, prot=mmap.PROT_READ, flags=mmap.MAP_SHARED)
             finally:
                 os.close(fd)
         except OSError as error:
-            raise TableInvalid(f"{path} can't be mapped: {error.strerror}") from None
+            raise TableInvalid(f"{path} can't be read or mapped: {error.strerror}") from None
         try:
-            self._directory = self._check(magic, version, found)
+            self._directory = self._read_directory(count, found.st_size)
         except BaseException:
             self._map.close()
             raise
 
-    def _check(self, magic: bytes, version: int, file: os.stat_result) -> dict[str, tuple[str, int, int]]:
-        size = file.st_size
-        found_magic, found_version, count, told, total = _HEAD.unpack_from(self._map)
-        if found_magic != magic or found_version != version or total != size or count > _MAX_COLUMNS:
+    def _check(self, fd: int, file: os.stat_result, magic: bytes, version: int) -> int:
+        """Return the number of columns of a file that is whole. Raise TableInvalid or OSError."""
+        head = os.pread(fd, _HEAD.size, 0).ljust(_HEAD.size, b"\0")
+        found_magic, found_version, count, told, total = _HEAD.unpack(head)
+        if found_magic != magic or found_version != version or total != file.st_size or count > _MAX_COLUMNS:
             raise TableInvalid(f"{self.path} is of another kind or version, or cut short")
         if not CHECKED.knows(file):
-            with memoryview(self._map) as whole, whole[_SUM_AT + SIZE :] as rest:
-                got = checksum([self._map[:_SUM_AT], bytes(SIZE), rest])
-            if got != told:
+            if file_checksum(fd, file.st_size, _SUM_AT) != told:
                 raise TableInvalid(f"{self.path} is damaged")
             CHECKED.note(file)
+        return int(count)
+
+    def _read_directory(self, count: int, size: int) -> dict[str, tuple[str, int, int]]:
         if _HEAD.size + count * _COLUMN.size > size:
             raise TableInvalid(f"{self.path} has a broken column")
         directory = {}
