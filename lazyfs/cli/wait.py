@@ -9,13 +9,14 @@ from typing import TYPE_CHECKING, Any
 
 from lazyfs.cli import common
 from lazyfs.cli.output import Output, count
-from lazyfs.errors import ImageIncomplete, LazyfsError
+from lazyfs.errors import ImageIncomplete, LazyfsError, ManifestMissing
 from lazyfs.units import format_size, parse_duration
 
 if TYPE_CHECKING:
     from lazyfs.config import Settings
 
 _LOOK = 0.5  # seconds between two looks
+_UNKNOWN = 3.0  # seconds that an image may be unknown to the node
 _JOBS = 16  # images looked at side by side
 _EPILOG = """\
 examples:
@@ -69,12 +70,18 @@ def _wait(
     with out.progress(image) as bar, open_node_daemon(settings) as daemon:
         shown = Shown(bar)
         while True:
-            state = daemon.call("image_state", image=name, platform=platform)
+            try:
+                state = daemon.call("image_state", image=name, platform=platform)
+            except ManifestMissing:  # whoever was started just before us may be about to ask for it
+                if time.monotonic() - began >= _UNKNOWN:
+                    raise
+                time.sleep(_LOOK)
+                continue
             if state["whole"]:
                 return state
             shown(state["present"], max(state["full"], 1))
             now = time.monotonic()
-            if state["present"] != before:
+            if state["present"] != before or state["preparing"]:
                 since, before = now, state["present"]
             why = ""
             if not state["coming"]:

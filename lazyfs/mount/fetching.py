@@ -118,7 +118,8 @@ class Fetcher:
     def state(self, image: str, platform: str | None) -> dict[str, Any]:
         """Return how much is here of an image that this node knows, as `image_state` answers. Blocking (local disk).
 
-        `coming`: whatever is missing is being fetched. Raise ReferenceInvalid, ManifestMissing, LayerQuarantined.
+        `coming`: whatever is missing is being fetched; `preparing`: some of it by a way that shows no progress here.
+        Raise ReferenceInvalid, ManifestMissing, LayerQuarantined.
         """
         reference = references.parse(image)
         manifest = self._images.resolver.known(reference, platform or oci.host_platform())
@@ -134,6 +135,7 @@ class Fetcher:
         due = [layer for layer in layers if not (layer.complete and layer.verified)]
         with self._lock:
             fetched = {digest for needs in self._needs.values() for digest in needs}
+        preparing = {layer.digest for layer in due if self._images.layers.is_preparing(layer.digest)}
         return {
             "reference": str(reference),
             "manifest_digest": manifest.digest,
@@ -142,7 +144,11 @@ class Fetcher:
             "present": sum(layer.present for layer in layers),
             "full": sum(layer.full or layer.size or digests[layer.digest] for layer in layers),
             "whole": not due,
-            "coming": all(layer.used and (self._settings.background or layer.digest in fetched) for layer in due),
+            "coming": all(
+                layer.digest in preparing or (layer.used and (self._settings.background or layer.digest in fetched))
+                for layer in due
+            ),
+            "preparing": bool(preparing),
         }
 
     async def _complete(self, image: MountedImage, say: Say) -> None:
