@@ -127,7 +127,9 @@ class ChainCalls:
         }
 
     async def _remove(self, wanted: list[str]) -> dict[str, Any]:
-        await self._layers.settle(wanted)  # by itself: what hangs of some layers must not keep others from going
+        # By themselves: what hangs of some layers must not keep others from going.
+        await self._resolver.settle(set(wanted))
+        await self._layers.settle(wanted)
         async with self._removing:
             await self._keeping.release(wanted)
             done = await self._in_thread(partial(self._clearing.remove_layers, wanted))

@@ -6,8 +6,9 @@ go on, and the next caller finds them.
 
 from __future__ import annotations
 
+import logging
 import time
-from collections.abc import Awaitable, Callable, Hashable, Iterator
+from collections.abc import Awaitable, Callable, Hashable, Iterator, Set
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -24,8 +25,12 @@ from lazyfs.mount.keeping import Keeping
 from lazyfs.mount.preparing import TooLarge
 from lazyfs.oci import Descriptor, ImageConfig
 
+log = logging.getLogger(__name__)
+
 _MAX_TEXT = 600  # characters of what an image or a registry has us repeat
 _GRACE = 0.25  # seconds that a request gets beyond the call's deadline, so that its own error comes no earlier
+_SETTLE = 10.0  # seconds that whoever removes layers waits for resolutions that name them
+_LOOK = 0.02
 _HEAD_START = 0.003  # seconds that the base layer has before the others: each takes a millisecond of processor time
 
 
@@ -46,10 +51,15 @@ class Resolution:
         self.deadline = deadline  # seconds, monotonic: what is not settled by then never will be
         self.image: ChainImage | None = None
         self.config: ImageConfig | None = None
+        self.chain_ids: list[str] = []
         self.outcomes: list[Outcome] = []
         self.error: Exception | None = None
         self.ended = False
         self._changed = trio.Event()
+
+    def names(self, digests: Set[str]) -> bool:
+        """Tell whether one of these layers is the image's, or may be."""
+        return self.image is None or any(layer.digest in digests for layer in self.image.manifest.layers)
 
     def change(self) -> None:
         """Have whoever waits look again."""
@@ -67,8 +77,7 @@ class Resolution:
     def _tells(self, chain_id: str) -> bool:
         if self.config is None:
             return False
-        chain_ids = oci.chain_ids(self.config.diff_ids)
-        wanted = chain_ids.index(chain_id) + 1 if chain_id in chain_ids else 0
+        wanted = self.chain_ids.index(chain_id) + 1 if chain_id in self.chain_ids else 0
         return all(one.settled for one in self.outcomes[:wanted])
 
 
@@ -105,6 +114,15 @@ class ChainResolver:
             raise _late(source, "the manifest" if found.image is None else "the config")
         return _answer(source, found.image, found.config, found.outcomes)
 
+    async def settle(self, digests: Set[str]) -> None:
+        """Wait until no image with one of these layers is being resolved any more. A checkpoint, 10 s at most.
+
+        Callers had their answers before; what comes behind them would be kept, and nobody would know of it.
+        """
+        with trio.move_on_after(_SETTLE):
+            while any(found.names(digests) for found in self._running.values()):
+                await trio.sleep(_LOOK)
+
     async def _run(self, key: Hashable, found: Resolution, source: ChainSource) -> None:
         try:
             with _within(source, "the manifest"):
@@ -114,8 +132,10 @@ class ChainResolver:
             config = await self._ready(source, image, found)
             if any(one.ready for one in found.outcomes):  # else nothing of it stays here, and nobody would remove it
                 await self._documents.remember(image, config)
-        except Exception as error:  # for those who wait
+        except Exception as error:  # for those who wait; there may be nobody left
             found.error = error
+            level = logging.INFO if isinstance(error, LazyfsError) else logging.ERROR
+            log.log(level, "%s is not resolved: %s: %s", source.reference, type(error).__name__, error)
         finally:
             if self._running.get(key) is found:
                 del self._running[key]
@@ -135,6 +155,7 @@ class ChainResolver:
             with _within(source, "the config"):
                 configs.append(await self._documents.config(source.repository, image, source.deadline))
             found.config = configs[0]
+            found.chain_ids = list(oci.chain_ids(configs[0].diff_ids))
             here.set()
 
         async def settle(number: int, layer: Descriptor) -> None:
