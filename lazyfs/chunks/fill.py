@@ -17,7 +17,7 @@ from lazyfs.chunks.feed import feed_frames
 from lazyfs.chunks.frames import needed, prove_frame, read_exactly
 from lazyfs.chunks.layer import Check, ServedLayer
 from lazyfs.chunks.remote import MAX_FRAMES, Remote
-from lazyfs.chunks.schedule import Priority, Scheduler
+from lazyfs.chunks.schedule import SEGMENT, Priority, Scheduler
 from lazyfs.errors import (
     DiffIdMismatch,
     FrameInvalid,
@@ -31,14 +31,12 @@ from lazyfs.units import KiB, MiB
 
 log = logging.getLogger(__name__)
 
-SEGMENT = 4 * MiB  # compressed bytes of one background request while nobody reads
-_SMALL = 256 * KiB  # compressed bytes of one while somebody does
 _LOOK = 256  # frames looked at in one go: the loop has readers to serve
-_PIECE = 8 * MiB  # compressed bytes of an extent that does not go through the spool, in one request
-_AHEAD = 2  # requests under way: while one is decoded the next one crosses the network
+_FED = 4 * MiB  # bytes that the check is fed in one go: what comes meanwhile waits
+_PIECE = 64 * KiB  # bytes of an extent that does not go through the spool, in one request at least
+_MORE = 1  # requests beyond the host's places: one waits, so that no place is empty between two
 _PAUSE = 5.0  # seconds before a failed fill is tried again, growing to _LONG_PAUSE
 _LONG_PAUSE = 60.0
-_CALM = 0.5  # seconds that background waits for the end of demand before its next small request
 _CHECK_THREADS = 2
 
 
@@ -124,36 +122,38 @@ class Filler:
             await self._bring_missing(layer, layer.table.frame_count, Priority.BACKGROUND)
 
     async def _bring_missing(self, layer: ServedLayer, stop: int, priority: Priority) -> None:
-        """Bring the missing frames before `stop` in few requests, as long as the store keeps them."""
+        """Bring the missing frames before `stop` in large requests, several under way, as long as the store keeps them.
+
+        Raise what the first failed one raised; the others are waited for.
+        """
+        coming = _Coming(self._remote, layer, priority)
         at = 0
-        while at < stop:
-            size = SEGMENT
-            if priority is Priority.BACKGROUND:
-                size = await self._step_back(layer)
-            else:
-                await self._until_welcome(layer)
-            end = min(at + _LOOK, stop)
-            runs = self._segments(layer, at, end, size)
-            if runs:
-                await self._remote.bring(layer, *runs[0], priority)
-                end = runs[0][1]
-                if layer.frame_missing(end - 1):
-                    return
-            at = end
-            await trio.lowlevel.checkpoint()
+        try:
+            async with trio.open_nursery() as nursery:
+                while at < stop and coming.kept:
+                    await self._until_welcome(layer)
+                    await coming.fewer_than(self._most_coming(layer))
+                    size = self._scheduler.segment(layer.host) if priority is Priority.BACKGROUND else SEGMENT
+                    end = min(at + _LOOK, stop)
+                    runs = self._segments(layer, at, end, size)
+                    if runs:
+                        end = runs[0][1]
+                        coming.begin()
+                        nursery.start_soon(coming.bring, *runs[0])
+                    at = end
+                    await trio.lowlevel.checkpoint()
+        except* LazyfsError as group:
+            raise first_of(group) from None
+
+    def _most_coming(self, layer: ServedLayer) -> int:
+        """Return how many requests for a layer should be under way or wait for their place."""
+        quiet = self._scheduler.is_quiet(layer.host)
+        return self._scheduler.places(layer.host) + _MORE if quiet else 1
 
     async def _until_welcome(self, layer: ServedLayer) -> None:
         """Wait while the layer's host limits how often it may be asked: readers need what it still allows."""
         while (wait := layer.limited_for()) > 0:
             await trio.sleep(min(wait, _LONG_PAUSE))  # another source may turn up meanwhile
-
-    async def _step_back(self, layer: ServedLayer) -> int:
-        """Wait a moment for running demand reads. Return the size of the next background request (bytes)."""
-        await self._until_welcome(layer)
-        if self._scheduler.is_quiet(layer.host):
-            return SEGMENT
-        await self._scheduler.until_calm(layer.host, trio.current_time() + _CALM)
-        return _SMALL
 
     # -- the whole check
 
@@ -165,7 +165,7 @@ class Filler:
             async with trio.open_nursery() as nursery:
                 while check.next < layer.extents:
                     ahead = max(ahead, check.next)
-                    while check.spool.works and len(coming) < (_AHEAD if self._scheduler.is_quiet(layer.host) else 1):
+                    while check.spool.works and len(coming) < self._most_coming(layer):
                         stop = self._segment_end(layer, ahead)
                         if stop == ahead:
                             break
@@ -185,7 +185,7 @@ class Filler:
 
     def _segment_end(self, layer: ServedLayer, first: int) -> int:
         """Return where the next request of the check ends (extent numbers)."""
-        size = SEGMENT if self._scheduler.is_quiet(layer.host) else _SMALL
+        size = self._scheduler.segment(layer.host)
         stop, total = first, 0
         while (
             stop < layer.extents and stop - first < MAX_FRAMES and (not total or total + layer.extent(stop)[1] <= size)
@@ -196,7 +196,7 @@ class Filler:
 
     async def _bring_extents(self, layer: ServedLayer, check: Check, first: int, stop: int) -> None:
         """Have the frames among extents [first, stop) fetched; the spool gets them on the way."""
-        await self._step_back(layer)
+        await self._until_welcome(layer)
         at, stop = max(first, 1), min(stop, layer.extents - 1)
 
         def wanted(extent: int) -> bool:
@@ -228,7 +228,8 @@ class Filler:
             ticket = self._scheduler.ticket(layer.host, Priority.BACKGROUND)
             # The spool's extents have passed `fetch_frames`; of these nobody has looked at the chunks' digests yet.
             unproven = 0 < extent < layer.extents - 1 and at == offset
-            piece = needed(layer.table, extent - 1) if unproven else min(_PIECE, end - at)
+            most = max(_PIECE, self._scheduler.segment(layer.host))
+            piece = needed(layer.table, extent - 1) if unproven else min(most, end - at)
             rest += await self._scheduler.run(ticket, partial(_fetch_bytes, layer, at, piece), piece)
             layer.bytes_by_priority[Priority.BACKGROUND] += piece
             if extent == layer.extents - 1:
@@ -240,6 +241,37 @@ class Filler:
                 feed = partial(feed_frames, check.whole, rest, at + piece == end)
                 rest = await trio.to_thread.run_sync(feed, limiter=self._limiter)
         check.next = extent + 1
+
+
+class _Coming:
+    """Requests for frames of one layer that are under way side by side."""
+
+    def __init__(self, remote: Remote, layer: ServedLayer, priority: Priority) -> None:
+        self._remote = remote
+        self._layer = layer
+        self._priority = priority
+        self._changed = trio.Event()
+        self._count = 0
+        self.kept = True  # the store keeps what comes
+
+    async def fewer_than(self, most: int) -> None:
+        """Wait until fewer than `most` are under way. A checkpoint unless they are."""
+        while self._count >= most:
+            self._changed = trio.Event()
+            await self._changed.wait()
+
+    def begin(self) -> None:
+        """Count one more, to be brought."""
+        self._count += 1
+
+    async def bring(self, first: int, stop: int) -> None:
+        """Have frames [first, stop) fetched, and see whether they stay."""
+        try:
+            await self._remote.bring(self._layer, first, stop, self._priority)
+            self.kept = self.kept and not self._layer.frame_missing(stop - 1)
+        finally:
+            self._count -= 1
+            self._changed.set()
 
 
 def _is_proof(error: LazyfsError) -> bool:
@@ -263,12 +295,12 @@ def _fetch_bytes(layer: ServedLayer, blob_offset: int, size: int) -> bytes:
 
 
 def feed_spooled(layer: ServedLayer, check: Check) -> bool:
-    """Give the check extents that the spool has in a row from its next one, up to SEGMENT bytes. Blocking.
+    """Give the check extents that the spool has in a row from its next one, up to _FED bytes. Blocking.
 
     Tell whether any was. Raise FrameInvalid.
     """
     fed = 0
-    while check.next < layer.extents and fed < SEGMENT and is_at_start(layer, check):
+    while check.next < layer.extents and fed < _FED and is_at_start(layer, check):
         extent = check.next
         data = check.spool.take(extent)
         if data is None:

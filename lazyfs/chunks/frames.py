@@ -10,6 +10,7 @@ from typing import Protocol
 
 from lazyfs import digest as digests
 from lazyfs.chunks.layer import ServedLayer
+from lazyfs.chunks.link import Flow
 from lazyfs.errors import DigestMismatch, FrameInvalid
 from lazyfs.format.codec import FrameDecoder
 from lazyfs.format.members import MemberDecoder
@@ -19,6 +20,8 @@ from lazyfs.units import MiB
 
 _READ = 1 * MiB  # bytes of one read from a stream
 _READY = 16 * MiB  # decoded bytes that may wait to be handed on: 16 KiB of small frames can hold 500 MiB
+_PIECE = 256 << 10  # bytes of one read while they are counted
+_FIRST_PIECE = 64 << 10  # bytes of the first one: what follows it tells the link's rate
 _TOGETHER = 16 << 10  # bytes; smaller frames are read from the network and handed on several at a time
 _thread = threading.local()
 
@@ -44,7 +47,8 @@ def decoder_for(form: int) -> PrefixDecoder:
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """How a request went, for the scheduler: seconds to the first byte, bytes and seconds of the body."""
+    """How a request went, for the scheduler: seconds to the first byte; bytes and seconds of the body behind its first
+    piece, which had time to arrive while the header was read."""
 
     first_byte: float
     size: int
@@ -138,11 +142,27 @@ def needed(table: LayerTable, frame: int) -> int:
     return min(int(table.frame_blob_end[frame] - table.frame_blob_offset[frame]), bound + (bound >> 7) + _READ)
 
 
+class _Counted(ByteStream):
+    """A stream whose bytes are counted as they come, in pieces small enough to tell a slow one soon."""
+
+    def __init__(self, stream: ByteStream, flow: Flow) -> None:
+        self._stream = stream
+        self._flow = flow
+
+    def read(self, size: int) -> bytes:
+        data = self._stream.read(min(size, _PIECE if self._flow.came else _FIRST_PIECE))
+        self._flow.count(time.monotonic(), len(data))
+        return data
+
+    def close(self) -> None:
+        """Whoever opened the stream closes it."""
+
+
 class _Body:
     """A body cut into frames. Tiny ones are read together, and `before` is called whenever the network may block."""
 
-    def __init__(self, stream: ByteStream, size: int, before: Callable[[], None]) -> None:
-        self._stream = stream
+    def __init__(self, stream: ByteStream, size: int, before: Callable[[], None], flow: Flow) -> None:
+        self._stream = _Counted(stream, flow)
         self._left = size  # bytes that have not been read from the stream
         self._before = before
         self._buffer = b""
@@ -171,14 +191,16 @@ def fetch_frames(
     stop: int,
     deadline: float,
     deliver: Callable[[dict[int, dict[int, bytes]]], None],
+    flow: Flow | None = None,
 ) -> Fetched:
     """Fetch frames [first, stop) with one range request; call `deliver` with the chunks by frame as they are verified.
 
     Blocking, to be run in a worker thread; `deadline` is a `time.monotonic()` value. Chunks are delivered before they
     are written to the store, so that no reader waits for the disk; at the next delivery, or when this returns, they are
-    written. A frame with wrong bytes is passed over: its neighbours are no worse for it. Raise RegistryError; frames
-    delivered before that are good.
+    written. A frame with wrong bytes is passed over: its neighbours are no worse for it. `flow` counts the bytes.
+    Raise RegistryError; frames delivered before that are good.
     """
+    flow = flow or Flow()
     table, frames = layer.table, decoder_for(layer.table.form)
     start = table.frame_blob_offset[first]
     size = table.frame_blob_offset[stop - 1] + needed(table, stop - 1) - start
@@ -205,7 +227,7 @@ def fetch_frames(
     began = time.monotonic()
     with layer.repository.fetch(layer.digest, start, size, deadline=deadline) as stream:
         first_byte = time.monotonic() - began
-        body = _Body(stream, size, hand_over)
+        body = _Body(stream, size, hand_over, flow)
         for frame in range(first, stop):
             extent = table.frame_blob_end[frame] - table.frame_blob_offset[frame]
             data = body.take(needed(table, frame))
@@ -225,6 +247,6 @@ def fetch_frames(
             over = extent - len(data) if frame + 1 < stop else 0
             while over:
                 over -= len(body.take(min(over, _READ)))
-    sample = Sample(first_byte, size, time.monotonic() - began - first_byte)
+    sample = Sample(first_byte, flow.came - flow.first, time.monotonic() - flow.since)
     hand_over()
     return Fetched(sample, damaged)

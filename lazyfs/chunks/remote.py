@@ -330,7 +330,7 @@ class Remote:
 
         def deliver(arrived: dict[int, dict[int, bytes]]) -> None:
             size = sum(needed(layer.table, frame) for frame in arrived)
-            token.run_sync_soon(self._arrive, layer, fetch, arrived, size, ticket.priority)
+            token.run_sync_soon(self._arrive, layer, fetch, arrived, size, ticket)
 
         def job() -> Fetched:
             # One try must leave time for another: a server that drips is not known by a pause between two bytes. What
@@ -339,7 +339,7 @@ class Remote:
             deadline = fetch.began + min(self._timeout / 2, _LONGEST_TRY)
             if ticket.priority is Priority.DEMAND:
                 deadline = min(deadline, end)
-            return fetch_frames(layer, *left, deadline, deliver)
+            return fetch_frames(layer, *left, deadline, deliver, ticket.flow)
 
         return job
 
@@ -359,10 +359,11 @@ class Remote:
                 flight.done.set()
 
     def _arrive(
-        self, layer: ServedLayer, fetch: _Fetch, arrived: dict[int, dict[int, bytes]], size: int, priority: Priority
+        self, layer: ServedLayer, fetch: _Fetch, arrived: dict[int, dict[int, bytes]], size: int, ticket: Ticket
     ) -> None:
         """Let frames of `size` compressed bytes land. The loop calls it, perhaps late, and would die of an error."""
-        layer.bytes_by_priority[priority] += size
+        layer.bytes_by_priority[ticket.priority] += size
+        self._scheduler.look(ticket)
         layer.trouble = None
         for frame in fetch.landed:
             self._forget(layer, fetch, frame)  # they are in the store by now, see fetch_frames

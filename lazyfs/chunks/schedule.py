@@ -1,8 +1,10 @@
 """Who may fetch when: one scheduler a node, limits by host, demand before prefetch before background.
 
 A job is one range request in a worker thread. Nothing that runs is cancelled for something more urgent; what waits is
-overtaken, and can be promoted when a reader turns up for it. Background and prefetch never take a host's last
-connections, so a demand read finds one free; a node's owner may bound their bytes a second, whatever the host.
+overtaken, and can be promoted when a reader turns up for it. Background and prefetch get as many places as make them
+faster (`width`), never a host's last connections, so that a demand read finds one free. Background asks for little more
+than the link holds, and while somebody reads for half a round trip of bytes: what is under way delays a reader, for
+links carry bytes in turn. A node's owner may bound the bytes a second of both, whatever the host.
 """
 
 from __future__ import annotations
@@ -16,14 +18,26 @@ from typing import TypeVar
 
 import trio
 
-from lazyfs.units import KiB
+from lazyfs.chunks.link import Flow, Link
+from lazyfs.chunks.width import Width
+from lazyfs.units import KiB, MiB
 
 T = TypeVar("T")
 
 QUIET = 1.0  # seconds without demand after which background may use the whole link
-_FEW = 16 * KiB  # bytes that always fit into a round trip
-_SMOOTHING = 0.3  # weight of the newest sample in the moving averages
-_PATIENCE = 0.02  # seconds between looks while background waits for the end of demand
+SEGMENT = 4 * MiB  # bytes of one background request at most: a larger one saves nothing and wakes nobody sooner
+_LEAST_SEGMENT = 64 * KiB  # bytes of one on a link so slow that more of them would delay a reader by much
+_FIRST_SEGMENT = 256 * KiB  # bytes of one while nothing is known of the link: 40 ms at 50 Mbit/s
+_NEAR = 0.005  # seconds of a round trip; below it not the link is what counts but the work that each request makes
+_NEAR_TRIP = 0.05  # seconds of bytes that are asked for there as if they were a round trip's
+_PART = 0.45  # round trips of bytes in one background request: three or four of them keep a link busy
+# Round trips of bytes in all of them. A reader who turns up has his bytes after two round trips and their own time: what
+# had been asked for before has arrived by then.
+_ALL = 1.7
+_UNEVEN = 0.4  # background requests are larger and smaller than that by up to this part, in turn
+_GOLDEN = 0.6180339887  # steps of this part of a circle never fall together
+_SHARE = 0.5  # round trips of bytes that background has under way at most while somebody reads
+_CALM = 0.5  # seconds for which background waits for the end of demand requests that are under way
 # Threads for each connection: those of cancelled jobs run on until their own deadline and must not stop new ones, nor
 # pile up without a bound.
 _THREADS = 4
@@ -40,7 +54,7 @@ class Priority(IntEnum):
 class Ticket:
     """A job's place in the queue of a host. `promote` moves it forward while it waits."""
 
-    __slots__ = ("_host", "entered", "granted", "priority", "promoted", "queued")
+    __slots__ = ("_host", "entered", "flow", "granted", "priority", "promoted", "queued", "size")
 
     def __init__(self, host: _Host, priority: Priority) -> None:
         self._host = host
@@ -49,6 +63,8 @@ class Ticket:
         self.promoted = trio.Event()
         self.queued = False  # `run` was called
         self.entered = False  # it has left the queue: runs, is over, or was cancelled
+        self.flow = Flow()  # what has come of it
+        self.size = 0  # bytes that it asks for
 
     def promote(self, priority: Priority) -> None:
         """Raise the priority of a job that waits or is to come. One that runs is left alone."""
@@ -78,10 +94,12 @@ class _Pace:
 
 @dataclass(frozen=True, slots=True)
 class HostStatistics:
-    """A host's moment: jobs running and waiting, and the link as it was last seen (seconds, bytes a second)."""
+    """A host's moment: jobs running and waiting, places for those that nobody waits for, and the link as it was last
+    seen (seconds, bytes a second)."""
 
     running: int
     waiting: int
+    places: int
     round_trip: float
     rate: float
 
@@ -94,11 +112,17 @@ class _Host:
         self._connections = max(2, connections)
         self._queue: list[tuple[int, int, Ticket]] = []
         self._sequence = 0
+        self._active: set[Ticket] = set()
+        self._came = 0  # bytes of jobs that are over
+        self._saturated = False  # all places were taken whenever this window was looked at
+        self._segments = 0  # sizes given out
+        self._trips: list[float] = []  # seconds to the first bytes in this window
         self.running = [0, 0, 0]
         self.last_demand = float("-inf")
+        self._last_background = float("-inf")  # when the last such job began
         self.mounts = 0  # whole layers that mounts wait for
-        self.round_trip = 0.0
-        self.rate = 0.0
+        self.link = Link()
+        self.width = Width(connections)
         self.limiter = trio.CapacityLimiter(_THREADS * self._connections)
 
     @property
@@ -109,17 +133,48 @@ class _Host:
     def quiet(self) -> bool:
         return not self.has_readers and not self.mounts
 
+    @property
+    def places(self) -> int:
+        """Jobs that nobody waits for and that may run together."""
+        return max(1, min(self.width.places, self._connections - 2))
+
+    @property
+    def share(self) -> int:
+        """Bytes that background may have under way while somebody reads. One job may have more: a frame is whole."""
+        return int(_SHARE * self.link.bytes_in_a_round_trip) if self.link.rate else _LEAST_SEGMENT
+
+    def segment(self) -> int:
+        """Bytes that the next background request should ask for."""
+        if not self.quiet:
+            return self.share
+        if not self.link.rate:
+            return _FIRST_SEGMENT
+        trip = self.link.round_trip if self.link.round_trip >= _NEAR else _NEAR_TRIP
+        # Requests of one size that begin together share the link, end together, and then it rests for a round trip.
+        self._segments += 1
+        uneven = 1 + _UNEVEN * (2 * (self._segments * _GOLDEN % 1) - 1)
+        part = min(_PART, _ALL / self.places)
+        return max(_LEAST_SEGMENT, min(SEGMENT, int(uneven * part * self.link.rate * trip)))
+
     def push(self, ticket: Ticket) -> None:
         self._sequence += 1
         heapq.heappush(self._queue, (ticket.priority, self._sequence, ticket))
 
-    def _limit(self, priority: Priority) -> int:
-        """Connections that jobs of this priority and less urgent ones may hold together."""
-        if priority is Priority.DEMAND:
-            return self._connections
-        if priority is Priority.PREFETCH:
-            return max(1, self._connections - 2)
-        return max(1, self._connections // 4) if self.quiet else 1
+    def _has_room(self, ticket: Ticket) -> bool:
+        if sum(self.running) >= self._connections:
+            return False
+        if ticket.priority is Priority.DEMAND:
+            return True
+        if sum(self.running[Priority.PREFETCH :]) >= self.places:
+            return False
+        if ticket.priority is Priority.PREFETCH or self.quiet:
+            return True
+        if (self.running[Priority.DEMAND] or self.mounts) and self._clock() - self._last_background < _CALM:
+            return False
+        if not self.running[Priority.BACKGROUND]:
+            return True
+        under_way = sum(_left(one) for one in self._active if one.priority is Priority.BACKGROUND)
+        return under_way + ticket.size <= self.share
 
     def grant(self) -> None:
         """Let everything start that may."""
@@ -128,16 +183,56 @@ class _Host:
             if ticket.entered:  # promoted meanwhile: this is its old place
                 heapq.heappop(self._queue)
                 continue
-            if not all(sum(self.running[each:]) < self._limit(each) for each in Priority if each <= ticket.priority):
-                return
+            if not self._has_room(ticket):
+                break
             heapq.heappop(self._queue)
             ticket.entered = True
             self.running[ticket.priority] += 1
+            if ticket.priority is Priority.BACKGROUND:
+                self._last_background = self._clock()
+            self._active.add(ticket)
             ticket.granted.set()
+        self.look()
+
+    def leave(self, ticket: Ticket) -> None:
+        """Note that a job is over."""
+        now = self._clock()
+        if ticket.priority is Priority.DEMAND:
+            self.last_demand = now
+        self.running[ticket.priority] -= 1
+        self._active.discard(ticket)
+        self._came += ticket.flow.came
+        self.grant()
+
+    def ended(self, first_byte: float, size: int, seconds: float) -> None:
+        """Learn from a finished request."""
+        self._trips.append(first_byte)
+        self.link.ended(self._clock(), first_byte, size, seconds)
+
+    def look(self) -> None:
+        """Let the link and the width see what is going on."""
+        asked, came = 0, self._came
+        for ticket in self._active:
+            asked += _left(ticket)
+            came += ticket.flow.came
+        if sum(self.running[Priority.PREFETCH :]) < self.places:
+            self._saturated = False
+        window = self.link.look(self._clock(), came, asked, len(self._active))
+        if window is None:
+            return
+        if self._saturated and self._trips:
+            self.width.note(window.rate, sum(self._trips) / len(self._trips), self.link.round_trip)
+        self._saturated = True
+        self._trips = []
 
     def statistics(self) -> HostStatistics:
         waiting = len({id(ticket) for _, _, ticket in self._queue if not ticket.entered})
-        return HostStatistics(sum(self.running), waiting, self.round_trip, self.rate)
+        return HostStatistics(sum(self.running), waiting, self.places, self.link.round_trip, self.link.rate)
+
+
+def _left(ticket: Ticket) -> int:
+    """Return how many bytes of a job's request have not come yet."""
+    return max(0, ticket.size - ticket.flow.came)
 
 
 class Scheduler:
@@ -173,6 +268,14 @@ class Scheduler:
         """Tell whether no reader has waited for this host for a while, so that background may run at full speed."""
         return self._host(host).quiet
 
+    def places(self, host: str) -> int:
+        """Return how many requests that nobody waits for run together: whoever has more gains nothing by asking."""
+        return self._host(host).places
+
+    def segment(self, host: str) -> int:
+        """Return how many bytes a background request to this host should ask for now."""
+        return self._host(host).segment()
+
     def has_readers(self, host: str) -> bool:
         """Tell whether a reader waits for this host, or has a moment ago."""
         return self._host(host).has_readers
@@ -187,25 +290,18 @@ class Scheduler:
         finally:
             state.mounts -= 1
 
-    async def until_calm(self, host: str, deadline: float) -> None:
-        """Wait until no reader has waited for this host for a while, or until `deadline` (trio clock). A checkpoint."""
-        state = self._host(host)
-        while not state.quiet and self._clock() < deadline:
-            await trio.sleep(_PATIENCE)
-        await trio.lowlevel.checkpoint()
-
     def observe(self, host: str, first_byte: float, size: int, seconds: float) -> None:
-        """Learn from a finished request: seconds to its first byte, bytes and seconds of its body."""
-        state = self._host(host)
-        state.round_trip += (first_byte - state.round_trip) * (_SMOOTHING if state.round_trip else 1.0)
-        if seconds > 0 and size > 1 << 16:
-            rate = size / seconds
-            state.rate += (rate - state.rate) * (_SMOOTHING if state.rate else 1.0)
+        """Learn from a finished request: seconds to its first byte, bytes and seconds of its
+        body, but for what came with that byte."""
+        self._host(host).ended(first_byte, size, seconds)
+
+    def look(self, ticket: Ticket) -> None:
+        """Tell that some bytes of a running job are here, see `Ticket.flow`."""
+        ticket._host.look()
 
     def bytes_in_a_round_trip(self, host: str) -> int:
         """Return how many bytes cross the link in the time that another request would wait for its first one."""
-        state = self._host(host)
-        return max(_FEW, int(state.round_trip * state.rate))
+        return self._host(host).link.bytes_in_a_round_trip
 
     async def run(self, ticket: Ticket, job: Callable[[], T], size: int) -> T:
         """Run `job`, a request for `size` bytes, in a worker thread once the ticket's host has room and its priority's
@@ -219,28 +315,34 @@ class Scheduler:
             with trio.move_on_after(wait):
                 await ticket.promoted.wait()  # a reader waits for it now
         ticket.queued = True
+        ticket.size = size
         host.push(ticket)
         host.grant()
         try:
-            await ticket.granted.wait()
+            while not ticket.granted.is_set():
+                # What stands in the way of background may pass without an event: see _CALM and QUIET.
+                with trio.move_on_after(_CALM if ticket.priority is Priority.BACKGROUND else float("inf")):
+                    await ticket.granted.wait()
+                host.grant()
+            await trio.lowlevel.checkpoint_if_cancelled()
         except trio.Cancelled:
             if ticket.granted.is_set():
-                self._leave(host, ticket)
+                host.leave(ticket)
             ticket.entered = True
             host.grant()  # drops it from the head of the queue
             raise
         try:
             # A job stalled in a request must not hold up the end of the daemon; its own deadline ends the thread.
-            return await trio.to_thread.run_sync(job, limiter=host.limiter, abandon_on_cancel=True)
+            result = await _in_thread(job, host.limiter)
+            ticket.flow.came = ticket.flow.came or size  # of a job that does not count
+            return result
         finally:
-            self._leave(host, ticket)
-
-    def _leave(self, host: _Host, ticket: Ticket) -> None:
-        if ticket.priority is Priority.DEMAND:
-            host.last_demand = self._clock()
-        host.running[ticket.priority] -= 1
-        host.grant()
+            host.leave(ticket)
 
     def statistics(self) -> dict[str, HostStatistics]:
         """Return each host's numbers of this moment."""
         return {name: host.statistics() for name, host in self._hosts.items()}
+
+
+async def _in_thread(job: Callable[[], T], limiter: trio.CapacityLimiter) -> T:
+    return await trio.to_thread.run_sync(job, limiter=limiter, abandon_on_cancel=True)

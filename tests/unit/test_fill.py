@@ -54,7 +54,7 @@ async def test_good_layer_passes_and_is_complete(scratch: Path, registry: FakeRe
         assert layer.check is None
         assert layer.store.complete
         assert registry.bytes_sent("/blobs/") == len(blob.blob)
-        assert registry.count() <= 8
+        assert registry.count() <= 30  # it begins with small ones, for it knows nothing of the link
         registry.clear_log()
         assert await one.read(layer, b"big") == BIG
         assert registry.count() == 0
@@ -273,9 +273,8 @@ async def test_prefetch_brings_what_lies_before_the_landmark(
 
 
 async def test_background_asks_for_little_while_somebody_reads(
-    scratch: Path, registry: FakeRegistry, monkeypatch: pytest.MonkeyPatch, blob: LayerBlob
+    scratch: Path, registry: FakeRegistry, blob: LayerBlob
 ) -> None:
-    monkeypatch.setattr(fill_module, "_CALM", 0.02)
     async with node(scratch) as one:
         layer = one.serve(blob, registry)
         filler = Filler(one.scheduler, one.remote)

@@ -1,0 +1,127 @@
+"""What the scheduler makes of links that exist only in a model's time: full speed, and readers that are not delayed."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import trio
+import trio.testing
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lazyfs.chunks.link import Link
+from lazyfs.chunks.schedule import Priority, Scheduler
+from lazyfs.chunks.width import LEAST, Width
+from tests.helpers.modelled_link import HOST, modelled
+
+SLOW, MIDDLE, LONG = (0.1, 50.0), (0.02, 200.0), (0.1, 1000.0)  # seconds of a round trip, 10**6 bits a second
+
+
+@pytest.mark.parametrize("link", [SLOW, MIDDLE, LONG])
+async def test_background_fills_the_link_from_the_first_seconds(
+    link: tuple[float, float], monkeypatch: pytest.MonkeyPatch, autojump_clock: trio.testing.MockClock
+) -> None:
+    async with modelled(monkeypatch, round_trip=link[0], mbit=link[1]) as (model, nursery):
+        scheduler = Scheduler(8)
+        nursery.start_soon(model.fill, scheduler)
+        await trio.sleep(2)
+        assert model.carried >= 0.5 * 2 * model.rate
+        await trio.sleep(2)
+        before = model.carried
+        await trio.sleep(4)
+        assert model.carried - before >= 0.75 * 4 * model.rate
+        assert scheduler.statistics()[HOST].rate == pytest.approx(model.rate, rel=0.3)
+
+
+async def test_slow_connections_get_more_places_than_a_slow_link(
+    monkeypatch: pytest.MonkeyPatch, autojump_clock: trio.testing.MockClock
+) -> None:
+    async with modelled(monkeypatch, round_trip=SLOW[0], mbit=SLOW[1]) as (model, nursery):
+        scheduler = Scheduler(16)
+        nursery.start_soon(model.fill, scheduler)
+        await trio.sleep(8)
+        few = scheduler.places(HOST)
+        assert few <= 6
+    async with modelled(monkeypatch, round_trip=0.02, mbit=400, most=32) as (model, nursery):
+        scheduler = Scheduler(16)
+        nursery.start_soon(model.fill, scheduler)
+        await trio.sleep(10)
+        assert scheduler.places(HOST) >= few + 2
+
+
+@pytest.mark.parametrize("size", [64 << 10, 1 << 20])
+@pytest.mark.parametrize("link", [SLOW, MIDDLE])
+async def test_two_fills_delay_no_reader_by_more_than_a_round_trip(
+    link: tuple[float, float], size: int, monkeypatch: pytest.MonkeyPatch, autojump_clock: trio.testing.MockClock
+) -> None:
+    """Neither a read in the midst of others nor one after a pause, when background had the whole link."""
+    chance = random.Random(size)
+    async with modelled(monkeypatch, round_trip=link[0], mbit=link[1]) as (model, nursery):
+        scheduler = Scheduler(8)
+        for _ in range(2):
+            nursery.start_soon(model.fill, scheduler)
+        await trio.sleep(3)
+        took = []
+        for number in range(50):
+            await trio.sleep(chance.uniform(1.2, 1.6) if number % 6 == 0 else chance.uniform(0, 0.3))
+            took.append(await model.fetch(scheduler, Priority.DEMAND, size))
+        assert sorted(took)[-2] <= 2 * model.round_trip + size / model.rate
+        before = model.carried
+        await trio.sleep(4)
+        assert model.carried - before >= 0.5 * 4 * model.rate, "and afterwards background has the link again"
+
+
+async def test_a_link_that_drops_to_a_tenth_is_known_soon(
+    monkeypatch: pytest.MonkeyPatch, autojump_clock: trio.testing.MockClock
+) -> None:
+    async with modelled(monkeypatch, round_trip=MIDDLE[0], mbit=MIDDLE[1]) as (model, nursery):
+        scheduler = Scheduler(8)
+        nursery.start_soon(model.fill, scheduler)
+        await trio.sleep(3)
+        before = scheduler.segment(HOST)
+        model.rate /= 10
+        await trio.sleep(5)
+        assert scheduler.statistics()[HOST].rate == pytest.approx(model.rate, rel=0.4)
+        assert scheduler.segment(HOST) < before / 2
+
+
+def test_small_reads_say_nothing_against_a_link() -> None:
+    link, came = Link(), 0
+    link.ended(0.0, 0.02, 1 << 20, 0.1)
+    before = link.rate
+    for number in range(1000):
+        link.look(number * 0.1, came, 4096, 1)
+        came += 4096
+        link.look(number * 0.1 + 0.02, came, 0, 0)
+    assert link.rate == before
+
+
+def test_the_shortest_round_trip_counts_until_it_is_old() -> None:
+    link = Link()
+    link.ended(0.0, 0.02, 0, 0.0)
+    link.ended(1.0, 0.5, 0, 0.0)
+    assert link.round_trip == 0.02
+    for now in (40.0, 80.0):
+        link.ended(now, 0.1, 0, 0.0)
+    assert link.round_trip == 0.1
+
+
+WINDOWS = st.lists(st.tuples(st.floats(0, 1e9), st.floats(0, 10), st.floats(0, 1)), max_size=60)
+
+
+@given(WINDOWS, st.integers(1, 64))
+def test_whatever_is_seen_the_width_stays_in_its_bounds(windows: list[tuple[float, float, float]], most: int) -> None:
+    width = Width(most)
+    for window in windows:
+        before = width.places
+        width.note(*window)
+        assert LEAST <= width.places <= max(LEAST, most)
+        assert abs(width.places - before) <= 1
+
+
+def test_a_queue_without_a_gain_makes_it_narrower() -> None:
+    width = Width(16)
+    for _ in range(300):
+        width.note(1e6, 0.02 * width.places**2, 0.02)
+    assert width.places == LEAST
