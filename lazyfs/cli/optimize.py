@@ -128,7 +128,7 @@ def _say(out: Output, report: dict[str, Any]) -> None:
             f"{one['source']}: {count(one['reads'], 'read')} of {count(one['files'], 'file')}, "
             f"{format_size(one['bytes'])}" + (f", ready after {one['ready']:.1f} s" if one["ready"] else "")
         )
-    out.line(f"the registry has {count(report['known'], 'read')}; {report['new']} are new")
+    out.line(f"the registry has {count(report['known'], 'read')}; new: {report['new']}")
     if report["left_out"]:
         out.note(f"the last {count(report['left_out'], 'read')} are left out: a trace has a bound")
     where = f"{report['image']} ({report['manifest_digest']})"

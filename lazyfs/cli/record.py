@@ -96,6 +96,7 @@ def run(args: argparse.Namespace, out: Output) -> int:
 
 
 def _say(args: argparse.Namespace, out: Output, name: str, manifest_digest: str, trace: Trace) -> None:
+    from lazyfs import reference
     from lazyfs.format.trace import paths
 
     stalls = [read.waited for read in trace.reads if read.waited]
@@ -118,7 +119,8 @@ def _say(args: argparse.Namespace, out: Output, name: str, manifest_digest: str,
         f"{count(len(paths(trace)), 'file')}, {format_size(sum(read.size for read in trace.reads))}; "
         f"{count(len(stalls), 'stall')} of {sum(stalls):.1f} s together"
     )
-    out.note(f"next: lazyfs optimize {args.image} {name}")
+    to_registry = reference.parse(args.image).transport in ("docker", "oci")
+    out.note(f"next: lazyfs {f'optimize {args.image}' if to_registry else 'convert --prefetch'} {name}")
 
 
 def _default_name(image: Any) -> str:

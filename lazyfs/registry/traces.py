@@ -89,11 +89,14 @@ def attach(repository: Repository, subject: Descriptor, trace: Trace) -> Descrip
     artifact, manifest = forms[0] if len(there) < MAX_FOUND else forms[-1]
     for blob in (_EMPTY, raw):
         repository.push_blob(digests.of(blob), len(blob), io.BytesIO(blob))
-    for _ in range(_TRIES):
+    for attempt in range(_TRIES):
         began = time.monotonic()
         repository.push_manifest(artifact.digest, oci.OCI_MANIFEST, manifest)
-        if _is_kept(repository, subject.digest, artifact.digest, time.monotonic() - began):
+        took = time.monotonic() - began
+        if _is_kept(repository, subject.digest, artifact.digest, took):
             return artifact
+        # Whoever wrote at the same time does not do so again, and a registry that is slow to list it gets its time.
+        time.sleep(random.uniform(0, took + attempt * _SETTLE))
     raise PushRejected(
         repository.host,
         f"{repository.host} took the trace {artifact.digest}, but does not list it as a referrer of {subject.digest}",
@@ -107,7 +110,6 @@ def _is_kept(repository: Repository, subject: str, artifact: str, took: float) -
     `took`: seconds that our own writing took; somebody else's takes about as long.
     """
     if not _lists(repository, subject, artifact):
-        time.sleep(random.uniform(0, took))  # whoever writes at the same time does not do so again
         return False
     with contextlib.suppress(ManifestMissing):
         repository.manifest(fallback_tag(subject))

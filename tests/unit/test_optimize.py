@@ -68,7 +68,7 @@ def test_traces_are_merged_with_what_is_there_and_say_no_more_than_they_must(
         ("one", 2, 2, 20), ("two", 2, 2, 20),
     ]  # fmt: skip
     assert optimize(image.reference, "three") == 0
-    assert "3 reads; 1 are new" in capsys.readouterr().out
+    assert "3 reads; new: 1" in capsys.readouterr().out
     found = attached(registry, image)
     assert found is not None and {read.path for read in found.reads} == {b"a", b"b", b"c", b"d"}
     assert found == stripped(found)
