@@ -310,7 +310,7 @@ async def test_background_leaves_a_host_alone_that_limits_it(
                     await trio.sleep(0.01)
             asked = registry.count(path="/blobs/")
             await trio.sleep(layer.limited_for() / 2)
-            # What was on its way already may arrive, and nothing else.
-            assert registry.count(path="/blobs/") <= asked + 1
+            # What was on its way already, or waited for its turn only, may arrive, and nothing else.
+            assert registry.count(path="/blobs/") <= asked + 3
         assert layer.verified
         assert rule.hits == 1
