@@ -48,19 +48,29 @@ class Image:
 def prepare(cache: Path, workload: Workload) -> tuple[Image, bool]:
     """Return a workload's image, and whether it had to be made. Blocking: minutes, the first time."""
     cache.mkdir(parents=True, exist_ok=True)
-    recipe = _recipe(workload)
-    record = cache / f"{workload.image}.json"
+    record, recipe = cache / f"{workload.image}.json", _recipe(workload)
+    if found := _known(record, recipe):
+        return found, False
     with (cache / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        known = json.loads(record.read_text()) if record.exists() else {}
-        made = known.get("recipe") != recipe
-        if made:
-            record.unlink(missing_ok=True)
-            known = {"recipe": recipe, **_make(cache, workload)}
-            partial = record.with_suffix(".new")
-            partial.write_text(json.dumps(known))
-            partial.rename(record)
-    return Image(workload.image, known["source_bytes"], known["lazy_bytes"], tuple(known["blobs"])), made
+        if found := _known(record, recipe):
+            return found, False  # another run made it meanwhile
+        made = {"recipe": recipe, "name": workload.image, **_make(cache, workload)}
+        partial = record.with_suffix(".new")
+        partial.write_text(json.dumps(made))
+        partial.rename(record)
+    found = _known(record, recipe)
+    assert found is not None
+    return found, True
+
+
+def _known(record: Path, recipe: str) -> Image | None:
+    """Return an image that was made by this recipe."""
+    with contextlib.suppress(OSError):
+        known = json.loads(record.read_text())
+        if known.pop("recipe") == recipe:
+            return Image(known["name"], known["source_bytes"], known["lazy_bytes"], tuple(known["blobs"]))
+    return None
 
 
 @contextlib.contextmanager

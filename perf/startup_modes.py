@@ -18,6 +18,7 @@ TRACE = "trace"
 WARM_STORE = "warm-store"
 WARM = "warm"
 OURS = (COLD, TRACE, WARM_STORE, WARM)
+_LEAST = 50  # the part of an image that another snapshotter has to fetch: tables of contents alone are less
 _LEARNED = 60.0  # seconds for a node to write down what a start read
 _WHOLE = 1800.0  # seconds for an image to be complete
 
@@ -106,7 +107,10 @@ def record(scene: Scene, traces: Path) -> None:
 def _other(snapshotter: str) -> Callable[[Scene, Path], Found]:
     def start(scene: Scene, traces: Path) -> Found:
         with fresh(scene, snapshotter) as node:
-            return {snapshotter: check_cold(node.run(scene.reference(lazy=True)), 1, snapshotter)}
+            least = scene.image.lazy_bytes // _LEAST
+            found = check_cold(node.run(scene.reference(lazy=True)), least, snapshotter)
+            node.clear()  # a proxy's store is not this node's and would know the image the next time
+            return {snapshotter: found}
 
     return start
 
