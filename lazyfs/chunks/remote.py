@@ -26,11 +26,14 @@ from lazyfs.units import KiB, MiB
 
 log = logging.getLogger(__name__)
 
-WINDOW = 4 * MiB  # compressed bytes of the largest read-ahead; two are under way at most while reads are sequential
+WINDOW = 4 * MiB  # compressed bytes of the largest read-ahead; two are under way where the link holds no more
+_IN_ORDER = 2  # round trips of bytes under way for a sequential reader: the link never waits for what he takes next
+_MOST_AHEAD = 32 * MiB  # compressed bytes of them at most: 2.5 round trips of 1 Gbit/s and 100 ms
 _FIRST_WINDOW = 512 * KiB  # compressed bytes of the first read-ahead after two reads in order
 MAX_FRAMES = 512  # of one request: tiny frames must not hold up the loop, nor pile up as flights
 _SKIP = 32  # frames that a read-ahead steps over because they are here already
 _STREAMS = 64  # sequential readers remembered, node-wide
+_MARKS = 4 * _STREAMS  # windows whose middle somebody may come to
 _BACKOFF = (0.2, 0.5, 1.0, 2.0, 5.0)  # seconds between tries, with jitter
 _DAMAGED_TRIES = 2  # wrong bytes are fetched again once, and once from each other source; then they are real
 _LONGEST_TRY = 300.0  # seconds of one request; frames that came before its end stay
@@ -78,6 +81,17 @@ class _Flight:
         self.tries = 0  # that brought wrong bytes
 
 
+class _Run:
+    """A reader in order: where its next read-ahead begins (a frame), where the last one ends, and its bytes."""
+
+    __slots__ = ("first", "limit", "window")
+
+    def __init__(self, first: int, limit: int, window: int) -> None:
+        self.first = first
+        self.limit = limit
+        self.window = window
+
+
 class Remote:
     """Fetch frames for readers, prefetch and background. Belongs to one trio loop.
 
@@ -99,8 +113,8 @@ class Remote:
         self._crowds = Crowds()
         # (layer, frame that continues the stream) -> compressed bytes of the next window
         self._streams: OrderedDict[tuple[int, int], int] = OrderedDict()
-        # (layer, frame whose reading triggers the next window) -> (first frame of it, stop at, window)
-        self._marks: OrderedDict[tuple[int, int], tuple[int, int, int]] = OrderedDict()
+        # (layer, frame whose reading triggers more windows) -> whose they are
+        self._marks: OrderedDict[tuple[int, int], _Run] = OrderedDict()
 
     async def get(
         self, layer: ServedLayer, chunk: int, priority: Priority, last_chunk: int, read: tuple[int, int] | None = None
@@ -198,7 +212,7 @@ class Remote:
         if priority is Priority.DEMAND:
             stop = self._take_along(layer, frame, stop)
         fetch = self._launch(layer, first, stop, priority)
-        self._remember(layer, first, stop, limit, window)
+        self._remember(layer, first, stop, _Run(stop, limit, window))
         return fetch.flights[frame]
 
     def _wanted(self, layer: ServedLayer, frame: int) -> bool:
@@ -229,15 +243,17 @@ class Remote:
             stop += 1
         return stop
 
-    def _remember(self, layer: ServedLayer, first: int, stop: int, limit: int, window: int) -> None:
-        grown = min(max(2 * window, _FIRST_WINDOW), WINDOW)
-        self._streams[layer.number, stop] = grown
-        if stop < limit:
-            if window:
-                # Half-way through this window the next one departs, so that a sequential reader never waits for it.
-                self._marks[layer.number, (first + stop) // 2] = (stop, limit, grown)
-            while len(self._marks) > _STREAMS:
-                self._marks.popitem(last=False)
+    def _remember(self, layer: ServedLayer, first: int, stop: int, run: _Run) -> None:
+        """Note that `run` goes on behind [first, stop), which was asked for just now, with twice its window."""
+        began = run.window > 0
+        run.first = stop
+        run.window = min(max(2 * run.window, _FIRST_WINDOW), WINDOW)
+        self._streams[layer.number, stop] = run.window
+        if began and first < run.limit:
+            # Half-way through this window the next one departs, so that a sequential reader never waits for it.
+            self._marks[layer.number, (first + stop) // 2] = run
+        while len(self._marks) > _MARKS:
+            self._marks.popitem(last=False)
         while len(self._streams) > _STREAMS:
             self._streams.popitem(last=False)
 
@@ -248,21 +264,36 @@ class Remote:
             self._streams[layer.number, frame + 1] = window
 
     def _read_on(self, layer: ServedLayer, frame: int) -> None:
-        mark = self._marks.pop((layer.number, frame), None)
-        if mark is None:
+        """Where a sequential reader has come to the middle of a window, ask for the next one.
+
+        For as many as keep a long link busy, if connections are free that no other reader could want.
+        """
+        run = self._marks.pop((layer.number, frame), None)
+        if run is None:
             return
-        first, limit, window = mark
+        starts = layer.table.frame_blob_offset
+        reach = min(_MOST_AHEAD, _IN_ORDER * self._scheduler.bytes_in_a_round_trip(layer.host))
+        reach = starts[frame] + max(run.window, reach)
+        room = max(1, self._scheduler.room(layer.host))
+        while room and self._next_wanted(layer, run) and starts[run.first] < reach:
+            self._streams.pop((layer.number, run.first), None)
+            first, stop = run.first, self._reach(layer, run.first, run.window, run.limit, run.first)
+            self._launch(layer, first, stop, Priority.DEMAND)
+            self._remember(layer, first, stop, run)
+            room -= 1
+        if run.first > frame + 1 and (layer.number, run.first) in self._streams:
+            # Enough is under way, or no connection is free: look again further on, if no window's middle comes first.
+            self._marks.setdefault((layer.number, (frame + run.first) // 2), run)
+
+    def _next_wanted(self, layer: ServedLayer, run: _Run) -> bool:
+        """Step over frames that are here already. Tell whether the next one is missing, and within the bounds."""
+        limit = min(run.limit, layer.table.frame_count)
         for _ in range(_SKIP):
-            if first >= limit or self._wanted(layer, first):
+            if run.first >= limit or self._wanted(layer, run.first):
                 break
-            self._pass(layer, first)
-            first += 1
-        if first >= min(limit, layer.table.frame_count) or not self._wanted(layer, first):
-            return
-        self._streams.pop((layer.number, first), None)
-        stop = self._reach(layer, first, window, limit, first)
-        self._launch(layer, first, stop, Priority.DEMAND)
-        self._remember(layer, first, stop, limit, window)
+            self._pass(layer, run.first)
+            run.first += 1
+        return run.first < limit and self._wanted(layer, run.first)
 
     # -- flights
 
@@ -381,11 +412,18 @@ class Remote:
 
 
 def _tell(layer: ServedLayer, fetch: _Fetch, frame: int, sample: Sample) -> None:
-    """Tell whoever records the layer of a request that began with a frame."""
-    blob_offset, first = layer.table.frame_blob_offset[frame], fetch.began + sample.first_byte
+    """Tell whoever records the layer of a request that began with a frame: all of its bytes, until the last one."""
+    flow, first = fetch.ticket.flow, fetch.began + sample.first_byte
+    ended = max(first, flow.since + sample.seconds)
     for witness in layer.witnesses:
         witness.requested(
-            layer.number, blob_offset, sample.size, fetch.ticket.priority, fetch.began, first, first + sample.seconds
+            layer.number,
+            layer.table.frame_blob_offset[frame],
+            flow.came,
+            fetch.ticket.priority,
+            fetch.began,
+            first,
+            ended,
         )
 
 

@@ -31,13 +31,14 @@ _FIRST_SEGMENT = 256 * KiB  # bytes of one while nothing is known of the link: 4
 _NEAR = 0.005  # seconds of a round trip; below it not the link is what counts but the work that each request makes
 _NEAR_TRIP = 0.05  # seconds of bytes that are asked for there as if they were a round trip's
 _PART = 0.45  # round trips of bytes in one background request: three or four of them keep a link busy
-# Round trips of bytes in all of them. A reader who turns up has his bytes after two round trips and their own time: what
-# had been asked for before has arrived by then.
+# Round trips of bytes in all of them. A reader who turns up has his bytes after two round trips and their own time:
+# what had been asked for before has arrived by then.
 _ALL = 1.7
 _UNEVEN = 0.4  # background requests are larger and smaller than that by up to this part, in turn
 _GOLDEN = 0.6180339887  # steps of this part of a circle never fall together
 _SHARE = 0.5  # round trips of bytes that background has under way at most while somebody reads
 _CALM = 0.5  # seconds for which background waits for the end of demand requests that are under way
+_SPARED = 2  # connections of a host that only demand may take
 # Threads for each connection: those of cancelled jobs run on until their own deadline and must not stop new ones, nor
 # pile up without a bound.
 _THREADS = 4
@@ -136,7 +137,12 @@ class _Host:
     @property
     def places(self) -> int:
         """Jobs that nobody waits for and that may run together."""
-        return max(1, min(self.width.places, self._connections - 2))
+        return max(1, min(self.width.places, self._connections - _SPARED))
+
+    @property
+    def free(self) -> int:
+        """Connections that no job holds."""
+        return self._connections - sum(self.running)
 
     @property
     def share(self) -> int:
@@ -271,6 +277,11 @@ class Scheduler:
     def places(self, host: str) -> int:
         """Return how many requests that nobody waits for run together: whoever has more gains nothing by asking."""
         return self._host(host).places
+
+    def room(self, host: str) -> int:
+        """Return how many more requests could run now and leave connections for whoever waits next."""
+        state = self._host(host)
+        return state.free - _SPARED
 
     def segment(self, host: str) -> int:
         """Return how many bytes a background request to this host should ask for now."""

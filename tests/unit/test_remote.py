@@ -11,6 +11,7 @@ import trio.testing
 
 from lazyfs.chunks import remote
 from lazyfs.chunks.layer import ServedLayer
+from lazyfs.chunks.link import Link
 from lazyfs.chunks.remote import MAX_FRAMES, WINDOW
 from lazyfs.chunks.schedule import Priority
 from lazyfs.errors import BlobMissing, DaemonFault, DigestMismatch, LayerQuarantined, ReadDeadline, RegistryError
@@ -445,3 +446,32 @@ async def test_damaged_frame_is_an_error_of_trust(scratch: Path, registry: FakeR
         with pytest.raises(DigestMismatch):
             await one.read(layer, b"f")
         assert registry.count("GET", "/blobs/") == 2
+
+
+@pytest.mark.parametrize(("held", "least", "most"), [(64 * KIB, 1, 1), (2 << 20, 2, 6)])
+async def test_a_reader_in_order_has_as_much_under_way_as_the_link_holds(
+    scratch: Path, held: int, least: int, most: int
+) -> None:
+    """Over a link that holds little the next window; over a long one several ranges at once, each byte in one."""
+    async with node(scratch) as one:
+        source = Gated(BLOB.blob)
+        layer = one.serve(BLOB, source)  # type: ignore[arg-type]
+        chunks = big_chunks(layer)
+        source.open.set()
+        for chunk in chunks[:2]:
+            await take(one, layer, chunk)
+        await landed(one)
+        source.open.clear()
+        one.scheduler._host(layer.host).link = Link()
+        one.scheduler.observe(layer.host, 0.1, 10 * held, 1.0)
+        asked = len(source.asked)
+        for chunk in chunks[2:9]:  # all of the first window, which is here
+            one.remote.note_read(layer, chunk)
+        await trio.testing.wait_all_tasks_blocked(0.05)
+        ahead = source.asked[asked:]
+        assert least <= len(ahead) <= most
+        if least > 1:
+            assert sum(size for _, size in ahead) >= 3 * held // 2
+        assert len({start for start, _ in ahead}) == len(ahead)
+        source.open.set()
+        await landed(one)
