@@ -10,6 +10,7 @@ import pytest
 import trio
 
 from lazyfs.chunks import trace_files
+from lazyfs.chunks.frames import needed
 from lazyfs.chunks.layer import ServedLayer
 from lazyfs.chunks.schedule import Priority
 from lazyfs.chunks.trace_files import TraceFiles
@@ -93,6 +94,19 @@ async def test_prefetch_is_no_demand_and_is_told_as_a_request(scratch: Path, reg
         trace = recorder.trace(MANIFEST, [layer.digest], 0)
     assert not trace.reads
     assert [request.priority for request in trace.requests] == [Priority.PREFETCH]
+
+
+async def test_a_request_is_told_with_all_of_its_bytes(scratch: Path, registry: FakeRegistry) -> None:
+    async with node(scratch) as one:
+        layer = one.serve(BLOB, registry)
+        table = layer.table
+        recorder = listen(layer)
+        for frame in range(table.frame_count):  # the first is one small file: it comes in one piece with its header
+            await one.remote.bring(layer, frame, frame + 1, Priority.PREFETCH)
+        wanted = [(table.frame_blob_offset[frame], needed(table, frame)) for frame in range(table.frame_count)]
+        trace = recorder.trace(MANIFEST, [layer.digest], 0)
+    told = sorted((request.blob_offset, request.size) for request in trace.requests)
+    assert told == wanted and min(size for _, size in told) < 64 * KIB
 
 
 async def test_two_recorders_of_one_layer_hear_the_same(scratch: Path, registry: FakeRegistry) -> None:
