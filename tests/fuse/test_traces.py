@@ -18,6 +18,7 @@ from lazyfs.reference import parse
 from lazyfs.registry import traces
 from lazyfs.registry.open import OpenOptions, open_repository
 from tests.helpers.blobs import LayerBlob, zstd_chunked_layer
+from tests.helpers.chains import running
 from tests.helpers.daemon import Node, add, both_drivers, pattern, tmpfs, until
 from tests.helpers.fake_registry import AddedImage, FakeRegistry, Fault
 from tests.helpers.tars import file, tar_of
@@ -30,9 +31,7 @@ def layer(seed: str = "") -> LayerBlob:
     return zstd_chunked_layer(tar, chunk_size=1 << 16, frame_size=1 << 16)
 
 
-@both_drivers
-def test_a_start_is_recorded_to_a_file(node: Node, registry: FakeRegistry, driver: str) -> None:
-    node.settings["DRIVER"] = driver
+def test_a_start_is_recorded_to_a_file(node: Node, registry: FakeRegistry) -> None:
     image = add(registry, "one", layer())
     node.mount(add(registry, "other", layer("x")))  # a daemon
     with control_client.connect(node.run_dir / "lazyfsd.sock") as daemon:
@@ -122,6 +121,28 @@ def test_the_next_cold_start_fetches_what_was_learned(node: Node, registry: Fake
     assert registry.bytes_sent("/blobs/") < len(WANTED) * 2 * (1 << 16) + 200_000
 
 
+def test_chains_learn_and_fetch_ahead_too(node: Node, registry: FakeRegistry) -> None:
+    """As containerd has them shown: a trace of its starts is one of the image, whoever shows it."""
+    node.settings["PREFETCH"] = "1"
+    image = add(registry, "one", layer("x"), layer())
+    path = node.root / "traces" / image.digest.removeprefix("sha256:")
+    with running(node) as client:
+        layers = client.resolve(image)
+        chain = client.mount(image, layers)
+        assert node.read(Path(chain["lowerdirs"][0]) / "f07") == FILES["f07"]
+        assert client.mount(image, layers)["chain"] == chain["chain"]  # a second container
+        client.call("unmount_chain", chain=chain["chain"])
+        until(path.exists, "what was learned is saved")
+        trace = decode(path.read_bytes())
+        assert trace.layers == image.layers and {(read.path, read.layer) for read in trace.reads} == {(b"f07", 1)}
+        client.call("remove_layers", digests=[layer["digest"] for layer in layers])
+        assert path.exists()
+        registry.clear_log()
+        client.mount(image, client.resolve(image))
+        until(lambda: traced(node)["bytes"] >= 100_000, "it is fetched ahead")
+        assert traced(node)["source"] == "node"
+
+
 def test_a_trace_of_the_registry_is_fetched_and_kept(node: Node, registry: FakeRegistry) -> None:
     node.settings["PREFETCH"] = "1"
     registry.referrers = True
@@ -161,13 +182,10 @@ def test_hostile_traces_harm_nothing_and_delay_nothing(node: Node, registry: Fak
     assert node.status()["mounts"][1]["trace"] == {"source": "none", "bytes": 0}
 
 
-@pytest.mark.parametrize("fault", [Fault.BLACK_HOLE, Fault.STATUS])
-def test_a_registry_without_an_answer_on_referrers_delays_nothing(
-    node: Node, registry: FakeRegistry, fault: Fault
-) -> None:
+def test_a_registry_that_hangs_on_referrers_delays_nothing(node: Node, registry: FakeRegistry) -> None:
     node.settings["PREFETCH"] = "1"
     image = add(registry, "one", layer())
-    registry.fault(fault, path="/referrers/")
+    registry.fault(Fault.BLACK_HOLE, path="/referrers/")
     tree = node.mount(image)
     assert node.read(tree / "f00") == FILES["f00"]
     assert traced(node)["source"] == "none"
