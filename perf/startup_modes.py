@@ -19,7 +19,6 @@ WARM_STORE = "warm-store"
 WARM = "warm"
 OURS = (COLD, TRACE, WARM_STORE, WARM)
 _LEAST = 50  # the part of an image that another snapshotter has to fetch: tables of contents alone are less
-_LEARNED = 60.0  # seconds for a node to write down what a start read
 _WHOLE = 1800.0  # seconds for an image to be complete
 
 Found = dict[str, Start]
@@ -89,18 +88,14 @@ def warm(scene: Scene, traces: Path) -> Found:
 def record(scene: Scene, traces: Path) -> None:
     """Start the workload once on a node that knows nothing, and keep the traces that it learned in `traces`.
 
-    Raise StartFailed when it learned none.
+    The node is stopped when the workload is ready, so that the trace ends there. Raise StartFailed when there is none.
     """
     with fresh(scene, "lazyfs") as node:
         _lazily(node, scene, "recording")
+        node.stop()  # its daemon writes what it learned
         learned = node.root / "traces"
-        deadline = time.monotonic() + _LEARNED
-        while not any(_files(learned)):
-            if time.monotonic() > deadline:
-                raise StartFailed(f"{scene.workload.name}: the node kept no trace of its first start in {learned}")
-            time.sleep(0.1)
-        node.clear_containers()
-        node.stop_daemon()  # it writes what it knows
+        if not _files(learned):
+            raise StartFailed(f"{scene.workload.name}: the node kept no trace of its first start in {learned}")
         shutil.copytree(learned, traces)
 
 

@@ -172,12 +172,21 @@ class Node(PodNode):
         proxy = self._scene.proxies.get(name)
         return super()._config() + (_PROXY.format(name=name, socket=proxy) if proxy else "")
 
+    def stop(self) -> None:
+        """End the containers and all processes as an operator does."""
+        self._remove_pods()
+        super().stop()
+
     def _throw_away(self) -> None:
-        with contextlib.suppress(CriFailed):
-            for pod in self.cri.pods():
-                self.cri.remove_pod(pod)
+        if self.containerd is not None and self.containerd.poll() is None:
+            with contextlib.suppress(CriFailed):
+                self._remove_pods()
         self._end_all()
         shutil.rmtree(self.place, ignore_errors=True)
+
+    def _remove_pods(self) -> None:
+        for pod in self.cri.pods():
+            self.cri.remove_pod(pod)
 
 
 @contextlib.contextmanager
