@@ -73,6 +73,7 @@ class Reader:
         if layer.witnesses:
             _tell(layer, places)
         last = layer.table.file_chunks(row)[-1]
+        self._remote.note_piece(layer, places[0], places[-1], last)
         if len(places) == 1:
             place = places[0]
             data = await self.chunk(layer, place.chunk, Priority.DEMAND, last)
@@ -100,6 +101,7 @@ class Reader:
             _tell(layer, (place for _, place in found))
         if not all(layer.store.has(place.chunk) for _, place in found):
             last = layer.table.run_end(last)  # wanted by fetches alone, and it takes longer than all else here
+        self._remote.note_piece(layer, found[0][1], found[-1][1], last)
         if len(found) == 1:
             at, place = found[0]
             data = memoryview(await self.chunk(layer, place.chunk, Priority.DEMAND, last))

@@ -19,8 +19,9 @@ from lazyfs.chunks.crowds import STRETCH, Crowds
 from lazyfs.chunks.frames import Fetched, Sample, fetch_frames, needed
 from lazyfs.chunks.layer import ServedLayer
 from lazyfs.chunks.schedule import Priority, Scheduler, Ticket
+from lazyfs.chunks.strides import Strides
 from lazyfs.errors import DaemonFault, LazyfsError, ReadDeadline, RegistryError
-from lazyfs.format.table import NO_FRAME
+from lazyfs.format.table import NO_FRAME, Place
 from lazyfs.registry.repository import Repository
 from lazyfs.units import KiB, MiB
 
@@ -111,6 +112,7 @@ class Remote:
         self._on_error = on_error
         self._flights: dict[tuple[int, int], _Flight] = {}
         self._crowds = Crowds()
+        self._strides = Strides()
         # (layer, frame that continues the stream) -> compressed bytes of the next window
         self._streams: OrderedDict[tuple[int, int], int] = OrderedDict()
         # (layer, frame whose reading triggers more windows) -> whose they are
@@ -159,6 +161,32 @@ class Remote:
             frame = layer.table.chunk_frame[chunk]
             self._pass(layer, frame)
             self._read_on(layer, frame)
+
+    def note_piece(self, layer: ServedLayer, first: Place, last: Place, last_chunk: int) -> None:
+        """Tell of a read from `first` to `last` before its chunks are wanted: it may be one of a pattern.
+
+        `last_chunk`: the last one of the file. What the pattern wants next is asked for, if connections are free.
+        """
+        starts = layer.table.chunk_data_offset
+        begin = starts[first.chunk] + first.offset
+        if layer.store.has(first.chunk) and not self._strides.expects(layer.number, begin):
+            return
+        end = starts[last.chunk] + last.offset + last.size
+        limit = starts[last_chunk] + layer.table.chunk_size[last_chunk]
+        room = self._scheduler.room(layer.host)
+        for at, stop in self._strides.note(layer.number, begin, end, limit):
+            chunks = [place.chunk for _, place in layer.table.data_places(at, stop - at)]
+            if not chunks or layer.is_plain:
+                continue
+            frame, through = _frame_at(layer, chunks[0]), _frame_at(layer, chunks[-1])
+            while frame <= through and room > 0:
+                end_frame = frame
+                while end_frame <= min(through, frame + MAX_FRAMES - 1) and self._wanted(layer, end_frame):
+                    end_frame += 1
+                if end_frame > frame:
+                    self._launch(layer, frame, end_frame, Priority.DEMAND)
+                    room -= 1
+                frame = max(frame + 1, end_frame)
 
     async def bring(self, layer: ServedLayer, first: int, stop: int, priority: Priority) -> None:
         """Fetch frames [first, stop) as one request, except those under way; wait until all are in the store.
@@ -274,15 +302,15 @@ class Remote:
         starts = layer.table.frame_blob_offset
         reach = min(_MOST_AHEAD, _IN_ORDER * self._scheduler.bytes_in_a_round_trip(layer.host))
         reach = starts[frame] + max(run.window, reach)
-        room = max(1, self._scheduler.room(layer.host))
+        most = room = max(1, self._scheduler.room(layer.host))
         while room and self._next_wanted(layer, run) and starts[run.first] < reach:
             self._streams.pop((layer.number, run.first), None)
             first, stop = run.first, self._reach(layer, run.first, run.window, run.limit, run.first)
             self._launch(layer, first, stop, Priority.DEMAND)
             self._remember(layer, first, stop, run)
             room -= 1
-        if run.first > frame + 1 and (layer.number, run.first) in self._streams:
-            # Enough is under way, or no connection is free: look again further on, if no window's middle comes first.
+        if room == most and run.first < run.limit and (frame + run.first) // 2 > frame:
+            # Enough is under way: look again further on, if no window's middle comes first.
             self._marks.setdefault((layer.number, (frame + run.first) // 2), run)
 
     def _next_wanted(self, layer: ServedLayer, run: _Run) -> bool:
