@@ -18,6 +18,7 @@ from lazyfs.format.table import NO_FRAME, LayerTable
 from lazyfs.format.trace import Read, Trace
 
 _LOOK = 2000  # reads of a trace that are looked up in one go
+_PIECE = 256 << 10  # compressed bytes of a range that is cut no further
 _FREE_GAP = 16 << 10  # bytes; another request costs more than such a gap
 
 
@@ -68,7 +69,7 @@ class Plan:
                 break
         else:
             self.over = True
-        piece = max(size // side_by_side, 1)
+        piece = max(size // side_by_side, _PIECE)
         return self._ranges(found, gap, side_by_side, piece)
 
     # -- which frames

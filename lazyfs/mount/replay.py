@@ -25,7 +25,6 @@ log = logging.getLogger(__name__)
 
 _WINDOW = 512 * KiB, 1 * MiB, 8 * MiB  # compressed bytes of one: at least, while nothing is known of the link, at most
 _WINDOW_SECONDS = 0.1  # how long one takes: within it the order is that of the blobs
-_SIDE_BY_SIDE = 4  # ranges of a window: each costs that part of a round trip
 _GAP = 64 * KiB  # bytes between two ranges that are worth fetching while nothing is known of the link
 _WELCOME = 5.0  # seconds between looks while a host wants to be left alone
 
@@ -51,7 +50,7 @@ class Replay:
         self._hosts = {layer.host for layer in layers}
         self._room = room
         self._asked = asked
-        self._under_way = 0  # compressed bytes
+        self._under_way = 0  # ranges
         self._landed = trio.Event()
         self._given_up: set[int] = set()  # numbers of layers
         self._limiter = trio.CapacityLimiter(1)
@@ -64,35 +63,36 @@ class Replay:
                 stack.enter_context(self._scheduler.mount_waits(each))  # background is for later
             async with trio.open_nursery() as nursery:
                 while not self._plan.over and self._room > 0:
-                    size, gap = self._window(host)
-                    job = partial(self._plan.next, size, gap, _SIDE_BY_SIDE)
+                    job = partial(self._plan.next, *self._window(host), self._scheduler.places(host))
                     for one in await trio.to_thread.run_sync(job, limiter=self._limiter):
                         await self._until_welcome(one.layer)
-                        self._begin(nursery, one)
-                    # The next window leaves while half of this one is still to come: the link is never idle.
-                    while self._under_way > size // 2:
-                        await self._landed.wait()
+                        await self._until_wanted(host)
+                        nursery.start_soon(self._bring, one)
 
     def _window(self, host: str) -> tuple[int, int]:
-        """Return the bytes of the next window, and of a gap in it that costs as much as a request does."""
+        """Return the bytes of the next window, and of a gap in it that costs as much as one of several requests."""
         found = self._scheduler.statistics().get(host)
         least, first, most = _WINDOW
         if found is None or not found.rate:
             return first, _GAP
         size = max(least, min(most, int(found.rate * (_WINDOW_SECONDS + 2 * found.round_trip))))
-        return size, self._scheduler.bytes_in_a_round_trip(host) // _SIDE_BY_SIDE
+        return size, self._scheduler.bytes_in_a_round_trip(host) // self._scheduler.places(host)
 
     async def _until_welcome(self, layer: ServedLayer) -> None:
         """Wait while the layer's host limits how often it may be asked: readers need what it still allows."""
         while (wait := layer.limited_for()) > 0:
             await trio.sleep(min(wait, _WELCOME))
 
-    def _begin(self, nursery: trio.Nursery, one: Range) -> None:
-        size = sum(needed(one.layer.table, frame) for frame in range(one.first, one.stop))
-        self._under_way += size
-        nursery.start_soon(self._bring, one, size)
+    async def _until_wanted(self, host: str) -> None:
+        """Wait until the host has a place for a further range, or one at least waits for none. Count that one.
 
-    async def _bring(self, one: Range, size: int) -> None:
+        So the link is never idle, and what comes is near the trace's order.
+        """
+        while self._under_way > self._scheduler.places(host):
+            await self._landed.wait()
+        self._under_way += 1
+
+    async def _bring(self, one: Range) -> None:
         try:
             stop = one.first
             while (run := _absent(one, stop)) and self._room > 0 and one.layer.number not in self._given_up:
@@ -106,7 +106,7 @@ class Replay:
             log.info("what a trace asks for is left to readers: layer=%s error=%s", one.layer.digest, error)
             self._given_up.add(one.layer.number)
         finally:
-            self._under_way -= size
+            self._under_way -= 1
             self._landed.set()
             self._landed = trio.Event()
 

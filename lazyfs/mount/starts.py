@@ -37,6 +37,7 @@ _LOOK = 0.5  # seconds between looks at that
 _ANSWER = 5.0  # seconds for the registry to answer
 _AGAIN = 30.0  # seconds for which its answer is remembered: many containers of one image may start
 _ANSWERS = 16  # remembered
+_SMALL = 5000  # reads of a trace that is remembered
 _LAST_WORDS = 3.0  # seconds that the end of the daemon waits for what was learned
 
 # (repository, manifest's digest, deadline, blob digests of its layers where they are known) → what it has
@@ -52,9 +53,8 @@ class Start:
     whole: bool  # these are all of its layers
     source: str = NONE  # where the trace came from
     asked: int = 0  # compressed bytes that were asked for because of it
-    trace: Trace | None = None
+    trace: Trace | None = None  # the registry's, until what is learned was merged with it
     layers: tuple[ServedLayer, ...] = ()
-    recorder: Recorder | None = None
     scope: trio.CancelScope = field(default_factory=trio.CancelScope)  # of the search and the replay
     learning: trio.CancelScope = field(default_factory=trio.CancelScope)
     mounted: trio.Event = field(default_factory=trio.Event)  # the layers are known
@@ -120,9 +120,9 @@ class Starts:
             start.idle.set()
             return
         if self._settings.learn:
-            start.recorder = Recorder()
-            start.recorder.attach(lazy)
-            self._nursery.start_soon(self._guard, partial(self._learn, start, start.recorder))
+            recorder = Recorder()
+            recorder.attach(lazy)
+            self._nursery.start_soon(self._guard, partial(self._learn, start, recorder))
         if not trusted:
             start.scope.cancel()
             start.idle.set()
@@ -168,8 +168,9 @@ class Starts:
                     if not cold:
                         await start.mounted.wait()  # all may be here
                     known = await self._ask(start, repository)
+                    start.trace = known if self._settings.learn else None
                 if known is not None:
-                    start.trace, start.source = known, NODE if start.kept else REGISTRY
+                    start.source = NODE if start.kept else REGISTRY
                     await start.mounted.wait()
                     await self._replay(start, known)
         finally:
@@ -195,6 +196,7 @@ class Starts:
         at, answer = self._answers.get(start.manifest, (float("-inf"), None))
         if trio.current_time() - at < _AGAIN:
             return answer
+        answer = None
         layers = start.digests if start.whole else None
         job = partial(self._find, repository, start.manifest, time.monotonic() + _ANSWER, layers)
         try:
@@ -203,9 +205,9 @@ class Starts:
         except LazyfsError as error:
             log.info("no trace from the registry: image=%s error=%s", start.manifest, error)
             self._note_error(error)
-            answer = None
         self._answers.pop(start.manifest, None)
-        self._answers[start.manifest] = trio.current_time(), answer
+        if answer is None or len(answer.reads) <= _SMALL:
+            self._answers[start.manifest] = trio.current_time(), answer
         while len(self._answers) > _ANSWERS:
             self._answers.popitem(last=False)
         return answer
@@ -242,6 +244,7 @@ class Starts:
                     await trio.to_thread.run_sync(save, limiter=self._disk)
         finally:
             recorder.detach()
+            start.trace = None
             self._saving -= 1
 
     def _save(self, start: Start, recorder: Recorder) -> None:

@@ -149,6 +149,8 @@ def test_a_trace_of_the_registry_is_fetched_and_kept(node: Node, registry: FakeR
     image = add(registry, "one", layer())
     attached(registry, image, *[Read(name.encode(), 0, 0, 100_000) for name in WANTED])
     fetched_ahead(node, registry, image, "registry")
+    node.mount(image)
+    assert registry.count("GET", "/referrers/") == 1  # for both
     node.stop()
     kept = decode((node.root / "traces" / image.digest.removeprefix("sha256:")).read_bytes())
     assert {name.decode() for name in paths(kept)} == set(WANTED)
