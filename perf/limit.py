@@ -12,6 +12,7 @@ import http.client
 import json
 import os
 import re
+import threading
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from perf.startup_node import Scene, fresh
 from tests.helpers import real
 
 _BDI = Path("/sys/class/bdi")
+_LOOK = 1.0  # seconds between two looks at what is in memory
 _LEVEL = 3  # of zstd, as converted layers have it
 _INDEXES = ("application/vnd.oci.image.index.v1+json", "application/vnd.docker.distribution.manifest.list.v2+json")
 _MANIFESTS = ("application/vnd.oci.image.manifest.v1+json", "application/vnd.docker.distribution.manifest.v2+json")
@@ -164,28 +166,64 @@ def touched(scene: Scene) -> Touched:
     Blocking. Raise StartFailed where the erofs driver doesn't work: its mounts alone have a read-ahead of their own.
     """
     known = _devices()
+    with fresh(scene, "lazyfs", BACKGROUND="0", PREFETCH="0") as node, _Watch() as watch:
 
-    def no_read_ahead() -> None:
-        new = _devices() - known
-        if not new:
-            raise StartFailed("pages are counted with the erofs driver, which does not work here: see `lazyfs doctor`")
-        for name in new:
-            (_BDI / name / "read_ahead_kb").write_text("0")
+        def no_read_ahead() -> None:
+            new = _devices() - known
+            if not new:
+                raise StartFailed("pages are counted with the erofs driver, which does not work here: `lazyfs doctor`")
+            for name in new:
+                (_BDI / name / "read_ahead_kb").write_text("0")
+            watch.begin([Path(tree) for tree in real.mounts_below(node.run_dir / "erofs")])
 
-    with fresh(scene, "lazyfs", BACKGROUND="0", PREFETCH="0") as node:
         node.run(scene.reference(lazy=True), created=no_read_ahead)
-        trees = [Path(tree) for tree in real.mounts_below(node.run_dir / "erofs")]
-        files = [path for tree in trees for path in regular_files(tree)]
-        return _measure(files)
+        return _measure(watch.end())
 
 
-def _measure(files: list[Path]) -> Touched:
+class _Watch:
+    """Looks again and again at which pages are in memory: the kernel may take away what nobody read for seconds."""
+
+    def __init__(self) -> None:
+        self._files: list[Path] = []
+        self._seen: dict[Path, int] = {}  # a byte a page, as one number
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._work, name="pages", daemon=True)
+
+    def __enter__(self) -> _Watch:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._over.set()
+        if self._thread.is_alive():
+            self._thread.join()
+
+    def begin(self, trees: list[Path]) -> None:
+        """Watch all files of these trees from now on."""
+        self._files = [path for tree in trees for path in regular_files(tree)]
+        self._thread.start()
+
+    def end(self) -> dict[Path, bytes]:
+        """Return the files of which pages were in memory, a byte for each page."""
+        self._over.set()
+        self._thread.join()
+        self._look()
+        return {path: found.to_bytes(-(-path.stat().st_size // PAGE), "little") for path, found in self._seen.items()}
+
+    def _work(self) -> None:
+        while not self._over.wait(_LOOK):
+            self._look()
+
+    def _look(self) -> None:
+        for path in self._files:
+            found = int.from_bytes(resident_pages(path), "little")
+            if found:
+                self._seen[path] = self._seen.get(path, 0) | found
+
+
+def _measure(files: dict[Path, bytes]) -> Touched:
     stream = zstandard.ZstdCompressor(level=_LEVEL).compressobj()
     pages = compressed = 0
-    for path in files:
-        found = resident_pages(path)
-        if not any(found):
-            continue
+    for path, found in files.items():
         pages += sum(found)
         with path.open("rb", buffering=0) as content:
             for run in re.finditer(b"\x01+", found):

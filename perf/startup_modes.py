@@ -77,6 +77,7 @@ def warm(scene: Scene, traces: Path) -> Found:
             node.clear_containers()
             if mode == WARM_STORE:
                 forget(scene)
+                node.new_pod()
             found[mode] = node.run(image)
         if _fetched(node) != before:
             raise StartFailed(

@@ -86,7 +86,7 @@ class Scene:
 
 
 class Node(PodNode):
-    """A node with one pod, which is thrown away as it is: the next start has another."""
+    """A node that is thrown away as it is: the next start has another."""
 
     def __init__(self, place: Path, scene: Scene, snapshotter: str, **settings: str) -> None:
         super().__init__(place, f"{scene.road.host}/pause:1", snapshotter=snapshotter)
@@ -100,7 +100,6 @@ class Node(PodNode):
         try:
             if self.snapshotter == "lazyfs":  # its daemon runs, as on a node
                 until(lambda: "bytes" in self.status(), "the snapshotter has its daemon", real.START)
-            self.pod = self.cri.run_pod("one")
         except BaseException:
             self._throw_away()
             raise
@@ -109,11 +108,9 @@ class Node(PodNode):
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         self._throw_away()
 
-    def pull(self, image: str) -> float:
-        """Pull and return the seconds."""
-        began = time.monotonic()
-        self.cri.pull(image, timeout=DEADLINE)
-        return time.monotonic() - began
+    def new_pod(self) -> None:
+        """Start a sandbox for the containers that come: a kubelet does so before it pulls."""
+        self.pod = self.cri.run_pod(f"p{next(self._names)}")
 
     def run(self, image: str, *, pull: bool = True, created: Callable[[], None] = lambda: None) -> Start:
         """Start the workload until it is ready. `created` is called when the container's files are mounted.
@@ -127,7 +124,7 @@ class Node(PodNode):
         times = [time.monotonic()]
         try:
             if pull:
-                self.pull(image)
+                self.cri.pull(image, timeout=DEADLINE)
             times.append(time.monotonic())
             container = self.cri.create(self.pod, name, image, command, timeout=DEADLINE)
             created()
@@ -203,6 +200,7 @@ def fresh(scene: Scene, snapshotter: str, traces: Path | None = None, **settings
     with Node(place, scene, snapshotter, **settings) as node:
         check_empty(node, scene.image)
         forget(scene)
+        node.new_pod()
         yield node
 
 
