@@ -12,6 +12,7 @@ import pytest
 
 from lazyfs import control_client
 from lazyfs.errors import UsageError
+from lazyfs.format.entry import LANDMARK, LANDMARK_CONTENT
 from lazyfs.format.trace import Read, Trace, decode, encode, paths
 from lazyfs.oci import OCI_MANIFEST, Descriptor
 from lazyfs.reference import parse
@@ -141,6 +142,24 @@ def test_chains_learn_and_fetch_ahead_too(node: Node, registry: FakeRegistry) ->
         client.mount(image, client.resolve(image))
         until(lambda: traced(node)["bytes"] >= 100_000, "it is fetched ahead")
         assert traced(node)["source"] == "node"
+
+
+def test_the_trace_goes_before_the_landmark(node: Node, registry: FakeRegistry) -> None:
+    node.settings["PREFETCH"] = "1"
+    front = file("front", pattern(1_000_000, 99))
+    rest = [file(name, data) for name, data in FILES.items()]
+    tar = tar_of(front, file(LANDMARK, LANDMARK_CONTENT), *rest)
+    blob = zstd_chunked_layer(tar, chunk_size=1 << 16, frame_size=1 << 16)
+    image = add(registry, "one", blob)
+    told = encode(Trace(image.digest, image.layers, (Read(b"f17", 0, 0, 100_000),)))
+    (node.root / "traces").mkdir(mode=0o700, parents=True)
+    node.root.chmod(0o700)
+    (node.root / "traces" / image.digest.removeprefix("sha256:")).write_bytes(told)
+    node.mount(image)
+    until(lambda: node.layer()["present"] >= 1_100_000, "both are fetched ahead")
+    asked = [request.range.removeprefix("bytes=") for request in registry.requests if blob.digest in request.path]
+    starts = [start for start in (int(each.partition("-")[0]) for each in asked) if start < blob.payload_end]
+    assert starts[0] > 1_000_000 and 0 in starts
 
 
 def test_a_trace_of_the_registry_is_fetched_and_kept(node: Node, registry: FakeRegistry) -> None:
