@@ -11,7 +11,7 @@ from typing import Protocol
 from lazyfs import digest as digests
 from lazyfs.chunks.layer import ServedLayer
 from lazyfs.chunks.link import Flow
-from lazyfs.errors import DigestMismatch, FrameInvalid
+from lazyfs.errors import DigestMismatch, FrameInvalid, RegistryTimeout
 from lazyfs.format.codec import FrameDecoder
 from lazyfs.format.members import MemberDecoder
 from lazyfs.format.table import FORM_ESTARGZ, LayerTable
@@ -20,7 +20,7 @@ from lazyfs.units import MiB
 
 _READ = 1 * MiB  # bytes of one read from a stream
 _READY = 16 * MiB  # decoded bytes that may wait to be handed on: 16 KiB of small frames can hold 500 MiB
-_PIECE = 256 << 10  # bytes of one read while they are counted
+PIECE = 256 << 10  # bytes of one read while they are counted
 _FIRST_PIECE = 64 << 10  # bytes of the first one: what follows it tells the link's rate
 _TOGETHER = 16 << 10  # bytes; smaller frames are read from the network and handed on several at a time
 _thread = threading.local()
@@ -150,7 +150,9 @@ class _Counted(ByteStream):
         self._flow = flow
 
     def read(self, size: int) -> bytes:
-        data = self._stream.read(min(size, _PIECE if self._flow.came else _FIRST_PIECE))
+        if self._flow.dropped:
+            raise RegistryTimeout("", "the rest of a range is asked for elsewhere")
+        data = self._stream.read(min(size, PIECE if self._flow.came else _FIRST_PIECE))
         self._flow.count(time.monotonic(), len(data))
         return data
 
@@ -227,6 +229,7 @@ def fetch_frames(
     began = time.monotonic()
     with layer.repository.fetch(layer.digest, start, size, deadline=deadline) as stream:
         first_byte = time.monotonic() - began
+        flow.answered = True
         body = _Body(stream, size, hand_over, flow)
         for frame in range(first, stop):
             extent = table.frame_blob_end[frame] - table.frame_blob_offset[frame]

@@ -32,12 +32,14 @@ class Window:
 class Flow:
     """The bytes of one request that have come so far. One thread counts, any may look."""
 
-    __slots__ = ("came", "first", "since")
+    __slots__ = ("answered", "came", "dropped", "first", "since")
 
     def __init__(self) -> None:
         self.came = 0
         self.first = 0  # bytes that came together with the answer's header, or right behind it
         self.since = 0.0  # when they were here (time.monotonic())
+        self.answered = False  # the answer's header is here
+        self.dropped = False  # nobody wants the rest: whoever counts should end
 
     def count(self, now: float, size: int) -> None:
         """Note bytes that have come."""
@@ -84,6 +86,11 @@ class Link:
         self._shortest[0] = min(self._shortest[0], first_byte)
         if seconds > 0 and (size > _SOME if not self._rates else seconds >= _BODY and size / seconds > self.rate):
             self._rates.append(size / seconds)
+
+    def believe(self, rate: float) -> None:
+        """Forget the rates that were seen: the link gives this much now."""
+        self._rates.clear()
+        self._rates.append(rate)
 
     def look(self, now: float, came: int, asked: int, requests: int) -> Window | None:
         """Tell what is going on: bytes that have come so far in all, bytes and requests that are under way.

@@ -19,8 +19,9 @@ from lazyfs.chunks.crowds import STRETCH, Crowds
 from lazyfs.chunks.frames import Fetched, Sample, fetch_frames, needed
 from lazyfs.chunks.layer import ServedLayer
 from lazyfs.chunks.schedule import Priority, Scheduler, Ticket
+from lazyfs.chunks.slow import MOVES, SlowRanges
 from lazyfs.chunks.strides import Strides
-from lazyfs.errors import DaemonFault, LazyfsError, ReadDeadline, RegistryError
+from lazyfs.errors import DaemonFault, LazyfsError, ReadDeadline, RegistryError, RegistryTimeout
 from lazyfs.format.table import NO_FRAME, Place
 from lazyfs.registry.repository import Repository
 from lazyfs.units import KiB, MiB
@@ -41,10 +42,14 @@ _LONGEST_TRY = 300.0  # seconds of one request; frames that came before its end 
 _FOREVER = 10 * 365 * 86400.0  # seconds, where read_timeout is 0
 
 
+class _TooSlow(RegistryTimeout):
+    """A request was cancelled because it was slow, and its rest is to be asked for on another connection."""
+
+
 class _Fetch:
     """One request for neighbouring frames, tried until all have landed: how urgent, and since when."""
 
-    __slots__ = ("began", "flights", "hurry", "landed", "over", "priority", "repository", "ticket")
+    __slots__ = ("began", "flights", "hurry", "landed", "moves", "over", "priority", "repository", "ticket")
 
     def __init__(self, layer: ServedLayer, first: int, stop: int, priority: Priority, ticket: Ticket) -> None:
         self.priority = priority
@@ -53,6 +58,7 @@ class _Fetch:
         self.began = 0.0  # when the last try left (time.monotonic)
         self.hurry = trio.Event()  # somebody more urgent has turned up: no time for a pause
         self.over = trio.Event()
+        self.moves = 0  # times that it was slow and asked for anew
         self.landed: list[int] = []  # frames that arrived last: the store is still writing them
         # By frame; those that are in the store drop out, for they hold decoded bytes.
         self.flights = {frame: _Flight(self) for frame in range(first, stop)}
@@ -113,6 +119,7 @@ class Remote:
         self._flights: dict[tuple[int, int], _Flight] = {}
         self._crowds = Crowds()
         self._strides = Strides()
+        self._slow = SlowRanges(scheduler, nursery)
         # (layer, frame that continues the stream) -> compressed bytes of the next window
         self._streams: OrderedDict[tuple[int, int], int] = OrderedDict()
         # (layer, frame whose reading triggers more windows) -> whose they are
@@ -360,14 +367,15 @@ class Remote:
             try:
                 layer.ensure_readable()
                 size = layer.table.frame_blob_end[left[1] - 1] - layer.table.frame_blob_offset[left[0]]
-                fetched = await self._scheduler.run(fetch.ticket, self._job(layer, fetch, left, end), size)
+                fetched = await self._run(layer, fetch, self._job(layer, fetch, left, end), size)
             except LazyfsError as error:
                 self._on_error(error)
                 layer.trouble = error
                 turned = isinstance(error, RegistryError) and layer.turn(repository)
                 lasting = not error.temporary and not (turned and tries < len(layer.others))
                 asked = float(getattr(error, "retry_after", 0.0))
-                wait = (asked or _BACKOFF[min(tries, len(_BACKOFF) - 1)]) * random.uniform(1.0, 1.2)
+                pause = 0.0 if isinstance(error, _TooSlow) else _BACKOFF[min(tries, len(_BACKOFF) - 1)]
+                wait = (asked or pause) * random.uniform(1.0, 1.2)
                 if lasting or time.monotonic() + wait >= end:
                     return error
                 log.info("fetch failed, again in %.1f s: layer=%s error=%s", wait, layer.digest, error)
@@ -382,6 +390,16 @@ class Remote:
                 self._blame(layer, fetch, fetched, repository)
             tries += 1
         return None
+
+    async def _run(self, layer: ServedLayer, fetch: _Fetch, job: Callable[[], Fetched], size: int) -> Fetched:
+        """Run a try. Raise _TooSlow where it was cancelled because the host gives others far more."""
+        host = layer.host
+        if fetch.moves >= MOVES:
+            return await self._scheduler.run(fetch.ticket, job, size)
+        with self._slow.watch(host, fetch.ticket, lambda: fetch.priority is Priority.DEMAND):
+            return await self._scheduler.run(fetch.ticket, job, size)
+        fetch.moves += 1
+        raise _TooSlow(host, f"{host} sends a range of layer {layer.digest} much slower than it can: asking anew")
 
     def _job(self, layer: ServedLayer, fetch: _Fetch, left: tuple[int, int], end: float) -> Callable[[], Fetched]:
         token = trio.lowlevel.current_trio_token()

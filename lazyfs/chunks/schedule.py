@@ -215,15 +215,17 @@ class _Host:
         self._trips.append(first_byte)
         self.link.ended(self._clock(), first_byte, size, seconds)
 
+    def progress(self) -> tuple[int, int]:
+        """Return the bytes that have come so far, and how many jobs run."""
+        return self._came + sum(ticket.flow.came for ticket in self._active), len(self._active)
+
     def look(self) -> None:
         """Let the link and the width see what is going on."""
-        asked, came = 0, self._came
-        for ticket in self._active:
-            asked += _left(ticket)
-            came += ticket.flow.came
+        came, running = self.progress()
+        asked = sum(map(_left, self._active))
         if sum(self.running[Priority.PREFETCH :]) < self.places:
             self._saturated = False
-        window = self.link.look(self._clock(), came, asked, len(self._active))
+        window = self.link.look(self._clock(), came, asked, running)
         if window is None:
             return
         if self._saturated and self._trips:
@@ -309,6 +311,14 @@ class Scheduler:
     def look(self, ticket: Ticket) -> None:
         """Tell that some bytes of a running job are here, see `Ticket.flow`."""
         ticket._host.look()
+
+    def link(self, host: str) -> Link:
+        """Return what is known of the link to a host."""
+        return self._host(host).link
+
+    def progress(self, host: str) -> tuple[int, int]:
+        """Return how many bytes have come from a host so far, and how many requests are under way."""
+        return self._host(host).progress()
 
     def bytes_in_a_round_trip(self, host: str) -> int:
         """Return how many bytes cross the link in the time that another request would wait for its first one."""
