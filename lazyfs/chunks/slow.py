@@ -22,6 +22,7 @@ _SPAN = 1.0  # seconds over which a request is judged, at least
 _TRIPS = 8  # round trips over which it is judged, at least
 _PART = 0.1  # of the rate that others get: less is not an unfair share but something wrong
 _WORTH = 2.0  # seconds that the rest must still take at this rate: less is not worth another request
+_DOUBT = 30.0  # seconds in which one request that is alone may be held against what its host gave before
 MOVES = 2  # times that one request is asked for anew
 
 
@@ -68,6 +69,7 @@ class SlowRanges:
         self._nursery = nursery
         self._watched: set[Watched] = set()
         self._looking = False
+        self._doubted: dict[str, float] = {}  # when that happened last, by host
 
     @contextmanager
     def watch(self, host: str, ticket: Ticket, wanted: Callable[[], bool]) -> Iterator[Watched]:
@@ -114,5 +116,8 @@ class SlowRanges:
             return mine < _PART * others
         if now.running > 1 or mine >= _PART * link.rate:
             return False  # the others get nothing either, or there is nothing to hold against it
+        if now.at - self._doubted.get(one.host, float("-inf")) < _DOUBT:
+            return False
+        self._doubted[one.host] = now.at
         link.believe(mine)
         return True
