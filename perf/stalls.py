@@ -63,9 +63,10 @@ class Recorded:
         """Seconds in which some reader waited."""
         return waterfall.summarise(self.trace, 0).stalled_by_clock
 
-    def promise(self, link: Link) -> float:
-        """Return the longest stall that is promised on a link, seconds."""
-        return self.demanded.compressed * 8 / (link.mbit * 1e6) + ROUND_TRIPS * link.rtt
+    def promise(self, link: Link, *, whole: bool = False) -> float:
+        """Return the longest stall that is promised on a link, seconds; `whole`: were whole frames counted."""
+        size = self.demanded.frames if whole else self.demanded.compressed
+        return size * 8 / (link.mbit * 1e6) + ROUND_TRIPS * link.rtt
 
 
 def demanded(trace: Trace, tables: list[LayerTable | None]) -> Demanded:
@@ -152,6 +153,7 @@ def summarise(found: list[Recorded], first: Recorded, link: Link) -> dict[str, A
         "stall": spread([one.stall for one in found]),
         "promised_s": round(statistics.median(one.promise(link) for one in found), 3),
         "by_promise": round(statistics.median(ratios), 3),
+        "by_promise_of_frames": round(statistics.median(one.stall / one.promise(link, whole=True) for one in found), 3),
         "ready": spread([one.trace.ready for one in found]),
         "reads": told["chunks"],
         "waited_for": sum(read.waited > 0 for read in middle.trace.reads),
