@@ -130,7 +130,7 @@ def _by_whom(node: Node, registry: int, before: Look, after: Look) -> dict[str, 
     def used(pids: list[int]) -> float:
         return processors.used_seconds(before, after, pids)
 
-    return {
+    found = {
         "lazyfsd": used([*daemons, *processors.below(after, daemons)]),
         "snapshotter": used(plugin),
         "containerd": used(containerd),
@@ -139,6 +139,8 @@ def _by_whom(node: Node, registry: int, before: Look, after: Look) -> dict[str, 
         "registry": used([registry]),
         "measuring": used([os.getpid()]),  # this script with its shaper
     }
+    others = processors.busy_seconds(before, after) - sum(found.values())
+    return {**found, "others": max(0.0, others)}  # on a quiet machine the kernel alone, and runc's short lives
 
 
 def _until_quiet(node: Node) -> None:
