@@ -221,7 +221,7 @@ class Starts:
         began = time.monotonic()
         room = self._settings.store_size // 2
         await Replay(self._remote, self._scheduler, trace, start.layers, room, asked).run()
-        log.debug(
+        log.info(
             "trace of %s fetched: from=%s bytes=%d seconds=%.2f",
             start.manifest, start.source, start.asked, time.monotonic() - began,
         )  # fmt: skip
