@@ -163,21 +163,34 @@ def _get(link: http.client.HTTPConnection, path: str, headers: dict[str, str]) -
 def touched(scene: Scene) -> Touched:
     """Start the workload with the kernel's read-ahead off, nothing fetched but what is read, and look at its pages.
 
-    Blocking. Raise StartFailed where the erofs driver doesn't work: its mounts alone have a read-ahead of their own.
+    One that reads whole files is believed: page by page 2 GB would take minutes. Blocking. Raise StartFailed where the
+    erofs driver doesn't work: its mounts alone have a read-ahead of their own.
     """
+    image, whole = scene.reference(lazy=True), scene.workload.whole
     known = _devices()
     with fresh(scene, "lazyfs", BACKGROUND="0", PREFETCH="0") as node, _Watch() as watch:
 
-        def no_read_ahead() -> None:
-            new = _devices() - known
-            if not new:
+        def shown() -> list[Path]:
+            if not _devices() - known:
                 raise StartFailed("pages are counted with the erofs driver, which does not work here: `lazyfs doctor`")
-            for name in new:
-                (_BDI / name / "read_ahead_kb").write_text("0")
-            watch.begin([Path(tree) for tree in real.mounts_below(node.run_dir / "erofs")])
+            return [Path(tree) for tree in real.mounts_below(node.run_dir / "erofs")]
 
-        node.run(scene.reference(lazy=True), created=no_read_ahead)
-        return _measure(watch.end())
+        def no_read_ahead() -> None:
+            trees = shown()
+            for name in _devices() - known:
+                (_BDI / name / "read_ahead_kb").write_text("0")
+            watch.begin(trees)
+
+        if not whole:
+            node.run(image, created=no_read_ahead)
+            return _measure(watch.end())
+        node.show(image)
+        files = [path for tree in shown() for path in regular_files(tree) if _below(path, tree / whole)]
+        return _measure({path: b"\x01" * -(-path.stat().st_size // PAGE) for path in files})
+
+
+def _below(path: Path, top: Path) -> bool:
+    return path == top or top in path.parents
 
 
 class _Watch:

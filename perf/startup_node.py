@@ -112,6 +112,12 @@ class Node(PodNode):
         """Start a sandbox for the containers that come: a kubelet does so before it pulls."""
         self.pod = self.cri.run_pod(f"p{next(self._names)}")
 
+    def show(self, image: str) -> None:
+        """Have an image's files mounted for a container that is never started."""
+        assert self.pod is not None
+        self.cri.pull(image, timeout=DEADLINE)
+        self.cri.create(self.pod, f"w{next(self._names)}", image, ["/bin/true"], timeout=DEADLINE)
+
     def run(self, image: str, *, pull: bool = True, created: Callable[[], None] = lambda: None) -> Start:
         """Start the workload until it is ready. `created` is called when the container's files are mounted.
 

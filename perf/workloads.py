@@ -45,6 +45,7 @@ class Workload:
     service: bool = False
     java: str = ""  # the source of the class Main in /srv/app.jar
     data: int = 0  # bytes of the file /srv/data
+    whole: str = ""  # the path in the image below which it reads each byte
 
     @property
     def image(self) -> str:
@@ -151,7 +152,11 @@ ALL = (
     ),
     Workload("node", "nodejs", ("node", "/srv/app.js", "{port}"), HTTP, files=(("srv/app.js", _NODE),), service=True),
     # GNU tar reads nothing when it writes to /dev/null itself.
-    Workload("everything", "python3", ("/bin/sh", "-c", "tar --one-file-system -cf - / | cat >/dev/null"), Exit()),
-    Workload("file", "", ("/bin/sh", "-c", "exec cat /srv/data >/dev/null"), Exit(), data=2_000_000_000),
+    Workload(
+        "everything", "python3", ("/bin/sh", "-c", "tar --one-file-system -cf - / | cat >/dev/null"), Exit(), whole="."
+    ),
+    Workload(
+        "file", "", ("/bin/sh", "-c", "exec cat /srv/data >/dev/null"), Exit(), data=2_000_000_000, whole="srv/data"
+    ),
 )
 BY_NAME = {one.name: one for one in ALL}
