@@ -163,11 +163,12 @@ class _Counted(ByteStream):
 class _Body:
     """A body cut into frames. Tiny ones are read together, and `before` is called whenever the network may block."""
 
-    def __init__(self, stream: ByteStream, size: int, before: Callable[[], None], flow: Flow) -> None:
+    def __init__(self, stream: ByteStream, size: int, before: Callable[[], None], flow: Flow, head: bytes) -> None:
+        """`head` is here already; `size` bytes are to come."""
         self._stream = _Counted(stream, flow)
         self._left = size  # bytes that have not been read from the stream
         self._before = before
-        self._buffer = b""
+        self._buffer = head
         self._at = 0
 
     def take(self, size: int) -> bytes:
@@ -194,13 +195,14 @@ def fetch_frames(
     deadline: float,
     deliver: Callable[[dict[int, dict[int, bytes]]], None],
     flow: Flow | None = None,
+    head: bytes = b"",
 ) -> Fetched:
     """Fetch frames [first, stop) with one range request; call `deliver` with the chunks by frame as they are verified.
 
     Blocking, to be run in a worker thread; `deadline` is a `time.monotonic()` value. Chunks are delivered before they
     are written to the store, so that no reader waits for the disk; at the next delivery, or when this returns, they are
-    written. A frame with wrong bytes is passed over: its neighbours are no worse for it. `flow` counts the bytes.
-    Raise RegistryError; frames delivered before that are good.
+    written. A frame with wrong bytes is passed over: its neighbours are no worse for it. `flow` counts the bytes;
+    `head` are those that need not be asked for. Raise RegistryError; frames delivered before that are good.
     """
     flow = flow or Flow()
     table, frames = layer.table, decoder_for(layer.table.form)
@@ -227,10 +229,11 @@ def fetch_frames(
         store_chunks(layer, {chunk: data for chunks in done.values() for chunk, data in chunks.items()})
 
     began = time.monotonic()
-    with layer.repository.fetch(layer.digest, start, size, deadline=deadline) as stream:
+    left = size - len(head)
+    with layer.repository.fetch(layer.digest, start + len(head), left, deadline=deadline) as stream:
         first_byte = time.monotonic() - began
         flow.answered = True
-        body = _Body(stream, size, hand_over, flow)
+        body = _Body(stream, left, hand_over, flow, head)
         for frame in range(first, stop):
             extent = table.frame_blob_end[frame] - table.frame_blob_offset[frame]
             data = body.take(needed(table, frame))
@@ -253,3 +256,13 @@ def fetch_frames(
     sample = Sample(first_byte, flow.came - flow.first, time.monotonic() - flow.since)
     hand_over()
     return Fetched(sample, damaged)
+
+
+def fetch_piece(layer: ServedLayer, blob_offset: int, size: int, deadline: float, flow: Flow) -> tuple[bytes, Sample]:
+    """Fetch a piece of a frame, and tell how that went. Blocking, for worker threads. Raise RegistryError."""
+    began = time.monotonic()
+    with layer.repository.fetch(layer.digest, blob_offset, size, deadline=deadline) as stream:
+        first_byte = time.monotonic() - began
+        flow.answered = True
+        data = read_exactly(_Counted(stream, flow), size)
+    return data, Sample(first_byte, flow.came - flow.first, time.monotonic() - flow.since)

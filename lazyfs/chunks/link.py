@@ -18,7 +18,7 @@ _WINDOWS = 4  # full windows that are remembered; the best of them counts, so th
 _FULL = 1.05  # round trips of bytes that must have been asked for, on average, for the link to have been full
 _AGE = 30.0  # seconds after which the shortest round trip seen is forgotten, for the way there may have changed
 _SOME = 64 * KiB  # bytes from which on one request alone gives a first idea of the rate
-_BODY = 0.01  # seconds from which on its body may raise the rate: what comes sooner has waited in the socket
+_BODY = 0.01  # seconds, and a round trip: a shorter body says nothing, for it may have waited in the socket
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,7 +84,8 @@ class Link:
             self._shortest = [float("inf"), self._shortest[0]]
             self._period = now
         self._shortest[0] = min(self._shortest[0], first_byte)
-        if seconds > 0 and (size > _SOME if not self._rates else seconds >= _BODY and size / seconds > self.rate):
+        long = seconds >= max(_BODY, self.round_trip)
+        if seconds > 0 and (size > _SOME if not self._rates else long and size / seconds > self.rate):
             self._rates.append(size / seconds)
 
     def believe(self, rate: float) -> None:

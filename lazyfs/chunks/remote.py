@@ -12,11 +12,12 @@ import time
 from bisect import bisect_right
 from collections import OrderedDict, deque
 from collections.abc import Callable
+from functools import partial
 
 import trio
 
 from lazyfs.chunks.crowds import STRETCH, Crowds
-from lazyfs.chunks.frames import Fetched, Sample, fetch_frames, needed
+from lazyfs.chunks.frames import Fetched, Sample, fetch_frames, fetch_piece, needed
 from lazyfs.chunks.layer import ServedLayer
 from lazyfs.chunks.schedule import Priority, Scheduler, Ticket
 from lazyfs.chunks.slow import MOVES, SlowRanges
@@ -36,6 +37,7 @@ MAX_FRAMES = 512  # of one request: tiny frames must not hold up the loop, nor p
 _SKIP = 32  # frames that a read-ahead steps over because they are here already
 _STREAMS = 64  # sequential readers remembered, node-wide
 _MARKS = 4 * _STREAMS  # windows whose middle somebody may come to
+_PIECE = 128 * KiB  # compressed bytes of a piece of a frame at least: 20 ms at 50 Mbit/s
 _BACKOFF = (0.2, 0.5, 1.0, 2.0, 5.0)  # seconds between tries, with jitter
 _DAMAGED_TRIES = 2  # wrong bytes are fetched again once, and once from each other source; then they are real
 _LONGEST_TRY = 300.0  # seconds of one request; frames that came before its end stay
@@ -367,7 +369,11 @@ class Remote:
             try:
                 layer.ensure_readable()
                 size = layer.table.frame_blob_end[left[1] - 1] - layer.table.frame_blob_offset[left[0]]
-                fetched = await self._run(layer, fetch, self._job(layer, fetch, left, end), size)
+                head = b""
+                if left[1] == left[0] + 1 and not fetch.flights[left[0]].tries:
+                    head = await self._head(layer, fetch, left[0])
+                job = self._job(layer, fetch, left, end, head)
+                fetched = await self._run(layer, fetch, job, size - len(head))
             except LazyfsError as error:
                 self._on_error(error)
                 layer.trouble = error
@@ -386,7 +392,7 @@ class Remote:
                 sample = fetched.sample
                 self._scheduler.observe(layer.host, sample.first_byte, sample.size, sample.seconds)
                 if layer.witnesses:
-                    _tell(layer, fetch, left[0], sample)
+                    _tell(layer, fetch, layer.table.frame_blob_offset[left[0]] + len(head), sample)
                 self._blame(layer, fetch, fetched, repository)
             tries += 1
         return None
@@ -401,7 +407,33 @@ class Remote:
         fetch.moves += 1
         raise _TooSlow(host, f"{host} sends a range of layer {layer.digest} much slower than it can: asking anew")
 
-    def _job(self, layer: ServedLayer, fetch: _Fetch, left: tuple[int, int], end: float) -> Callable[[], Fetched]:
+    async def _head(self, layer: ServedLayer, fetch: _Fetch, frame: int) -> bytes:
+        """Fetch the beginning of a frame in pieces where all of it is more than background may have under way.
+
+        Once a reader wants the frame, the rest is asked for at once. Raise RegistryError.
+        """
+        start, size = layer.table.frame_blob_offset[frame], needed(layer.table, frame)
+        parts: list[bytes] = []
+        at = 0
+        while fetch.priority is Priority.BACKGROUND:
+            piece = max(_PIECE, self._scheduler.segment(layer.host))
+            if size - at < piece + piece // 2:
+                break
+            fetch.began = time.monotonic()
+            ticket, deadline = fetch.ticket, fetch.began + _LONGEST_TRY
+            job = partial(fetch_piece, layer, start + at, piece, deadline, ticket.flow)
+            data, sample = await self._scheduler.run(ticket, job, piece)
+            self._scheduler.observe(layer.host, sample.first_byte, sample.size, sample.seconds)
+            if layer.witnesses:
+                _tell(layer, fetch, start + at, sample)
+            fetch.ticket = self._scheduler.ticket(layer.host, fetch.priority)
+            parts.append(data)
+            at += piece
+        return b"".join(parts)
+
+    def _job(
+        self, layer: ServedLayer, fetch: _Fetch, left: tuple[int, int], end: float, head: bytes
+    ) -> Callable[[], Fetched]:
         token = trio.lowlevel.current_trio_token()
         ticket = fetch.ticket
 
@@ -416,7 +448,7 @@ class Remote:
             deadline = fetch.began + min(self._timeout / 2, _LONGEST_TRY)
             if ticket.priority is Priority.DEMAND:
                 deadline = min(deadline, end)
-            return fetch_frames(layer, *left, deadline, deliver, ticket.flow)
+            return fetch_frames(layer, *left, deadline, deliver, ticket.flow, head)
 
         return job
 
@@ -457,14 +489,14 @@ class Remote:
             del self._flights[layer.number, frame]
 
 
-def _tell(layer: ServedLayer, fetch: _Fetch, frame: int, sample: Sample) -> None:
-    """Tell whoever records the layer of a request that began with a frame: all of its bytes, until the last one."""
+def _tell(layer: ServedLayer, fetch: _Fetch, blob_offset: int, sample: Sample) -> None:
+    """Tell whoever records the layer of a request that began there: all of its bytes, until the last one."""
     flow, first = fetch.ticket.flow, fetch.began + sample.first_byte
     ended = max(first, flow.since + sample.seconds)
     for witness in layer.witnesses:
         witness.requested(
             layer.number,
-            layer.table.frame_blob_offset[frame],
+            blob_offset,
             flow.came,
             fetch.ticket.priority,
             fetch.began,

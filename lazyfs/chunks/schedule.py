@@ -147,7 +147,9 @@ class _Host:
     @property
     def share(self) -> int:
         """Bytes that background may have under way while somebody reads. One job may have more: a frame is whole."""
-        return int(_SHARE * self.link.bytes_in_a_round_trip) if self.link.rate else _LEAST_SEGMENT
+        if self.link.round_trip < _NEAR:
+            return _FIRST_SEGMENT
+        return max(_LEAST_SEGMENT, int(_SHARE * self.link.bytes_in_a_round_trip))
 
     def segment(self) -> int:
         """Bytes that the next background request should ask for."""

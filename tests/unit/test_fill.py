@@ -314,3 +314,20 @@ async def test_background_leaves_a_host_alone_that_limits_it(
             assert registry.count(path="/blobs/") <= asked + 3
         assert layer.verified
         assert rule.hits == 1
+
+
+async def test_a_frame_larger_than_what_may_be_under_way_comes_in_pieces(scratch: Path, registry: FakeRegistry) -> None:
+    """Of a link that holds little, and each byte once; a reader who wants the frame meanwhile gets its rest at once."""
+    blob = zstd_chunked_layer(tar_of(file("big", BIG)), chunk_size=2 << 20, frame_size=2 << 20)
+    async with node(scratch) as one:
+        layer = one.serve(blob, registry)
+        registry.rate, registry.latency = 4_000_000, 0.01
+        one.scheduler.observe(layer.host, 0.02, 400_000, 0.1)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(run_fill, one, layer)
+            assert await one.read(layer, b"big", 3 << 20, 100) == BIG[3 << 20 :][:100]
+            registry.rate = 0
+        assert layer.verified
+        assert registry.bytes_sent("/blobs/") == len(blob.blob)
+        sizes = [request.sent for request in registry.matching("GET", "/blobs/")]
+        assert len([size for size in sizes if size < 700_000]) >= 4
