@@ -37,9 +37,14 @@ def test_a_start_is_recorded_to_a_file(node: Node, registry: FakeRegistry) -> No
     node.mount(add(registry, "other", layer("x")))  # a daemon
     with control_client.connect(node.run_dir / "lazyfsd.sock") as daemon:
         args: dict[str, Any] = {"image": image.reference, "lease": True, "command": ["a", "b"]}
+        with pytest.raises(UsageError, match="true or false"):
+            daemon.call("mount_image", trace="yes", **args)
         mount = daemon.call("mount_image", trace=True, **args)
         assert node.read(Path(mount["path"]) / "f07") == FILES["f07"]
         assert node.read(Path(mount["path"]) / "f03") == FILES["f03"]
+        for nonsense in (-1, 1e9, "soon", True):
+            with pytest.raises(UsageError, match="seconds"):
+                daemon.call("trace_end", mount=mount["mount"], ready=nonsense)
         ended = daemon.call("trace_end", mount=mount["mount"], ready=1.25)
         path = Path(ended["path"])
         trace = decode(path.read_bytes())
