@@ -28,6 +28,8 @@ from tests.helpers.pods import PodNode
 DEADLINE = 1800.0  # seconds for a start: 2 GB on the slowest link take some minutes
 _LOOK = 0.005  # seconds between two looks whether it is ready
 _ALIVE = 0.5  # seconds between two looks whether it still runs
+_QUIET = 0.3  # seconds without a byte
+_BUSY = 300.0  # seconds to wait for that
 _WRITTEN = re.compile(rb"http\.response\.written=(\d+)")
 
 _PROXY = '[proxy_plugins."{name}"]\ntype = "snapshot"\naddress = "{socket}"\n'
@@ -205,9 +207,23 @@ def fresh(scene: Scene, snapshotter: str, traces: Path | None = None, **settings
         shutil.copytree(traces, place / "l/traces")
     with Node(place, scene, snapshotter, **settings) as node:
         check_empty(node, scene.image)
+        until_quiet(scene.road)
         forget(scene)
         node.new_pod()
         yield node
+
+
+def until_quiet(road: Road) -> None:
+    """Wait until nothing comes over the link: another snapshotter may still fetch what an earlier start left it with.
+
+    Raise StartFailed when it doesn't end.
+    """
+    deadline, before = time.monotonic() + _BUSY, -1
+    while (now := road.moved()[0]) != before:
+        if time.monotonic() > deadline:
+            raise StartFailed(f"somebody else's bytes come over the link for {_BUSY:.0f} s already")
+        before = now
+        time.sleep(_QUIET)
 
 
 def forget(scene: Scene) -> None:
