@@ -72,8 +72,9 @@ class Reader:
         self._ahead.note(layer, places[0].chunk, places[-1].chunk)
         if layer.witnesses:
             _tell(layer, places)
-        last = layer.table.file_chunks(row)[-1]
-        self._remote.note_piece(layer, places[0], places[-1], last)
+        chunks = layer.table.file_chunks(row)
+        last = chunks[-1]
+        self._remote.note_piece(layer, places[0], places[-1], last, chunks[0])
         if len(places) == 1:
             place = places[0]
             data = await self.chunk(layer, place.chunk, Priority.DEMAND, last)

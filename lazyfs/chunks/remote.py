@@ -171,10 +171,10 @@ class Remote:
             self._pass(layer, frame)
             self._read_on(layer, frame)
 
-    def note_piece(self, layer: ServedLayer, first: Place, last: Place, last_chunk: int) -> None:
+    def note_piece(self, layer: ServedLayer, first: Place, last: Place, last_chunk: int, first_chunk: int = 0) -> None:
         """Tell of a read from `first` to `last` before its chunks are wanted: it may be one of a pattern.
 
-        `last_chunk`: the last one of the file. What the pattern wants next is asked for, if connections are free.
+        `first_chunk`, `last_chunk`: those of the file, as far as known. What the pattern wants next is asked for, if connections are free.
         """
         starts = layer.table.chunk_data_offset
         begin = starts[first.chunk] + first.offset
@@ -183,7 +183,7 @@ class Remote:
         end = starts[last.chunk] + last.offset + last.size
         limit = starts[last_chunk] + layer.table.chunk_size[last_chunk]
         room = self._scheduler.room(layer.host)
-        for at, stop in self._strides.note(layer.number, begin, end, limit):
+        for at, stop in self._strides.note(layer.number, begin, end, limit, starts[first_chunk]):
             chunks = [place.chunk for _, place in layer.table.data_places(at, stop - at)]
             if not chunks or layer.is_plain:
                 continue

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from lazyfs.units import MiB
 
 _FAR = 64 * MiB  # bytes between two pieces at most: beyond, three at equal distances may be chance
-_RECENT = 16  # reads of a layer among which a pattern is looked for: several readers take turns
+_RECENT = 4  # reads of a layer among which a pattern is looked for: two readers may take turns; of more it is chance
 _LAYERS = 64  # layers whose reads are remembered
 _PATTERNS = 64  # that are followed, node-wide
 _FIRST = 2  # pieces ahead to begin with; doubled each time one is taken
@@ -42,15 +42,18 @@ class Strides:
         """Tell whether a read that begins here was foreseen."""
         return (layer, begin) in self._expected
 
-    def note(self, layer: int, begin: int, end: int, limit: int) -> list[tuple[int, int]]:
-        """Note a read of [begin, end); `limit`: where its file ends, or earlier. Return [begin, end) to fetch ahead."""
+    def note(self, layer: int, begin: int, end: int, limit: int, floor: int = 0) -> list[tuple[int, int]]:
+        """Note a read of [begin, end) in a file that begins at `floor` or later, and ends at `limit` or later.
+
+        Return each [begin, end) to fetch ahead.
+        """
         size = end - begin
         pattern = self._expected.pop((layer, begin), None)
         if pattern is not None and pattern.size == size:
             pattern.named = max(0, pattern.named - 1)
             pattern.ahead = min(2 * pattern.ahead, _MOST, max(1, _MOST_BYTES // size))
         else:
-            pattern = self._find(layer, begin, size, limit)
+            pattern = self._find(layer, begin, size, limit, floor)
             if pattern is None:
                 return []
         self._expected[layer, begin + pattern.stride] = pattern
@@ -65,7 +68,7 @@ class Strides:
             out.append((first, first + size))
         return out
 
-    def _find(self, layer: int, begin: int, size: int, limit: int) -> _Pattern | None:
+    def _find(self, layer: int, begin: int, size: int, limit: int, floor: int) -> _Pattern | None:
         recent = self._recent.pop(layer, None)
         if recent is None:
             recent = deque(maxlen=_RECENT)
@@ -76,7 +79,8 @@ class Strides:
         in_order = (begin - size, size) in recent or (begin + size, size) in recent  # every other of them, too
         for before, _ in [one for one in recent if one[1] == size and not in_order]:
             stride = begin - before
-            if size < abs(stride) <= _FAR and (before - stride, size) in recent:
+            third = before - stride
+            if size < abs(stride) <= _FAR and (third, size) in recent and min(third, before) >= floor:
                 found = _Pattern(stride, size, limit, min(_FIRST, max(1, _MOST_BYTES // size)), 0)
         if found is None:
             recent.append((begin, size))

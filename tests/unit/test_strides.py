@@ -46,6 +46,12 @@ def test_nothing_is_foreseen_behind_the_end_of_a_file() -> None:
     assert foreseen([0, MIB, 2 * MIB, 3 * MIB], limit=4 * MIB) == [(3 * MIB, 3 * MIB + CHUNK)]
 
 
+def test_files_at_equal_distances_are_no_pattern() -> None:
+    strides = Strides()
+    for begin in (0, MIB, 2 * MIB):
+        assert strides.note(1, begin, begin + CHUNK, begin + MIB, begin) == []
+
+
 def test_a_piece_that_is_not_taken_ends_it() -> None:
     strides = Strides()
     for number in range(4):
