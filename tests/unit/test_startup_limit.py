@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import statistics
 from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import cast
 
 import pytest
 from hypothesis import given, settings
@@ -11,8 +14,10 @@ from hypothesis import strategies as st
 
 from perf.limit import Hops, Limit, Link, Touched, parse_link, probe
 from perf.pairs import shuffled, spread, upper_bound
+from perf.start import StartFailed
 from perf.startup import broken, summarise
-from perf.startup_node import Start
+from perf.startup_images import Image
+from perf.startup_node import Node, Start, check_cold, check_empty
 from perf.workloads import ALL, BY_NAME
 from tests.helpers.fake_registry import FakeRegistry
 
@@ -113,6 +118,21 @@ def test_ratios_are_those_of_a_round_and_missed_promises_are_named() -> None:
     missed = broken(BY_NAME["nginx"], WAN, summary)
     assert [words.split(":")[0] for words in missed] == ["cold", "cold"]
     assert broken(BY_NAME["nginx"], parse_link("loopback"), summary) == ["cold: up to 1.1 of the full pull, not 1.03"]
+
+
+def test_a_start_that_found_something_warm_is_no_cold_start(tmp_path: Path) -> None:
+    assert check_cold(start(1.0, moved=500), 500, "overlayfs").moved == 500
+    with pytest.raises(StartFailed, match="overlayfs: 499 bytes came over the link, not the 500 of a cold start"):
+        check_cold(start(1.0, moved=499), 500, "overlayfs")
+
+    image = Image("app", 10, 10, (f"sha256:{'a' * 64}",))
+    node = cast(Node, SimpleNamespace(place=tmp_path, root=tmp_path / "l", snapshotter="lazyfs"))
+    check_empty(node, image)
+    (tmp_path / "l/layers/sha256" / ("b" * 64)).mkdir(parents=True)  # the sandbox's
+    check_empty(node, image)
+    (tmp_path / "l/layers/sha256" / ("a" * 64)).mkdir()
+    with pytest.raises(StartFailed, match="already: this is no cold start"):
+        check_empty(node, image)
 
 
 def test_workloads_of_one_image_have_the_same_content() -> None:
