@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import time
 from collections import OrderedDict
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -23,6 +23,7 @@ from lazyfs.chunks.trace_files import TraceFiles
 from lazyfs.config import Settings
 from lazyfs.errors import LazyfsError
 from lazyfs.format.trace import Trace, merged, stripped
+from lazyfs.mount.filling import guard
 from lazyfs.mount.replay import Replay
 from lazyfs.mount.tracing import Recorder, fitting
 from lazyfs.registry.offline import OfflineRepository
@@ -59,7 +60,7 @@ class Start:
     learning: trio.CancelScope = field(default_factory=trio.CancelScope)
     mounted: trio.Event = field(default_factory=trio.Event)  # the layers are known
     idle: trio.Event = field(default_factory=trio.Event)  # nothing is fetched, or known to be fetched soon
-    kept: bool = False  # the node had a trace before
+    kept: bool = False  # the node had a trace before this start
 
 
 class Starts:
@@ -90,6 +91,7 @@ class Starts:
         self._replays = settings.prefetch and settings.trace
         self._starts: set[Start] = set()
         self._answers: OrderedDict[str, tuple[float, Trace | None]] = OrderedDict()
+        self._asking: dict[str, trio.Event] = {}
         self._disk = trio.CapacityLimiter(2)
         self._network = trio.CapacityLimiter(4)
         self._saving = 0
@@ -105,7 +107,7 @@ class Starts:
         start = Start(manifest, tuple(digests), whole)
         self._starts.add(start)
         if manifest and (self._replays or self._settings.learn):
-            self._nursery.start_soon(self._guard, partial(self._run, start, repository))
+            self._nursery.start_soon(guard, "trace", partial(self._run, start, repository))
         else:
             start.idle.set()
         return start
@@ -122,7 +124,7 @@ class Starts:
         if self._settings.learn:
             recorder = Recorder()
             recorder.attach(lazy)
-            self._nursery.start_soon(self._guard, partial(self._learn, start, recorder))
+            self._nursery.start_soon(guard, "trace", partial(self._learn, start, recorder))
         if not trusted:
             start.scope.cancel()
             start.idle.set()
@@ -193,24 +195,35 @@ class Starts:
         """Ask the registry, within a deadline, once for many. A failure is no more than a line in the log."""
         if isinstance(repository, OfflineRepository):
             return None
+        while (asked := self._asking.get(start.manifest)) is not None:
+            await asked.wait()
         at, answer = self._answers.get(start.manifest, (float("-inf"), None))
         if trio.current_time() - at < _AGAIN:
             return answer
-        answer = None
-        layers = start.digests if start.whole else None
-        job = partial(self._find, repository, start.manifest, time.monotonic() + _ANSWER, layers)
+        over = self._asking[start.manifest] = trio.Event()
         try:
-            with trio.move_on_after(_ANSWER):
-                answer = await trio.to_thread.run_sync(job, limiter=self._network, abandon_on_cancel=True)
-        except LazyfsError as error:
-            log.info("no trace from the registry: image=%s error=%s", start.manifest, error)
-            self._note_error(error)
+            answer = await self._answer(start, repository)
+        finally:
+            del self._asking[start.manifest]
+            over.set()
         self._answers.pop(start.manifest, None)
         if answer is None or len(answer.reads) <= _SMALL:
             self._answers[start.manifest] = trio.current_time(), answer
         while len(self._answers) > _ANSWERS:
             self._answers.popitem(last=False)
         return answer
+
+    async def _answer(self, start: Start, repository: Repository) -> Trace | None:
+        layers = start.digests if start.whole else None
+        job = partial(self._find, repository, start.manifest, time.monotonic() + _ANSWER, layers)
+        try:
+            with trio.move_on_after(_ANSWER):
+                return await trio.to_thread.run_sync(job, limiter=self._network, abandon_on_cancel=True)
+            log.info("no trace from the registry in time: image=%s", start.manifest)
+        except LazyfsError as error:
+            log.info("no trace from the registry: image=%s error=%s", start.manifest, error)
+            self._note_error(error)
+        return None
 
     async def _replay(self, start: Start, trace: Trace) -> None:
         def asked(size: int) -> None:
@@ -232,13 +245,13 @@ class Starts:
         self._saving += 1
         try:
             with start.learning:
-                while not start.kept:
+                while True:
                     await trio.sleep(_LOOK)
                     now = time.monotonic()
                     if now - recorder.began >= _LONGEST or (len(recorder) and now - recorder.last >= _QUIET):
                         break
             recorder.detach()
-            if len(recorder) and not start.kept:
+            if len(recorder):
                 with trio.CancelScope(shield=True):
                     save = partial(self._save, start, recorder)
                     await trio.to_thread.run_sync(save, limiter=self._disk)
@@ -248,19 +261,25 @@ class Starts:
             self._saving -= 1
 
     def _save(self, start: Start, recorder: Recorder) -> None:
-        """Keep what a start has read, with what another one or the registry has told meanwhile. Blocking."""
+        """Keep what a start has read, with what another one or the registry has told meanwhile. Blocking.
+
+        Where the node knew of starts before, only if this was quite another one.
+        """
         ours = stripped(recorder.trace(start.manifest, start.digests, recorder.last - recorder.began))
-        others = [self._files.load(start.manifest), start.trace]
+        known = self._files.load(start.manifest)
+        if start.kept and known is not None and not _is_news(ours, known):
+            return
         try:
-            whole = merged([ours, *(stripped(other) for other in others if other is not None)])
+            whole = merged([ours, *(stripped(other) for other in (known, start.trace) if other is not None)])
             assert whole is not None
             self._files.save(fitting(whole))
             log.info("learned what starts of %s read: %d chunks", start.manifest, len(whole.reads))
         except LazyfsError as error:
             log.warning("what was learned of %s is not kept: %s", start.manifest, error)
 
-    async def _guard(self, work: Callable[[], Awaitable[object]]) -> None:
-        try:
-            await work()
-        except Exception:
-            log.exception("work on a trace broke")
+
+def _is_news(ours: Trace, known: Trace) -> bool:
+    """Tell whether most of what a start has read is not in a trace: another command of the same image, say."""
+    before = {(read.path, known.layers[read.layer], read.offset) for read in known.reads}
+    new = sum((read.path, ours.layers[read.layer], read.offset) not in before for read in ours.reads)
+    return new > len(ours.reads) // 2

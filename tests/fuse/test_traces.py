@@ -122,9 +122,20 @@ def test_the_next_cold_start_fetches_what_was_learned(node: Node, registry: Fake
     assert not trace.requests and all(read.waited == 0 for read in trace.reads)
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
     empty_store(node)
+    learn(node, image, WANTED[0])  # nothing new
+    assert decode(path.read_bytes()) == trace
+    empty_store(node)
     fetched_ahead(node, registry, image, "node")
     assert registry.count("GET", "/referrers/") == 0  # the node knows better
     assert registry.bytes_sent("/blobs/") < len(WANTED) * 2 * (1 << 16) + 200_000
+
+
+def test_another_command_of_an_image_is_learned_too(node: Node, registry: FakeRegistry) -> None:
+    image = add(registry, "one", layer())
+    learn(node, image, "f03")
+    empty_store(node)
+    trace = decode(learn(node, image, "f03", "f08", "f09", "f10").read_bytes())
+    assert {name.decode() for name in paths(trace)} == {"f03", "f08", "f09", "f10"}
 
 
 def test_chains_learn_and_fetch_ahead_too(node: Node, registry: FakeRegistry) -> None:
