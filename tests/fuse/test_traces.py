@@ -20,7 +20,7 @@ from lazyfs.registry import traces
 from lazyfs.registry.open import OpenOptions, open_repository
 from tests.helpers.blobs import LayerBlob, zstd_chunked_layer
 from tests.helpers.chains import running
-from tests.helpers.daemon import Node, add, both_drivers, pattern, tmpfs, until
+from tests.helpers.daemon import Node, add, pattern, tmpfs, until
 from tests.helpers.fake_registry import AddedImage, FakeRegistry, Fault
 from tests.helpers.tars import file, tar_of
 
@@ -111,9 +111,8 @@ def fetched_ahead(node: Node, registry: FakeRegistry, image: AddedImage, source:
     assert node.layer()["bytes"]["demand"] == 0
 
 
-@both_drivers
-def test_the_next_cold_start_fetches_what_was_learned(node: Node, registry: FakeRegistry, driver: str) -> None:
-    node.settings |= {"DRIVER": driver, "PREFETCH": "1"}
+def test_the_next_cold_start_fetches_what_was_learned(node: Node, registry: FakeRegistry) -> None:
+    node.settings |= {"DRIVER": "fuse", "PREFETCH": "1"}
     image = add(registry, "one", layer())
     path = learn(node, image, *WANTED)
     trace = decode(path.read_bytes())
@@ -131,6 +130,7 @@ def test_the_next_cold_start_fetches_what_was_learned(node: Node, registry: Fake
 
 
 def test_another_command_of_an_image_is_learned_too(node: Node, registry: FakeRegistry) -> None:
+    node.settings["DRIVER"] = "erofs"
     image = add(registry, "one", layer())
     learn(node, image, "f03")
     empty_store(node)
