@@ -174,7 +174,8 @@ class Remote:
     def note_piece(self, layer: ServedLayer, first: Place, last: Place, last_chunk: int, first_chunk: int = 0) -> None:
         """Tell of a read from `first` to `last` before its chunks are wanted: it may be one of a pattern.
 
-        `first_chunk`, `last_chunk`: those of the file, as far as known. What the pattern wants next is asked for, if connections are free.
+        `first_chunk`, `last_chunk`: those of the file, as far as known. What the pattern wants next is asked for, if
+        connections are free.
         """
         starts = layer.table.chunk_data_offset
         begin = starts[first.chunk] + first.offset
@@ -416,9 +417,10 @@ class Remote:
         parts: list[bytes] = []
         at = 0
         while fetch.priority is Priority.BACKGROUND:
-            piece = max(_PIECE, self._scheduler.segment(layer.host))
-            if size - at < piece + piece // 2:
+            most = max(_PIECE, self._scheduler.segment(layer.host))
+            if size - at <= most:
                 break
+            piece = -(-(size - at) // -(-(size - at) // most))  # equal ones, rather than a small one at the end
             fetch.began = time.monotonic()
             ticket, deadline = fetch.ticket, fetch.began + _LONGEST_TRY
             job = partial(fetch_piece, layer, start + at, piece, deadline, ticket.flow)

@@ -33,7 +33,7 @@ _NEAR_TRIP = 0.05  # seconds of bytes that are asked for there as if they were a
 _PART = 0.45  # round trips of bytes in one background request: three or four of them keep a link busy
 # Round trips of bytes in all of them. A reader who turns up has his bytes after two round trips and their own time:
 # what had been asked for before has arrived by then.
-_ALL = 1.7
+_ALL = 1.55
 _UNEVEN = 0.4  # background requests are larger and smaller than that by up to this part, in turn
 _GOLDEN = 0.6180339887  # steps of this part of a circle never fall together
 _SHARE = 0.5  # round trips of bytes that background has under way at most while somebody reads

@@ -42,12 +42,12 @@ async def test_slow_connections_get_more_places_than_a_slow_link(
         nursery.start_soon(model.fill, scheduler)
         await trio.sleep(8)
         few = scheduler.places(HOST)
-        assert few <= 6
+        assert few <= 8
     async with modelled(monkeypatch, round_trip=0.02, mbit=400, most=32) as (model, nursery):
         scheduler = Scheduler(16)
         nursery.start_soon(model.fill, scheduler)
         await trio.sleep(10)
-        assert scheduler.places(HOST) >= few + 2
+        assert scheduler.places(HOST) >= few + 1
 
 
 @pytest.mark.parametrize("size", [64 << 10, 1 << 20])
