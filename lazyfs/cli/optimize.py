@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from lazyfs.cli import common
@@ -85,7 +85,7 @@ def _optimize(
     given: list[_Given],
 ) -> int:
     from lazyfs import oci
-    from lazyfs.format.trace import encode, merged, stripped
+    from lazyfs.format.trace import encode, fitting, merged, stripped
     from lazyfs.registry import traces
     from lazyfs.registry.resolve import resolve_image
 
@@ -97,7 +97,7 @@ def _optimize(
     known = traces.find(repository, found.digest, time.monotonic() + _FIND_TIMEOUT, layers=layers)
     union = merged([*([known] if known else []), *(one.trace for one in given)])
     assert union is not None  # there is at least one
-    whole = _fitting(stripped(union))
+    whole = fitting(stripped(union))
     new = _chunks(whole) - (_chunks(known) if known else set())
     entry = None
     if new and not args.dry_run:
@@ -183,17 +183,3 @@ def _facts(trace: Trace) -> dict[str, Any]:
 
     size = sum(read.size for read in trace.reads)
     return {"reads": len(trace.reads), "files": len(paths(trace)), "bytes": size, "ready": trace.ready}
-
-
-def _fitting(trace: Trace) -> Trace:
-    """Return as much of a trace as a file takes: its last reads are left out."""
-    from lazyfs.format.trace import encode
-
-    while True:
-        try:
-            encode(trace)
-            return trace
-        except TraceInvalid:
-            if not trace.reads:
-                raise
-            trace = replace(trace, reads=trace.reads[: len(trace.reads) * 3 // 4])

@@ -163,6 +163,24 @@ def stripped(trace: Trace) -> Trace:
     return replace(trace, reads=reads, requests=(), command=())
 
 
+def fitting(trace: Trace) -> Trace:
+    """Return as much of a trace as a file takes: first its requests are left out, then its last reads.
+
+    Blocking, as `encode`. Raise TraceInvalid for one that is too large without any.
+    """
+    while True:
+        try:
+            encode(trace)
+            return trace
+        except TraceInvalid:
+            if trace.requests:
+                trace = replace(trace, requests=trace.requests[: len(trace.requests) // 2])
+            elif trace.reads:
+                trace = replace(trace, reads=trace.reads[: len(trace.reads) * 3 // 4])
+            else:
+                raise
+
+
 def merged(traces: Iterable[Trace]) -> Trace | None:
     """Return the trace of all that these starts of one image read, in the order of the earliest demand; None of none.
 

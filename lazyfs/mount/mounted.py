@@ -19,12 +19,13 @@ from lazyfs.chunks.trace_files import TraceFiles
 from lazyfs.config import Settings
 from lazyfs.container import mounts, sweep
 from lazyfs.errors import LazyfsError, MountPointInvalid, StoreError, UsageError
+from lazyfs.format.trace import fitting
 from lazyfs.mount.chain_service import ChainService
 from lazyfs.mount.control import Say
 from lazyfs.mount.images import Images, MountedImage
 from lazyfs.mount.showing import Showing, Shown
 from lazyfs.mount.stock_calls import pull_of
-from lazyfs.mount.tracing import Recorder, fitting
+from lazyfs.mount.tracing import Recorder
 from lazyfs.registry.config import access as accesses
 
 log = logging.getLogger(__name__)

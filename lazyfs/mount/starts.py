@@ -22,10 +22,10 @@ from lazyfs.chunks.schedule import Scheduler
 from lazyfs.chunks.trace_files import TraceFiles
 from lazyfs.config import Settings
 from lazyfs.errors import LazyfsError
-from lazyfs.format.trace import Trace, merged, stripped
+from lazyfs.format.trace import Trace, fitting, merged, stripped
 from lazyfs.mount.filling import guard
 from lazyfs.mount.replay import Replay
-from lazyfs.mount.tracing import Recorder, fitting
+from lazyfs.mount.tracing import Recorder
 from lazyfs.registry.offline import OfflineRepository
 from lazyfs.registry.repository import Repository
 

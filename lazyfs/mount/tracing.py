@@ -9,11 +9,8 @@ import time
 from bisect import bisect_right
 from collections import defaultdict
 from collections.abc import Iterable
-from dataclasses import replace
 
 from lazyfs.chunks.layer import ServedLayer
-from lazyfs.errors import TraceInvalid
-from lazyfs.format import trace as traces
 from lazyfs.format.entry import Kind
 from lazyfs.format.table import LayerTable
 from lazyfs.format.trace import MAX_LAYERS, MAX_READS, MAX_REQUESTS, Read, Request, Trace
@@ -115,18 +112,3 @@ def rows_of(table: LayerTable, chunks: Iterable[int]) -> dict[int, int]:
         if at >= 0 and chunk in table.file_chunks(row := files[at][1]):
             out[chunk] = row
     return out
-
-
-def fitting(trace: Trace) -> Trace:
-    """Return a trace cut so far that it fits into a file: first its requests, then its last reads. Blocking."""
-    while True:
-        try:
-            traces.encode(trace)
-            return trace
-        except TraceInvalid:
-            if trace.requests:
-                trace = replace(trace, requests=trace.requests[: len(trace.requests) // 2])
-            elif trace.reads:
-                trace = replace(trace, reads=trace.reads[: len(trace.reads) // 2])
-            else:
-                raise

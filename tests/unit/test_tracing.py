@@ -14,8 +14,8 @@ from lazyfs.chunks.frames import needed
 from lazyfs.chunks.layer import ServedLayer
 from lazyfs.chunks.schedule import Priority
 from lazyfs.chunks.trace_files import TraceFiles
-from lazyfs.format.trace import Read, Trace, decode, encode
-from lazyfs.mount.tracing import Recorder, fitting
+from lazyfs.format.trace import Read, Trace, decode, encode, fitting
+from lazyfs.mount.tracing import Recorder
 from tests.helpers.blobs import zstd_chunked_layer
 from tests.helpers.chunk_tables import noise
 from tests.helpers.fake_registry import FakeRegistry
