@@ -9,9 +9,13 @@ from __future__ import annotations
 from collections import OrderedDict, deque
 from dataclasses import dataclass
 
-from lazyfs.units import MiB
+from lazyfs.units import KiB, MiB
 
 _FAR = 64 * MiB  # bytes between two pieces at most: beyond, three at equal distances may be chance
+_LARGEST = (
+    512 * KiB
+)  # bytes of a piece: larger ones are the kernel's, which reads ahead in order, and asks out of order
+_SPARSE = 4  # times a piece's bytes from one to the next at least; what is denser is better fetched whole
 _RECENT = 4  # reads of a layer among which a pattern is looked for: two readers may take turns; of more it is chance
 _LAYERS = 64  # layers whose reads are remembered
 _PATTERNS = 64  # that are followed, node-wide
@@ -69,6 +73,8 @@ class Strides:
         return out
 
     def _find(self, layer: int, begin: int, size: int, limit: int, floor: int) -> _Pattern | None:
+        if size > _LARGEST:
+            return None
         recent = self._recent.pop(layer, None)
         if recent is None:
             recent = deque(maxlen=_RECENT)
@@ -80,7 +86,7 @@ class Strides:
         for before, _ in [one for one in recent if one[1] == size and not in_order]:
             stride = begin - before
             third = before - stride
-            if size < abs(stride) <= _FAR and (third, size) in recent and min(third, before) >= floor:
+            if _SPARSE * size <= abs(stride) <= _FAR and (third, size) in recent and min(third, before) >= floor:
                 found = _Pattern(stride, size, limit, min(_FIRST, max(1, _MOST_BYTES // size)), 0)
         if found is None:
             recent.append((begin, size))

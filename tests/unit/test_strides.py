@@ -26,7 +26,7 @@ def foreseen(begins: list[int], size: int = CHUNK, limit: int = 1 << 40) -> list
     return [piece for begin in begins for piece in strides.note(1, begin, begin + size, limit)]
 
 
-@pytest.mark.parametrize("stride", [MIB, -MIB, 130 * KIB])
+@pytest.mark.parametrize("stride", [MIB, -MIB, 260 * KIB])
 def test_the_third_read_at_an_equal_distance_names_the_next_ones(stride: int) -> None:
     begins = [40 * MIB + number * stride for number in range(12)]
     named = foreseen(begins)
@@ -40,6 +40,7 @@ def test_reads_in_order_or_without_one_are_not_foreseen() -> None:
     assert foreseen([number * CHUNK for number in range(30)]) == []
     assert foreseen([100 * KIB << number for number in range(30)]) == []
     assert foreseen([number * 200 * MIB for number in range(10)]) == [], "that far apart is chance"
+    assert foreseen([0, 2 * MIB, 4 * MIB, MIB, 3 * MIB], size=MIB) == [], "in order, as the kernel asks for it"
 
 
 def test_nothing_is_foreseen_behind_the_end_of_a_file() -> None:
