@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter, OrderedDict
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import TypeVar
@@ -11,7 +11,7 @@ from typing import TypeVar
 import trio
 
 from lazyfs.chunks.single_flight import SingleFlight
-from lazyfs.errors import DaemonFault, ImageIncomplete
+from lazyfs.errors import DaemonFault, ImageIncomplete, LazyfsError, first_of
 from lazyfs.mount.apart import Apart, Links
 from lazyfs.mount.filling import Fillings
 from lazyfs.mount.keeping import Keeping
@@ -105,6 +105,35 @@ class ChainLayers:
                     del self._persistent[host]
 
         return await self._apart.run(hold, give_back, persist=persist)
+
+    async def hold_all(self, source: ChainSource, wanted: Sequence[tuple[Descriptor, str]]) -> list[Prepared]:
+        """Hold layers, told with their diff IDs, side by side, each once it may be used; or none. A checkpoint.
+
+        Raise as `Layers.hold` and `await_trust`.
+        """
+        found: dict[int, Prepared] = {}
+
+        async def one(number: int, descriptor: Descriptor, told: str) -> None:
+            async def diff_id() -> str:
+                return told
+
+            found[number] = await self.hold(source, descriptor, diff_id)
+            await self.await_trust(source, found[number])
+
+        try:
+            async with trio.open_nursery() as nursery:
+                for number, (descriptor, told) in enumerate(wanted):
+                    nursery.start_soon(one, number, descriptor, told)
+        except BaseException as error:
+            with trio.CancelScope(shield=True):
+                for prepared in found.values():
+                    await self.drop(prepared)
+            if isinstance(error, BaseExceptionGroup):
+                failed, rest = error.split(LazyfsError)
+                if failed is not None and (rest is None or rest.split(trio.Cancelled)[1] is None):
+                    raise first_of(failed) from None
+            raise
+        return [found[number] for number in range(len(wanted))]
 
     async def promise(
         self, source: ChainSource, descriptor: Descriptor, diff_id: Callable[[], Awaitable[str]]

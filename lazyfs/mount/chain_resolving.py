@@ -21,6 +21,7 @@ from lazyfs.errors import LazyfsError, ReadDeadline, RegistryTimeout, first_of
 from lazyfs.mount.apart import Apart
 from lazyfs.mount.chain_documents import ChainDocuments, ChainImage
 from lazyfs.mount.chain_layers import ChainLayers, ChainSource
+from lazyfs.mount.early import Early
 from lazyfs.mount.keeping import Keeping
 from lazyfs.mount.preparing import TooLarge
 from lazyfs.oci import Descriptor, ImageConfig
@@ -84,11 +85,14 @@ class Resolution:
 class ChainResolver:
     """Resolves images for chains. Belongs to one trio loop."""
 
-    def __init__(self, documents: ChainDocuments, layers: ChainLayers, keeping: Keeping, apart: Apart) -> None:
+    def __init__(
+        self, documents: ChainDocuments, layers: ChainLayers, keeping: Keeping, apart: Apart, early: Early
+    ) -> None:
         self._documents = documents
         self._layers = layers
         self._keeping = keeping
         self._apart = apart
+        self._early = early
         self._running: dict[Hashable, Resolution] = {}  # each ends by its first caller's deadline, about
 
     async def resolve(self, source: ChainSource, chain_id: str = "", *, share: bool = True) -> dict[str, Any]:
@@ -119,6 +123,7 @@ class ChainResolver:
 
         Callers had their answers before; what comes behind them would be kept, and nobody would know of it.
         """
+        self._early.stop(digests)
         with trio.move_on_after(_SETTLE):
             while any(found.names(digests) for found in self._running.values()):
                 await trio.sleep(_LOOK)
@@ -132,6 +137,8 @@ class ChainResolver:
             config = await self._ready(source, image, found)
             if any(one.ready for one in found.outcomes):  # else nothing of it stays here, and nobody would remove it
                 await self._documents.remember(image, config)
+            if all(one.lazy for one in found.outcomes):
+                self._early.begin(source, image, config)
         except Exception as error:  # for those who wait; there may be nobody left
             found.error = error
             level = logging.INFO if isinstance(error, LazyfsError) else logging.ERROR

@@ -16,6 +16,7 @@ from lazyfs.mount.chain_layers import ChainLayers
 from lazyfs.mount.chain_resolving import ChainResolver
 from lazyfs.mount.chains import Chains
 from lazyfs.mount.donors import Donors
+from lazyfs.mount.early import Early
 from lazyfs.mount.forest import Forest
 from lazyfs.mount.images import Images
 from lazyfs.mount.keeping import Keeping
@@ -61,6 +62,6 @@ def serve_chains(
         pull = Pull.NEVER if settings.offline else Pull.NEWER
         return images.open(reference, None, pull, access, reachable.noting(reference.host, images.on_hop))
 
-    resolver = ChainResolver(documents, layers, keeping, apart)
+    resolver = ChainResolver(documents, layers, keeping, apart, Early(layers, images.starts, apart))
     calls = ChainCalls(open_repository, resolver, chains, layers, keeping, census.store, clearing, rest)
     return ChainService(calls, chains, keeping)

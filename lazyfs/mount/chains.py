@@ -10,7 +10,7 @@ from functools import partial
 
 import trio
 
-from lazyfs.errors import LazyfsError, RegistryTimeout, UsageError, first_of
+from lazyfs.errors import RegistryTimeout, UsageError
 from lazyfs.log import fields
 from lazyfs.mount.apart import Apart
 from lazyfs.mount.chain_layers import ChainLayers, ChainSource
@@ -111,7 +111,8 @@ class Chains:
         start = self._starts.begin(source.repository, manifest_digest, digests, whole=False)
         with contextlib.ExitStack() as undo, trio.move_on_after(max(0.0, source.deadline - time.monotonic())) as scope:
             undo.callback(self._starts.end, start)
-            prepared = await self._hold_all(source, layers)
+            wanted = [(layer.descriptor, layer.diff_id) for layer in layers]
+            prepared = await self._layers.hold_all(source, wanted)
             try:
                 await self._reachable.check(source, [one.layer for one in prepared])
             except BaseException:
@@ -177,32 +178,6 @@ class Chains:
     async def _take_back(self, planted: Planted, shown: Shown) -> None:
         await self._showing.hide(planted, shown)
         await self._planting.release(planted)
-
-    async def _hold_all(self, source: ChainSource, layers: list[ChainLayer]) -> list[Prepared]:
-        """Hold all layers, side by side, each once it may be used; or none."""
-        found: dict[int, Prepared] = {}
-
-        async def one(number: int, layer: ChainLayer) -> None:
-            async def diff_id() -> str:
-                return layer.diff_id
-
-            found[number] = await self._layers.hold(source, layer.descriptor, diff_id)
-            await self._layers.await_trust(source, found[number])
-
-        try:
-            async with trio.open_nursery() as nursery:
-                for number, layer in enumerate(layers):
-                    nursery.start_soon(one, number, layer)
-        except BaseException as error:
-            with trio.CancelScope(shield=True):
-                for prepared in found.values():
-                    await self._layers.drop(prepared)
-            if isinstance(error, BaseExceptionGroup):
-                failed, rest = error.split(LazyfsError)
-                if failed is not None and (rest is None or rest.split(trio.Cancelled)[1] is None):
-                    raise first_of(failed) from None
-            raise
-        return [found[number] for number in range(len(layers))]
 
     async def _plant(self, source: ChainSource, prepared: list[Prepared]) -> Planted:
         async def plant() -> Planted:

@@ -38,11 +38,19 @@ _LOOK = 0.5  # seconds between looks at that
 _ANSWER = 5.0  # seconds for the registry to answer
 _AGAIN = 30.0  # seconds for which its answer is remembered: many containers of one image may start
 _ANSWERS = 16  # remembered
+_PULLED = 64
 _SMALL = 5000  # reads of a trace that is remembered
 _LAST_WORDS = 3.0  # seconds that the end of the daemon waits for what was learned
 
 # (repository, manifest's digest, deadline, blob digests of its layers where they are known) → what it has
 Find = Callable[[Repository, str, float, Sequence[str] | None], Trace | None]
+
+
+@dataclass(eq=False, slots=True)
+class Asked:
+    """What was asked for because of a trace: compressed bytes."""
+
+    size: int = 0
 
 
 @dataclass(eq=False, slots=True)
@@ -53,13 +61,14 @@ class Start:
     digests: tuple[str, ...]  # of its layers, base first
     whole: bool  # these are all of its layers
     source: str = NONE  # where the trace came from
-    asked: int = 0  # compressed bytes that were asked for because of it
+    asked: Asked = field(default_factory=Asked)  # because of it, since the pull
     trace: Trace | None = None  # the registry's, until what is learned was merged with it
     layers: tuple[ServedLayer, ...] = ()
     scope: trio.CancelScope = field(default_factory=trio.CancelScope)  # of the search and the replay
     learning: trio.CancelScope = field(default_factory=trio.CancelScope)
     mounted: trio.Event = field(default_factory=trio.Event)  # the layers are known
     idle: trio.Event = field(default_factory=trio.Event)  # nothing is fetched, or known to be fetched soon
+    over: trio.Event = field(default_factory=trio.Event)  # the search and the replay, whatever came of them
     kept: bool = False  # the node had a trace before this start
 
 
@@ -90,6 +99,7 @@ class Starts:
         self._note_error = note_error
         self._replays = settings.prefetch and settings.trace
         self._starts: set[Start] = set()
+        self._pulled: OrderedDict[str, Asked] = OrderedDict()  # by manifest digest, of pulls whose mount is to come
         self._answers: OrderedDict[str, tuple[float, Trace | None]] = OrderedDict()
         self._asking: dict[str, trio.Event] = {}
         self._disk = trio.CapacityLimiter(2)
@@ -98,22 +108,36 @@ class Starts:
 
     # -- a mount's life
 
-    def begin(self, repository: Repository, manifest: str, digests: Sequence[str], *, whole: bool) -> Start:
-        """Begin to look for what is known of an image's starts. Doesn't wait.
+    def begin(
+        self, repository: Repository, manifest: str, digests: Sequence[str], *, whole: bool, early: bool = False
+    ) -> Start:
+        """Begin to look for what is known of an image's starts. Doesn't wait. `early`: it is pulled, and no mount yet.
 
         `digests`: the layers that are shown, base first; `whole`: all of the image's. Each call is paired with one
         `end`.
         """
         start = Start(manifest, tuple(digests), whole)
+        if early:
+            self._pulled[manifest] = start.asked
+            while len(self._pulled) > _PULLED:
+                self._pulled.popitem(last=False)
+        elif manifest in self._pulled:
+            start.asked = self._pulled.pop(manifest)
         self._starts.add(start)
         if manifest and (self._replays or self._settings.learn):
             self._nursery.start_soon(guard, "trace", partial(self._run, start, repository))
         else:
             start.idle.set()
+            start.over.set()
         return start
 
-    def mounted(self, start: Start, layers: Sequence[ServedLayer], *, trusted: bool = True) -> None:
-        """Tell which layers an image has. Doesn't wait. What is not `trusted` is fetched whole before it is used."""
+    def mounted(
+        self, start: Start, layers: Sequence[ServedLayer], *, trusted: bool = True, learns: bool = True
+    ) -> None:
+        """Tell which layers an image has. Doesn't wait. What is not `trusted` is fetched whole before it is used.
+
+        `learns`: somebody is about to read them.
+        """
         start.layers = tuple(dict.fromkeys(layers))
         lazy = [layer for layer in start.layers if not layer.is_plain]
         due = [layer for layer in lazy if not isinstance(layer.repository, OfflineRepository)]
@@ -121,7 +145,7 @@ class Starts:
             start.scope.cancel()
             start.idle.set()
             return
-        if self._settings.learn:
+        if self._settings.learn and learns:
             recorder = Recorder()
             recorder.attach(lazy)
             self._nursery.start_soon(guard, "trace", partial(self._learn, start, recorder))
@@ -177,6 +201,7 @@ class Starts:
                     await self._replay(start, known)
         finally:
             start.idle.set()
+            start.over.set()
 
     def _known(self, start: Start) -> tuple[Trace | None, bool]:
         """Return the node's trace of an image, and whether something of the image is surely missing. Blocking."""
@@ -227,7 +252,7 @@ class Starts:
 
     async def _replay(self, start: Start, trace: Trace) -> None:
         def asked(size: int) -> None:
-            start.asked += size
+            start.asked.size += size
 
         if start.idle.is_set():  # else somebody waits for it
             start.idle = trio.Event()
@@ -236,7 +261,7 @@ class Starts:
         await Replay(self._remote, self._scheduler, trace, start.layers, room, asked).run()
         log.info(
             "trace of %s fetched: from=%s bytes=%d seconds=%.2f",
-            start.manifest, start.source, start.asked, time.monotonic() - began,
+            start.manifest, start.source, start.asked.size, time.monotonic() - began,
         )  # fmt: skip
 
     # -- what is learned

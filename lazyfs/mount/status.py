@@ -206,7 +206,7 @@ class StatusReport:
 
 def _trace(start: Start | None) -> dict[str, Any]:
     """Return where a mount's trace came from, and how many compressed bytes were asked for because of it."""
-    return {"source": NONE, "bytes": 0} if start is None else {"source": start.source, "bytes": start.asked}
+    return {"source": NONE, "bytes": 0} if start is None else {"source": start.source, "bytes": start.asked.size}
 
 
 def _filled(facts: tuple[LayerFacts, ...], size: int) -> dict[str, Any]:

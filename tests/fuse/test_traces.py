@@ -155,8 +155,10 @@ def test_chains_learn_and_fetch_ahead_too(node: Node, registry: FakeRegistry) ->
         client.call("remove_layers", digests=[layer["digest"] for layer in layers])
         assert path.exists()
         registry.clear_log()
-        client.mount(image, client.resolve(image))
-        until(lambda: traced(node)["bytes"] >= 100_000, "it is fetched ahead")
+        pulled = client.resolve(image)
+        until(lambda: registry.bytes_sent(f"/blobs/{image.layers[1]}") >= 100_000, "it is fetched before its container")
+        client.mount(image, pulled)
+        until(lambda: traced(node)["bytes"] >= 100_000, "the mount tells of it")
         assert traced(node)["source"] == "node"
 
 

@@ -39,6 +39,9 @@ class Parts:
 
     def end(self, start: str) -> None: ...
 
+    async def hold_all(self, *_: object) -> list[object]:
+        return []
+
     async def check(self, *_: object) -> None:
         await trio.lowlevel.checkpoint()
 

@@ -15,6 +15,7 @@ from lazyfs.mount.apart import Apart
 from lazyfs.mount.chain_documents import ChainDocuments, ChainImage
 from lazyfs.mount.chain_layers import ChainLayers, ChainSource
 from lazyfs.mount.chain_resolving import ChainResolver
+from lazyfs.mount.early import Early
 from lazyfs.mount.keeping import Keeping
 from lazyfs.oci import Descriptor, ImageConfig, Manifest
 from lazyfs.registry.offline import OfflineRepository
@@ -62,7 +63,8 @@ def test_documents_that_come_with_the_deadline_leave_layers_that_are_not_ready()
     async def resolve() -> dict[str, Any]:
         async with trio.open_nursery() as nursery:
             documents, layers = cast(ChainDocuments, Late()), cast(ChainLayers, Slow())
-            return await ChainResolver(documents, layers, cast(Keeping, None), Apart(nursery)).resolve(source)
+            resolver = ChainResolver(documents, layers, cast(Keeping, None), Apart(nursery), cast(Early, None))
+            return await resolver.resolve(source)
 
     answer = trio.run(resolve)
     (layer,) = answer["layers"]

@@ -230,7 +230,7 @@ async def test_many_mounts_of_one_image_ask_its_registry_once(scratch: Path, reg
         for start in begun:
             starts.end(start)
             await starts.until_over(start)
-        assert sum(start.asked for start in begun) == layer.bytes_by_priority[Priority.PREFETCH]
+        assert sum(start.asked.size for start in begun) == layer.bytes_by_priority[Priority.PREFETCH]
 
 
 @pytest.fixture(scope="module")
