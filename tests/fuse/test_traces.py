@@ -154,6 +154,12 @@ def test_chains_learn_and_fetch_ahead_too(node: Node, registry: FakeRegistry) ->
         assert trace.layers == image.layers and {(read.path, read.layer) for read in trace.reads} == {(b"f07", 1)}
         client.call("remove_layers", digests=[layer["digest"] for layer in layers])
         assert path.exists()
+        stuck = registry.fault(Fault.BLACK_HOLE, path=f"/blobs/{image.layers[1]}", after=1)  # behind the TOC
+        pulled = client.resolve(image)
+        until(lambda: stuck.hits > 0, "it is being fetched before its container")
+        gone = client.call("remove_layers", digests=[layer["digest"] for layer in layers])
+        assert sorted(gone["removed"]) == sorted(image.layers), "that keeps nobody from removing it"
+        registry.clear_faults()
         registry.clear_log()
         pulled = client.resolve(image)
         until(lambda: registry.bytes_sent(f"/blobs/{image.layers[1]}") >= 100_000, "it is fetched before its container")
