@@ -60,6 +60,7 @@ class VerifyAhead:
         self._promised: dict[Key, trio.Event] = {}
         self._unread: OrderedDict[Key, None] = OrderedDict()
         self._limiter = trio.CapacityLimiter(READERS)
+        self._threads = 0  # that are at work, or wait for their turn
 
     def __contains__(self, key: Key) -> bool:
         """Tell whether a chunk is being looked at: `wait` will say when."""
@@ -143,20 +144,23 @@ class VerifyAhead:
             for chunk, data in layer.store.read_in_order(self._drain(stream.todo, taken)):
                 token.run_sync_soon(self._done, layer, chunk, data)
 
+        self._threads += 1
         try:
             while stream.todo:
                 await trio.to_thread.run_sync(work, limiter=self._limiter)
         except Exception:
             log.exception("reading ahead of layer %s broke", layer.digest)  # readers go on by themselves
         finally:
+            self._threads -= 1
             stream.running = False
             for chunk in (*taken, *stream.todo):
                 self._keep(layer.number, chunk)
             stream.todo.clear()
 
-    @staticmethod
-    def _drain(todo: deque[int], taken: set[int]) -> Iterator[int]:
-        for _ in range(len(todo)):  # what comes meanwhile has to wait for its turn: other readers want the thread
+    def _drain(self, todo: deque[int], taken: set[int]) -> Iterator[int]:
+        left = len(todo)
+        while todo and (left > 0 or self._threads <= READERS):  # else what came meanwhile waits for its turn
+            left -= 1
             chunk = todo.popleft()
             taken.add(chunk)
             yield chunk

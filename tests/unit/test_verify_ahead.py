@@ -236,30 +236,36 @@ async def test_a_reader_who_rested_waits_for_his_turn_alone(
         one.memory.resize(0)
         for name in names:
             await one.read(layer, name.encode())
-        with trio.fail_after(10):
-            while one.remote.in_flight() or not layer.store.complete:
-                await trio.sleep(0.001)
-        one.memory.resize(8 * MiB)
-        turns: list[int] = []
+        await until(lambda: not one.remote.in_flight() and layer.store.complete)
+        one.memory.resize(2 * MiB)
+        window = 2 * MiB // (2 * READERS) // CHUNK
+        looked_at = 0
         real = LayerStore.read_in_order
 
-        def counted(self: LayerStore, chunks: Iterable[int]) -> Iterator[tuple[int, bytes | None]]:
-            turns.append(0)
-            turn = len(turns) - 1
+        def slowly(self: LayerStore, chunks: Iterable[int]) -> Iterator[tuple[int, bytes | None]]:
+            nonlocal looked_at
             for item in real(self, chunks):
-                turns[turn] += 1
-                time.sleep(0.002)  # longer than a reader takes to ask for more
+                looked_at += 1
+                time.sleep(0.005)  # longer than a reader takes to ask for more
                 yield item
 
-        monkeypatch.setattr(LayerStore, "read_in_order", counted)
+        monkeypatch.setattr(LayerStore, "read_in_order", slowly)
 
-        async def all_of(name: str) -> None:
-            for chunk in range(CHUNKS):
+        async def read_on(name: str, first: int, stop: int) -> int:
+            """Return how many chunks were looked at, for anybody, during the longest of these reads."""
+            longest = 0
+            for chunk in range(first, stop):
+                before = looked_at
                 await one.read(layer, name.encode(), chunk * CHUNK, CHUNK)
+                longest = max(longest, looked_at - before)
+            return longest
 
         with trio.fail_after(30):
             async with trio.open_nursery() as nursery:
-                for name in names:
-                    nursery.start_soon(all_of, name)
-        window = 1 * MiB // CHUNK
-        assert max(turns) <= 2 * (window + 1), "a thread goes back when what it was given is done"
+                await read_on(names[0], 0, 6)
+                await trio.sleep(1.2)  # after a second he makes room for others
+                for name in names[1:]:
+                    nursery.start_soon(read_on, name, 0, CHUNKS)
+                await until(lambda: looked_at > 4 * READERS)
+                longest = await read_on(names[0], 6, CHUNKS)
+        assert longest <= 2 * (READERS + 1) * (window + 1), "a thread goes back when what it was given is done"
