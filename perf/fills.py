@@ -35,6 +35,12 @@ _PAUSE = 1.5  # seconds; after one without readers the fills take the whole link
 _SETTLED = 3.0  # seconds after the mount
 # With erofs the kernel reads ahead over the ends of files, and what it wants then shares the link with the read itself.
 _SETTINGS = {"LAZYFS_DRIVER": "fuse"}
+_STEP = 1 << 20  # bytes
+
+
+def _noise(chance: random.Random, size: int) -> bytes:
+    """Return random bytes, in steps: `randbytes` counts bits, and not beyond an int."""
+    return b"".join(chance.randbytes(min(_STEP, size - at)) for at in range(0, size, _STEP))
 
 
 def layer(path: Path, name: str, size: int, files: int) -> None:
@@ -44,7 +50,7 @@ def layer(path: Path, name: str, size: int, files: int) -> None:
         for member_name, member_size in [(name, size), *((f"read/{number:04}", _SIZE) for number in range(files))]:
             member = tarfile.TarInfo(member_name)
             member.size = member_size
-            archive.addfile(member, io.BytesIO(chance.randbytes(member_size)))
+            archive.addfile(member, io.BytesIO(_noise(chance, member_size)))
 
 
 def timed(path: Path) -> float:
