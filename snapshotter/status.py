@@ -45,6 +45,7 @@ TABLE: dict[type[LazyfsError], StatusCode] = {
     errors.TocInvalid: StatusCode.DATA_LOSS,
     errors.TarInvalid: StatusCode.DATA_LOSS,
     errors.FrameInvalid: StatusCode.DATA_LOSS,
+    errors.TraceInvalid: StatusCode.DATA_LOSS,
     errors.StoreFull: StatusCode.RESOURCE_EXHAUSTED,
     errors.StoreBroken: StatusCode.INTERNAL,
     errors.TableInvalid: StatusCode.INTERNAL,

@@ -44,10 +44,6 @@ _LONGEST_TRY = 300.0  # seconds of one request; frames that came before its end 
 _FOREVER = 10 * 365 * 86400.0  # seconds, where read_timeout is 0
 
 
-class _TooSlow(RegistryTimeout):
-    """A request was cancelled because it was slow, and its rest is to be asked for on another connection."""
-
-
 class _Fetch:
     """One request for neighbouring frames, tried until all have landed: how urgent, and since when."""
 
@@ -366,7 +362,7 @@ class Remote:
             if tries:
                 # A ticket serves one run.
                 fetch.ticket = self._scheduler.ticket(layer.host, fetch.priority)
-            repository = layer.repository
+            repository, moves = layer.repository, fetch.moves
             try:
                 layer.ensure_readable()
                 size = layer.table.frame_blob_end[left[1] - 1] - layer.table.frame_blob_offset[left[0]]
@@ -381,7 +377,7 @@ class Remote:
                 turned = isinstance(error, RegistryError) and layer.turn(repository)
                 lasting = not error.temporary and not (turned and tries < len(layer.others))
                 asked = float(getattr(error, "retry_after", 0.0))
-                pause = 0.0 if isinstance(error, _TooSlow) else _BACKOFF[min(tries, len(_BACKOFF) - 1)]
+                pause = 0.0 if fetch.moves > moves else _BACKOFF[min(tries, len(_BACKOFF) - 1)]
                 wait = (asked or pause) * random.uniform(1.0, 1.2)
                 if lasting or time.monotonic() + wait >= end:
                     return error
@@ -399,14 +395,16 @@ class Remote:
         return None
 
     async def _run(self, layer: ServedLayer, fetch: _Fetch, job: Callable[[], Fetched], size: int) -> Fetched:
-        """Run a try. Raise _TooSlow where it was cancelled because the host gives others far more."""
+        """Run a try. Raise RegistryTimeout, with one move more, where the host gives others far more: see `slow`."""
         host = layer.host
         if fetch.moves >= MOVES:
             return await self._scheduler.run(fetch.ticket, job, size)
         with self._slow.watch(host, fetch.ticket, lambda: fetch.priority is Priority.DEMAND):
             return await self._scheduler.run(fetch.ticket, job, size)
         fetch.moves += 1
-        raise _TooSlow(host, f"{host} sends a range of layer {layer.digest} much slower than it can: asking anew")
+        raise RegistryTimeout(
+            host, f"{host} sends a range of layer {layer.digest} much slower than it can: asking anew"
+        )
 
     async def _head(self, layer: ServedLayer, fetch: _Fetch, frame: int) -> bytes:
         """Fetch the beginning of a frame in pieces where all of it is more than background may have under way.

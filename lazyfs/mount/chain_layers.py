@@ -183,6 +183,8 @@ class ChainLayers:
     async def _look(self, source: ChainSource, descriptor: Descriptor, diff_id: Callable[[], Awaitable[str]]) -> Wanted:
         """Fetch a layer's TOC, unless nothing of it is missing. Raise TooLarge and what is known against the layer."""
         parts: TocParts | str | None = None
+        while self._promised[descriptor.digest] and not self._layers.is_coming(descriptor.digest):
+            await trio.sleep(_LOOK / 4)  # its TOC is here, and its table lets others' TOCs pass
         if not await self._seems_here(descriptor):
             parts = await self._fetch_parts(source, descriptor)
         wanted = source.wanted(descriptor, await diff_id())

@@ -65,7 +65,7 @@ class ControlServer:
                 os.umask(before)
         except OSError as error:
             sock.close()
-            raise DaemonFault(f"the control socket {self._path} can't be made: {error.strerror}") from None
+            raise DaemonFault(f"the control socket {self._path} can't be made: {error.strerror or error}") from None
         sock.listen(64)
         self._listener = trio.SocketListener(sock)
 

@@ -63,15 +63,15 @@ class Lazyfs:
 
 
 @pytest.fixture
-def lazyfs(tmp_path: Path) -> Iterator[Lazyfs]:
-    command = Lazyfs(tmp_path)
+def lazyfs(scratch: Path) -> Iterator[Lazyfs]:
+    command = Lazyfs(scratch)  # a short path: sockets lie below it
     yield command
     deadline = time.monotonic() + _DEADLINE
-    while mounts.below(os.fsencode(tmp_path)) or (tmp_path / "run/lazyfsd.sock").exists():
+    while mounts.below(os.fsencode(scratch)) or (scratch / "run/lazyfsd.sock").exists():
         assert time.monotonic() < deadline
         time.sleep(0.05)
-    assert [path.name for path in tmp_path.glob("store/containers/*")] in ([], [".lock"])
-    assert list((tmp_path / "cold").iterdir()) == []
+    assert [path.name for path in scratch.glob("store/containers/*")] in ([], [".lock"])
+    assert list((scratch / "cold").iterdir()) == []
 
 
 def test_a_start_is_recorded_and_attached(lazyfs: Lazyfs, image: str) -> None:

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from lazyfs.chunks.link import Link
 from lazyfs.chunks.schedule import Priority, Scheduler
 from lazyfs.chunks.width import LEAST, Width
+from lazyfs.units import KiB
 from tests.helpers.modelled_link import HOST, modelled
 
 SLOW, MIDDLE, LONG = (0.1, 50.0), (0.02, 200.0), (0.1, 1000.0)  # seconds of a round trip, 10**6 bits a second
@@ -30,7 +31,7 @@ async def test_background_fills_the_link_from_the_first_seconds(
         await trio.sleep(2)
         before = model.carried
         await trio.sleep(4)
-        assert model.carried - before >= 0.75 * 4 * model.rate
+        assert model.carried - before >= 0.6 * 4 * model.rate, "also while it tries one place less"
         assert scheduler.statistics()[HOST].rate == pytest.approx(model.rate, rel=0.3)
 
 
@@ -79,11 +80,11 @@ async def test_a_link_that_drops_to_a_tenth_is_known_soon(
         scheduler = Scheduler(8)
         nursery.start_soon(model.fill, scheduler)
         await trio.sleep(3)
-        before = scheduler.segment(HOST)
+        assert scheduler.segment(HOST) > 64 * KiB
         model.rate /= 10
         await trio.sleep(5)
         assert scheduler.statistics()[HOST].rate == pytest.approx(model.rate, rel=0.4)
-        assert scheduler.segment(HOST) < before / 2
+        assert scheduler.segment(HOST) == 64 * KiB, "the least there is"
 
 
 def test_small_reads_say_nothing_against_a_link() -> None:
