@@ -10,6 +10,7 @@ checked in the time of a few page faults.
 
 from __future__ import annotations
 
+import mmap
 import os
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -51,8 +52,10 @@ def file_checksum(fd: int, size: int, sum_at: int) -> bytes:
     count = -(-size // _PIECE)
 
     def every(step: int, first: int) -> list[bytes]:
-        buffer = memoryview(bytearray(min(_PIECE, size)))
-        return [_of_piece(fd, number * _PIECE, buffer, sum_at) for number in range(first, count, step)]
+        # A bytearray's bytes begin 16 behind a page's start: where the kernel copies whole pages to, this takes some
+        # processors four times as long. A mapping is aligned.
+        with mmap.mmap(-1, _PIECE) as pages, memoryview(pages) as buffer:
+            return [_of_piece(fd, number * _PIECE, buffer, sum_at) for number in range(first, count, step)]
 
     if count < _LARGE:
         found = every(1, 0)
@@ -68,7 +71,7 @@ def file_checksum(fd: int, size: int, sum_at: int) -> bytes:
 
 def _of_piece(fd: int, offset: int, buffer: memoryview, sum_at: int) -> bytes:
     got = 0
-    while got < len(buffer) and (more := os.preadv(fd, [buffer[got:]], offset + got)):
+    while got < _PIECE and (more := os.preadv(fd, [buffer[got:]], offset + got)):
         got += more
     if offset <= sum_at < offset + got:  # _PIECE is a multiple of SIZE, and so is `sum_at`
         buffer[sum_at - offset : sum_at - offset + SIZE] = bytes(SIZE)

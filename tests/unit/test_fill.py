@@ -48,12 +48,13 @@ async def run_fill(one: Node, layer: ServedLayer) -> str:
 async def test_good_layer_passes_and_is_complete(scratch: Path, registry: FakeRegistry, blob: LayerBlob) -> None:
     async with node(scratch) as one:
         layer = one.serve(blob, registry)
+        one.scheduler.link(layer.host).believe(1e9)  # bytes a second: what it measures depends on the machine's load
         assert await run_fill(one, layer) == ""
         assert layer.verified
         assert layer.check is None
         assert layer.store.complete
         assert registry.bytes_sent("/blobs/") == len(blob.blob)
-        assert registry.count() <= 30  # it begins with small ones, for it knows nothing of the link
+        assert registry.count() <= 10  # of 97 frames: on a link like that, segments are as large as they get
         registry.clear_log()
         assert await one.read(layer, b"big") == BIG
         assert registry.count() == 0
