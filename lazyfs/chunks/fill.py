@@ -14,9 +14,10 @@ from functools import partial
 import trio
 
 from lazyfs.chunks.feed import feed_frames
+from lazyfs.chunks.flights import MAX_FRAMES
 from lazyfs.chunks.frames import needed, prove_frame, read_exactly
 from lazyfs.chunks.layer import Check, ServedLayer
-from lazyfs.chunks.remote import MAX_FRAMES, Remote
+from lazyfs.chunks.remote import Remote
 from lazyfs.chunks.schedule import SEGMENT, Priority, Scheduler
 from lazyfs.errors import (
     DiffIdMismatch,

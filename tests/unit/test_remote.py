@@ -9,11 +9,12 @@ import pytest
 import trio
 import trio.testing
 
-from lazyfs.chunks import remote
+from lazyfs.chunks import flights
+from lazyfs.chunks.flights import MAX_FRAMES
 from lazyfs.chunks.layer import ServedLayer
 from lazyfs.chunks.link import Link
-from lazyfs.chunks.remote import MAX_FRAMES, WINDOW
 from lazyfs.chunks.schedule import Priority
+from lazyfs.chunks.windows import WINDOW
 from lazyfs.errors import BlobMissing, DaemonFault, DigestMismatch, LayerQuarantined, ReadDeadline, RegistryError
 from lazyfs.registry.repository import ByteStream
 from tests.helpers.blobs import LayerBlob, flipped_chunk, zstd_chunked_layer
@@ -273,7 +274,7 @@ def _temporary() -> RegistryError:
 async def test_demand_that_joins_ends_the_pause_of_a_background_flight(
     scratch: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(remote, "_BACKOFF", (0.01, 0.01, 0.01, 40))  # seconds
+    monkeypatch.setattr(flights, "_BACKOFF", (0.01, 0.01, 0.01, 40))  # seconds
     async with node(scratch, read_timeout=120) as one:
         source = Gated(BLOB.blob)
         layer = one.serve(BLOB, source)  # type: ignore[arg-type]
