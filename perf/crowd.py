@@ -24,11 +24,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from perf import limit, processors, startup_images, workloads
+from perf import limit, processors, runs, startup_images
 from perf.limit import Link
 from perf.processors import Look
-from perf.start import StartFailed, scratch
-from perf.startup import CACHE, Results, road
+from perf.runs import Results, in_turn, road
+from perf.start import StartFailed
 from perf.startup_node import DEADLINE, Node, Scene, fresh
 from perf.workloads import Workload
 from tests.helpers import real
@@ -235,37 +235,29 @@ def _median(pairs: list[tuple[Crowd, Crowd]], side: int) -> Crowd:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description="Many containers of one image at once, on a node that never saw it.")
-    parser.add_argument("--workloads", nargs="+", default=["python", "nginx"], metavar="NAME")
+    runs.add_workloads(parser, ["python", "nginx"])
     parser.add_argument("--count", type=int, default=20)
     parser.add_argument("--runs", type=int, default=1)
     parser.add_argument("--link", default="wan", help="lan, wan, far, or 20ms/200Mbit")
-    parser.add_argument("--cache", type=Path, default=Path(os.environ.get("LAZYFS_STARTUP_IMAGES", CACHE)),
-                        metavar="DIR", help=f"where images are kept ($LAZYFS_STARTUP_IMAGES, {CACHE})")  # fmt: skip
+    runs.add_cache(parser)
     args = parser.parse_args()
-    if unknown := [name for name in args.workloads if name not in workloads.BY_NAME]:
-        parser.error(f"{', '.join(unknown)} is no workload: say some of {', '.join(workloads.BY_NAME)}")
     if os.geteuid() != 0 or args.count < 1 or args.runs < 1:
         parser.error("run it as root, with one container and one run at least")
     try:
-        link = limit.parse_link(args.link)
+        chosen, link = runs.named(args.workloads), limit.parse_link(args.link)
     except ValueError as error:
         parser.error(str(error))
     results = Results(sys.stdout)
-    for name in args.workloads:
-        with scratch() as directory:
-            try:
-                _workload(directory, args, link, workloads.BY_NAME[name], results)
-            except _FAILURES as error:
-                results.failed(error, workload=name)
+
+    def one(workload: Workload, directory: Path) -> None:
+        image, _ = startup_images.prepare(args.cache, workload)
+        with startup_images.registry(args.cache, directory / "r") as registry, road(link, registry) as way:
+            scene = Scene(directory, args.cache, workload, image, way, {})
+            measure(scene, registry.pid, link, args.count, args.runs, results)
+            allowed(scene, registry.pid, args.count, results)
+
+    in_turn(chosen, results, _FAILURES, one)
     return 1 if results.bad else 0
-
-
-def _workload(directory: Path, args: argparse.Namespace, link: Link, workload: Workload, results: Results) -> None:
-    image, _ = startup_images.prepare(args.cache, workload)
-    with startup_images.registry(args.cache, directory / "r") as registry, road(link, registry) as way:
-        scene = Scene(directory, args.cache, workload, image, way, {})
-        measure(scene, registry.pid, link, args.count, args.runs, results)
-        allowed(scene, registry.pid, args.count, results)
 
 
 if __name__ == "__main__":

@@ -27,11 +27,11 @@ from lazyfs.errors import LazyfsError
 from lazyfs.format import trace as traces
 from lazyfs.format.table import NO_FRAME, LayerTable
 from lazyfs.format.trace import Trace
-from perf import limit, startup_images, workloads
+from perf import limit, runs, startup_images
 from perf.limit import Link
 from perf.pairs import spread
-from perf.start import StartFailed, lazyfs, lazyfs_env, scratch, until_gone
-from perf.startup import CACHE, Results, road
+from perf.runs import Results, in_turn, road
+from perf.start import StartFailed, lazyfs, lazyfs_env, until_gone
 from perf.startup_node import Scene, forget
 from perf.workloads import Answer, Line, Workload
 from tests.helpers import real
@@ -172,41 +172,31 @@ def summarise(found: list[Recorded], first: Recorded, link: Link) -> dict[str, A
 
 def main() -> int:
     parser = argparse.ArgumentParser(description="How long a start with a trace waits for bytes.")
-    parser.add_argument("--workloads", nargs="+", default=["nginx"], metavar="NAME")
+    runs.add_workloads(parser, ["nginx"])
     parser.add_argument("--links", nargs="+", default=["wan", "far"], metavar="LINK",
                         help="lan, wan, far, or 20ms/200Mbit")  # fmt: skip
     parser.add_argument("--pairs", type=int, default=3, metavar="N", help="starts with the trace on each link")
-    parser.add_argument("--cache", type=Path, default=Path(os.environ.get("LAZYFS_STARTUP_IMAGES", CACHE)),
-                        metavar="DIR", help=f"where images are kept ($LAZYFS_STARTUP_IMAGES, {CACHE})")  # fmt: skip
+    runs.add_cache(parser)
     args = parser.parse_args()
-    if unknown := [name for name in args.workloads if name not in workloads.BY_NAME]:
-        parser.error(f"{', '.join(unknown)} is no workload: say some of {', '.join(workloads.BY_NAME)}")
     if os.geteuid() != 0 or args.pairs < 1:
         parser.error("run it as root, with one start at least")
     try:
-        links = [limit.parse_link(text) for text in args.links]
+        chosen, links = runs.named(args.workloads), [limit.parse_link(text) for text in args.links]
     except ValueError as error:
         parser.error(str(error))
     if not all(link.mbit for link in links):
         parser.error("a link without a bandwidth promises nothing")
     results = Results(sys.stdout)
-    for name in args.workloads:
-        with scratch() as directory:
-            try:
-                _workload(directory, args, links, workloads.BY_NAME[name], results)
-            except _FAILURES as error:
-                results.failed(error, workload=name)
+
+    def one(workload: Workload, directory: Path) -> None:
+        image, _ = startup_images.prepare(args.cache, workload)
+        with startup_images.registry(args.cache, directory / "r") as registry:
+            for link in links:
+                with road(link, registry) as way:
+                    measure(Scene(directory, args.cache, workload, image, way, {}), link, args.pairs, results)
+
+    in_turn(chosen, results, _FAILURES, one)
     return 1 if results.bad else 0
-
-
-def _workload(
-    directory: Path, args: argparse.Namespace, links: list[Link], workload: Workload, results: Results
-) -> None:
-    image, _ = startup_images.prepare(args.cache, workload)
-    with startup_images.registry(args.cache, directory / "r") as registry:
-        for link in links:
-            with road(link, registry) as way:
-                measure(Scene(directory, args.cache, workload, image, way, {}), link, args.pairs, results)
 
 
 if __name__ == "__main__":

@@ -13,28 +13,25 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import json
 import os
 import statistics
 import sys
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
-from perf import limit, machine, startup_images, startup_modes, workloads
+from perf import limit, runs, startup_images, startup_modes, workloads
 from perf.limit import Limit, Link
 from perf.pairs import shuffled, spread, upper_bound
-from perf.shaper import Shaper
+from perf.runs import Results, in_turn, road
 from perf.start import StartFailed, scratch
 from perf.startup_images import Image
 from perf.startup_modes import COLD, FULL, FULL_WARM, OURS, TRACE
-from perf.startup_node import Road, Scene, Start
+from perf.startup_node import Scene, Start
 from perf.workloads import Workload
 from tests.helpers import real
 
-CACHE = Path("/var/tmp/lazyfs-startup-images")
 _FAILURES = (StartFailed, real.ToolFailed, AssertionError, OSError)
 _SLOW = ("wan", "far")  # the links of the promises that are made in limits
 
@@ -51,48 +48,18 @@ class Plan:
     proxies: dict[str, Path]
 
 
-class Results:
-    """JSON lines, each with the machine that it was measured on."""
-
-    def __init__(self, out: TextIO) -> None:
-        self._out = out
-        self._facts = machine.facts()
-        self.bad = False
-        self.last: dict[str, Any] = {}
-
-    def add(self, what: str, **found: Any) -> None:
-        self.last = {"what": what, **found, **self._facts}
-        print(json.dumps(self.last), file=self._out, flush=True)
-
-    def failed(self, error: BaseException, **where: Any) -> None:
-        self.bad = True
-        print(f"startup: {where}: {error}"[-4000:], file=sys.stderr)
-        self.add("failed", **where, error=str(error)[:1000])
-
-
-@contextlib.contextmanager
-def road(link: Link, registry: real.DockerRegistry) -> Iterator[Road]:
-    """Yield the way to the registry over a link."""
-    if not (link.rtt or link.mbit):
-        yield Road(registry, None)
-        return
-    with Shaper(("127.0.0.1", registry.port), rtt=link.rtt, mbit=link.mbit) as shaper:
-        yield Road(registry, shaper)
-
-
 def measure(plan: Plan, results: Results) -> None:
     """Measure all workloads over all links. One that fails is told and passed over."""
-    for workload in plan.workloads:
-        with scratch() as directory:
-            try:
-                began = time.monotonic()
-                image, made = startup_images.prepare(plan.cache, workload)
-                if made:
-                    results.add("image", image=image.name, made_in_s=round(time.monotonic() - began, 1))
-                with startup_images.registry(plan.cache, directory / "r") as registry:
-                    _measure_workload(plan, results, directory, registry, workload, image)
-            except _FAILURES as error:
-                results.failed(error, workload=workload.name)
+
+    def one(workload: Workload, directory: Path) -> None:
+        began = time.monotonic()
+        image, made = startup_images.prepare(plan.cache, workload)
+        if made:
+            results.add("image", image=image.name, made_in_s=round(time.monotonic() - began, 1))
+        with startup_images.registry(plan.cache, directory / "r") as registry:
+            _measure_workload(plan, results, directory, registry, workload, image)
+
+    in_turn(plan.workloads, results, _FAILURES, one)
 
 
 def _measure_workload(
@@ -210,9 +177,7 @@ def plan_of(args: argparse.Namespace) -> Plan:
     """Return what the command line asks for. Raise ValueError in words for a user."""
     if args.quick:
         args.workloads, args.links, args.modes, args.pairs = ["python"], ["wan"], [FULL, COLD, TRACE], args.pairs or 1
-    unknown = [name for name in args.workloads if name not in workloads.BY_NAME]
-    if unknown:
-        raise ValueError(f"{', '.join(unknown)} is no workload: say some of {', '.join(workloads.BY_NAME)}")
+    chosen = runs.named(args.workloads)
     proxies = {name: Path(path) for name, _, path in (each.partition("=") for each in args.proxy)}
     others = [name for name in (*args.modes, *args.snapshotter, *proxies) if name not in (FULL, FULL_WARM, *OURS)]
     if asked := [name for name in others if name not in proxies]:
@@ -222,7 +187,7 @@ def plan_of(args: argparse.Namespace) -> Plan:
             words = f"containerd offers no snapshotter {', '.join(missing)}, but {', '.join(there)}"
             raise ValueError(f"{words}; tell a proxy's socket by --proxy NAME=SOCKET")
     return Plan(
-        workloads=[workloads.BY_NAME[name] for name in args.workloads],
+        workloads=chosen,
         links=[limit.parse_link(text) for text in args.links],
         modes=list(dict.fromkeys([FULL, *(mode for mode in args.modes if mode in OURS), *others])),
         pairs=max(1, args.pairs or 5),
@@ -247,7 +212,7 @@ def quick_words(summary: dict[str, Any]) -> str:
 def main() -> int:
     parser = argparse.ArgumentParser(description="From an image never seen to a workload that is ready.")
     parser.add_argument("--quick", action="store_true", help="one workload on one link, in a minute")
-    parser.add_argument("--workloads", nargs="+", default=list(workloads.BY_NAME), metavar="NAME")
+    runs.add_workloads(parser, list(workloads.BY_NAME))
     parser.add_argument("--links", nargs="+", default=["lan", "wan", "far", "loopback"], metavar="LINK",
                         help="lan, wan, far, loopback, or 20ms/200Mbit")  # fmt: skip
     parser.add_argument("--modes", nargs="+", default=[FULL, *OURS], metavar="MODE",
@@ -259,8 +224,7 @@ def main() -> int:
         "--proxy", action="append", default=[], metavar="NAME=SOCKET", help="another one, by its socket"
     )
     parser.add_argument("--pairs", type=int, default=0, metavar="N", help="rounds of all modes (5; with --quick 1)")
-    parser.add_argument("--cache", type=Path, default=Path(os.environ.get("LAZYFS_STARTUP_IMAGES", CACHE)),
-                        metavar="DIR", help=f"where images are kept ($LAZYFS_STARTUP_IMAGES, {CACHE})")  # fmt: skip
+    runs.add_cache(parser)
     parser.add_argument("--out", type=Path, metavar="FILE", help="append the JSON lines to it; else they are printed")
     args = parser.parse_args()
     if os.geteuid() != 0:

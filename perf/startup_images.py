@@ -141,7 +141,7 @@ def _write_own(here: Path, path: Path, workload: Workload) -> None:
             jar = _jar(here, workload.java)
             archive.addfile(_member("srv/app.jar", len(jar)), io.BytesIO(jar))
         if workload.data:
-            archive.addfile(_member("srv/data", workload.data), _Data(workload.data))  # type: ignore[arg-type]
+            archive.addfile(_member("srv/data", workload.data), io.BufferedReader(_Data(workload.data)))
 
 
 def _member(name: str, size: int) -> tarfile.TarInfo:
@@ -150,18 +150,24 @@ def _member(name: str, size: int) -> tarfile.TarInfo:
     return member
 
 
-class _Data:
+class _Data(io.RawIOBase):
     """A file that compresses to about half, no block of it like another."""
 
     def __init__(self, size: int) -> None:
+        super().__init__()
         self._left = size
         self._source = random.Random(1)
 
-    def read(self, size: int) -> bytes:
-        size = min(size, self._left)
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any, /) -> int:
+        """Fill a buffer of whole blocks; only the file's last one may be shorter."""
+        size = min(len(buffer), self._left)
         self._left -= size
         blocks = -(-size // _BLOCK)
-        return b"".join(self._source.randbytes(_BLOCK // 2) + _TEXT for _ in range(blocks))[:size]
+        buffer[:size] = b"".join(self._source.randbytes(_BLOCK // 2) + _TEXT for _ in range(blocks))[:size]
+        return size
 
 
 def _jar(here: Path, source: str) -> bytes:
