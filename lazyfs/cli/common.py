@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
+from contextlib import closing
 from typing import TYPE_CHECKING
 
 from lazyfs.errors import UsageError
@@ -11,6 +12,7 @@ from lazyfs.units import MiB
 
 if TYPE_CHECKING:
     from lazyfs.config import Settings
+    from lazyfs.reference import Reference
     from lazyfs.registry.config.access import Access, Login
     from lazyfs.registry.hops import Hop
     from lazyfs.registry.open import OpenOptions
@@ -106,6 +108,13 @@ def add_json(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print one JSON object to stdout")
 
 
+def add_usual(parser: argparse.ArgumentParser) -> None:
+    """Add what most commands take that ask an image's registry: --platform, those of `add_registry`, --json."""
+    add_platform(parser)
+    add_registry(parser)
+    add_json(parser)
+
+
 def daemon_image(args: argparse.Namespace) -> str:
     """Return `args.image` as the daemon understands it, which has another directory and another environment.
 
@@ -166,6 +175,15 @@ def open_options(
         containerd_address=getattr(args, "containerd_address", None) or "",
         containerd_namespace=getattr(args, "containerd_namespace", None) or "",
     )
+
+
+def opened(
+    args: argparse.Namespace, image: Reference, chosen: Settings, on_hop: Callable[[Hop], None] | None = None
+) -> closing[Repository]:
+    """Return an image's repository for a `with`, which closes it. Blocking. Raise UsageError, RegistryError."""
+    from lazyfs.registry.open import open_repository
+
+    return closing(open_repository(image, open_options(args, chosen, on_hop)))
 
 
 def access(args: argparse.Namespace, chosen: Settings, side: str = "") -> Access:

@@ -28,9 +28,7 @@ def add_parser(subparsers: Any) -> None:
         epilog=_EPILOG,
     )
     common.add_image(parser, optional=True)
-    common.add_platform(parser)
-    common.add_registry(parser)
-    common.add_json(parser)
+    common.add_usual(parser)
     parser.set_defaults(run=run)
 
 

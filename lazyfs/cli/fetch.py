@@ -52,9 +52,7 @@ def add_parser(subparsers: Any) -> None:
     )
     pull.add_containerd(parser)
     common.add_pull(parser)
-    common.add_platform(parser)
-    common.add_registry(parser)
-    common.add_json(parser)
+    common.add_usual(parser)
     parser.set_defaults(run=run)
 
 

@@ -87,9 +87,7 @@ def add_parser(subparsers: Any) -> None:
         epilog=_EPILOG,
     )
     common.add_image(parser)
-    common.add_platform(parser)
-    common.add_registry(parser)
-    common.add_json(parser)
+    common.add_usual(parser)
     parser.add_argument("--layers", action="store_true", help="whole digests, diff IDs and media types of the layers")
     parser.add_argument("--files", action="store_true", help="fetch the tables of contents and count their entries")
     parser.add_argument("--timing", action="store_true", help="list each request, as a mount makes them")
@@ -99,23 +97,19 @@ def add_parser(subparsers: Any) -> None:
 def run(args: argparse.Namespace, out: Output) -> int:
     """Inspect one image. Blocking. Return 0, or the code of the first TOC that is not what was promised."""
     from lazyfs import reference as references
-    from lazyfs.registry.open import open_repository
     from lazyfs.registry.resolve import fetch_config, resolve_image
 
     reference = references.parse(args.image)
     settings = common.settings(args)
     recorder = _Recorder()
     started = time.monotonic()
-    repository = open_repository(reference, common.open_options(args, settings, recorder))
-    try:
+    with common.opened(args, reference, settings, recorder) as repository:
         resolved = resolve_image(repository, reference, common.platform(args))
         layers = [_classify(layer, settings.allow_unverified) for layer in resolved.manifest.layers]
         config = _fetch_rest(
             repository, layers, recorder, lambda: fetch_config(repository, resolved.manifest),
             with_tocs=args.files or args.timing, with_footers=args.files,
         )  # fmt: skip
-    finally:
-        repository.close()
     seconds = time.monotonic() - started
     for layer, diff_id in zip(layers, config.diff_ids, strict=True):
         layer.diff_id = diff_id

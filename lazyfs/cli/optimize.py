@@ -50,9 +50,7 @@ def add_parser(subparsers: Any) -> None:
     common.add_image(parser)
     parser.add_argument("traces", metavar="TRACE", nargs="*", help="files of lazyfs record")
     parser.add_argument("--dry-run", action="store_true", help="say what would be attached, and attach nothing")
-    common.add_platform(parser)
-    common.add_registry(parser)
-    common.add_json(parser)
+    common.add_usual(parser)
     parser.set_defaults(run=run)
 
 
@@ -60,7 +58,6 @@ def run(args: argparse.Namespace, out: Output) -> int:
     """Attach the traces. Blocking. Raise LazyfsError; nothing is pushed then, or nothing refers to the image yet."""
     from lazyfs import reference
     from lazyfs.cli.trace_file import read_trace
-    from lazyfs.registry.open import open_repository
 
     image = reference.parse(args.image)
     if image.transport not in ("docker", "oci"):
@@ -69,11 +66,8 @@ def run(args: argparse.Namespace, out: Output) -> int:
         )
     settings = common.settings(args)
     given = [_Given(name, read_trace(name)) for name in dict.fromkeys(args.traces)]
-    repository = open_repository(image, common.open_options(args, settings))
-    try:
+    with common.opened(args, image, settings) as repository:
         return _optimize(args, out, settings, repository, image, given)
-    finally:
-        repository.close()
 
 
 def _optimize(

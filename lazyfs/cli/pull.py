@@ -45,9 +45,7 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument(
         "--jobs", metavar="N", type=int, default=_JOBS, help=f"layers downloaded at a time (default {_JOBS})"
     )  # fmt: skip
-    common.add_platform(parser)
-    common.add_registry(parser)
-    common.add_json(parser)
+    common.add_usual(parser)
     parser.set_defaults(run=run)
 
 

@@ -38,9 +38,7 @@ def add_parser(subparsers: Any) -> None:
         epilog=_EPILOG,
     )
     common.add_image(parser)
-    common.add_platform(parser)
-    common.add_registry(parser)
-    common.add_json(parser)
+    common.add_usual(parser)
     parser.set_defaults(run=run)
 
 
@@ -49,12 +47,10 @@ def run(args: argparse.Namespace, out: Output) -> int:
     from lazyfs import reference as references
     from lazyfs.cli.output import count
     from lazyfs.cli.side_by_side import side_by_side
-    from lazyfs.registry.open import open_repository
     from lazyfs.registry.resolve import fetch_config, resolve_image
 
     reference = references.parse(args.image)
-    repository = open_repository(reference, common.open_options(args, common.settings(args)))
-    try:
+    with common.opened(args, reference, common.settings(args)) as repository:
         resolved = resolve_image(repository, reference, common.platform(args))
         config = fetch_config(repository, resolved.manifest)
         out.line(f"manifest  {resolved.manifest.digest}  ok")
@@ -62,8 +58,6 @@ def run(args: argparse.Namespace, out: Output) -> int:
         layers = resolved.manifest.layers
         works = [_work(repository, *pair, out) for pair in zip(layers, config.diff_ids, strict=True)]
         results = side_by_side(works, min(_MAX_THREADS, os.cpu_count() or 1))
-    finally:
-        repository.close()
     errors = [result for result in results if isinstance(result, LazyfsError)]
     size = format_size(sum(layer.size for layer in layers))
     if errors:
