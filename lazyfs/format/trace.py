@@ -122,10 +122,15 @@ def encode(trace: Trace) -> bytes:
     return raw
 
 
+def ensure_within(size: int, most: int, words: str) -> None:
+    """Raise TraceInvalid where something of a trace is larger than allowed; `words` tell what, and its size."""
+    if size > most:
+        raise TraceInvalid(f"{words}, more than the {most} allowed")
+
+
 def decode(raw: bytes) -> Trace:
     """Check a file and return its trace. Pure; blocks some milliseconds at most. Raise TraceInvalid."""
-    if len(raw) > MAX_TRACE:
-        raise TraceInvalid(f"the trace has {len(raw)} bytes, more than the {MAX_TRACE} allowed")
+    ensure_within(len(raw), MAX_TRACE, f"the trace has {len(raw)} bytes")
     try:
         found = _DECODER.decode(FrameDecoder().decode(raw, _MAX_JSON))
     except (FrameInvalid, msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:

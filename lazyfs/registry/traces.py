@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from lazyfs import digest as digests
 from lazyfs import oci
 from lazyfs.errors import LazyfsError, ManifestMissing, PushRejected, TraceInvalid
-from lazyfs.format.trace import MAX_TRACE, Trace, decode, encode, merged
+from lazyfs.format.trace import MAX_TRACE, Trace, decode, encode, ensure_within, merged
 from lazyfs.oci import Descriptor
 from lazyfs.registry.referrers import fallback_tag
 from lazyfs.registry.repository import Repository
@@ -170,8 +170,7 @@ def _read(repository: Repository, entry: Descriptor, manifest_digest: str, deadl
 
 
 def _unpacked(inline: str) -> bytes:
-    if len(inline) > MAX_INLINE:
-        raise TraceInvalid(f"it rides in an annotation of {len(inline)} characters, more than the {MAX_INLINE} allowed")
+    ensure_within(len(inline), MAX_INLINE, f"it rides in an annotation of {len(inline)} characters")
     try:
         return base64.b64decode(inline, validate=True)
     except (binascii.Error, ValueError):
@@ -179,14 +178,12 @@ def _unpacked(inline: str) -> bytes:
 
 
 def _fetched(repository: Repository, entry: Descriptor, manifest_digest: str, deadline: float) -> bytes:
-    if entry.size > _MAX_MANIFEST:
-        raise TraceInvalid(f"its manifest has {entry.size} bytes, more than the {_MAX_MANIFEST} allowed")
+    ensure_within(entry.size, _MAX_MANIFEST, f"its manifest has {entry.size} bytes")
     media_type, raw = repository.manifest(entry.digest, deadline=deadline)
     manifest = oci.parse_manifest(raw, media_type)
     if manifest.subject is None or manifest.subject.digest != manifest_digest:
         raise TraceInvalid("its manifest refers to something else")
     if len(manifest.layers) != 1 or manifest.layers[0].media_type != LAYER:
         raise TraceInvalid(f"it has no one layer of the type {LAYER}")
-    if manifest.layers[0].size > MAX_TRACE:
-        raise TraceInvalid(f"it has {manifest.layers[0].size} bytes, more than the {MAX_TRACE} allowed")
+    ensure_within(manifest.layers[0].size, MAX_TRACE, f"it has {manifest.layers[0].size} bytes")
     return repository.blob(manifest.layers[0], deadline=deadline)
