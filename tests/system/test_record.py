@@ -7,7 +7,6 @@ import os
 import signal
 import socket
 import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,47 +14,26 @@ from pathlib import Path
 import pytest
 
 from lazyfs import reference
-from lazyfs.container import mounts
 from lazyfs.format.trace import decode
 from lazyfs.registry import traces
 from lazyfs.registry.open import open_repository
-from tests.helpers import small_image
-
-_DEADLINE = 60.0  # seconds that anything may take on a busy machine
+from tests.helpers.command import DEADLINE, Command, converted_image
 
 
 @pytest.fixture(scope="module")
 def image(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A converted image in an OCI layout."""
-    place = tmp_path_factory.mktemp("images")
-    small_image.make_tree(place / "tree")
-    source = small_image.make_layout(place / "tree", place / "plain", {"Cmd": ["cat", "/etc/plain"]})
-    target = f"oci:{place / 'small'}:small"
-    subprocess.run([sys.executable, "-m", "lazyfs", "convert", source, target], check=True, timeout=_DEADLINE)
-    return target
+    return converted_image(tmp_path_factory.mktemp("images"), {"Cmd": ["cat", "/etc/plain"]})
 
 
-class Lazyfs:
-    """The command line on a store of its own; `place` is its current directory."""
+class Lazyfs(Command):
+    """Its `place` is its current directory, too; stores of --cold lie in a directory of theirs."""
+
+    stdin = subprocess.DEVNULL
 
     def __init__(self, place: Path) -> None:
-        self.place = place
         (place / "cold").mkdir()
-        ours = {"ROOT": f"{place}/store", "RUN": f"{place}/run", "DAEMON_LINGER": "0.3", "CONFIG": "/dev/null"}
-        named = {f"LAZYFS_{name}": value for name, value in ours.items()}
-        self.environment = {**os.environ, **named, "TMPDIR": f"{place}/cold", "PYTHONPATH": os.getcwd()}
-
-    def start(self, *words: str) -> subprocess.Popen[str]:
-        argv = [sys.executable, "-m", "lazyfs", *words]
-        pipe = subprocess.PIPE
-        return subprocess.Popen(
-            argv, stdin=subprocess.DEVNULL, stdout=pipe, stderr=pipe, text=True, env=self.environment, cwd=self.place
-        )
-
-    def run(self, *words: str) -> tuple[int, str, str]:
-        process = self.start(*words)
-        out, err = process.communicate(timeout=_DEADLINE)
-        return process.returncode, out, err
+        super().__init__(place, LAZYFS_CONFIG="/dev/null", TMPDIR=f"{place}/cold", PYTHONPATH=os.getcwd())
+        self.directory = place
 
     def traces(self) -> list[str]:
         """The files in the current directory, half-written ones too."""
@@ -64,13 +42,9 @@ class Lazyfs:
 
 @pytest.fixture
 def lazyfs(scratch: Path) -> Iterator[Lazyfs]:
-    command = Lazyfs(scratch)  # a short path: sockets lie below it
+    command = Lazyfs(scratch)
     yield command
-    deadline = time.monotonic() + _DEADLINE
-    while mounts.below(os.fsencode(scratch)) or (scratch / "run/lazyfsd.sock").exists():
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
-    assert [path.name for path in scratch.glob("store/containers/*")] in ([], [".lock"])
+    command.until_nothing_is_left()
     assert list((scratch / "cold").iterdir()) == []
 
 
@@ -86,7 +60,7 @@ def test_a_start_is_recorded_and_attached(lazyfs: Lazyfs, image: str) -> None:
     read = {each.path for each in trace.reads}
     assert {b"usr/bin/sh", b"usr/bin/head", b"etc/group"} <= read
     assert told["reads"] == len(trace.reads) and trace.manifest == told["manifest_digest"]
-    assert trace.requests and 0 < trace.ready < _DEADLINE
+    assert trace.requests and 0 < trace.ready < DEADLINE
     # The file that is there stays.
     code, _, err = lazyfs.run("record", image)
     assert code == 2 and "small.trace is there already" in err
@@ -106,7 +80,7 @@ def test_a_port_of_the_host_and_the_nodes_own_store(lazyfs: Lazyfs, image: str) 
         assert process.stderr is not None and process.stderr.readline() == "up\n"
         assert process.poll() is None
         listener.listen()
-        out, err = process.communicate(timeout=_DEADLINE)
+        out, err = process.communicate(timeout=DEADLINE)
     assert process.returncode == 0, err
     assert out.startswith("t: ready after ") and "next: lazyfs optimize" in err and lazyfs.traces() == ["t"]
 
@@ -115,7 +89,7 @@ def test_who_interrupts_it_has_no_container_and_no_file(lazyfs: Lazyfs, image: s
     process = lazyfs.start("record", "--cold", image, "sh", "-c", "trap 'exit 9' TERM; echo up; sleep 60 & wait")
     assert process.stderr is not None and process.stderr.readline() == "up\n"
     process.send_signal(signal.SIGINT)
-    out, _ = process.communicate(timeout=_DEADLINE)
+    out, _ = process.communicate(timeout=DEADLINE)
     assert process.returncode == 130 and out == "" and lazyfs.traces() == []
 
 

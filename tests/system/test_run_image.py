@@ -5,52 +5,23 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
-import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from lazyfs.container import mounts
-from tests.helpers import small_image
+from tests.helpers.command import DEADLINE, Command, converted_image
+from tests.helpers.daemon import until
 from tests.helpers.fake_registry import FakeRegistry
-
-_DEADLINE = 60.0  # seconds that anything may take on a busy machine
 
 
 @pytest.fixture(scope="session")
 def image(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A converted image in an OCI layout."""
-    place = tmp_path_factory.mktemp("images")
-    small_image.make_tree(place / "tree")
-    source = small_image.make_layout(place / "tree", place / "plain", {"Cmd": ["cat", "/etc/plain"], "User": "web"})
-    target = f"oci:{place / 'lazy'}:small"
-    subprocess.run([sys.executable, "-m", "lazyfs", "convert", source, target], check=True, timeout=_DEADLINE)
-    return target
+    return converted_image(tmp_path_factory.mktemp("images"), {"Cmd": ["cat", "/etc/plain"], "User": "web"})
 
 
-class Lazyfs:
-    """The command line on a store of its own."""
-
-    def __init__(self, place: Path) -> None:
-        self.place = place
-        self.prefix: tuple[str, ...] = ()  # words before every command
-        ours = {"ROOT": f"{place}/store", "RUN": f"{place}/run", "DAEMON_LINGER": "0.3"}
-        self.environment = {**os.environ, **{f"LAZYFS_{name}": value for name, value in ours.items()}}
-
-    def start(self, *words: str | Path) -> subprocess.Popen[str]:
-        argv = [*self.prefix, sys.executable, "-m", "lazyfs", *map(str, words)]
-        pipe = subprocess.PIPE
-        return subprocess.Popen(argv, stdin=pipe, stdout=pipe, stderr=pipe, text=True, env=self.environment)
-
-    def run(self, *words: str | Path) -> tuple[int, str, str]:
-        process = self.start(*words)
-        out, err = process.communicate(timeout=_DEADLINE)
-        if err:
-            print(err)  # pytest shows it with a failure
-        return process.returncode, out, err
+class Lazyfs(Command):
+    """The command line, and the daemon that it started."""
 
     def daemon(self) -> int:
         """Return the pid of the running daemon."""
@@ -59,24 +30,12 @@ class Lazyfs:
         assert code == 0 and pid > 1  # 0 would mean our own process group to kill()
         return pid
 
-    def idle(self) -> bool:
-        """Whether no mount of ours is left, and so no daemon."""
-        return not mounts.below(os.fsencode(self.place)) and not (self.place / "run/lazyfsd.sock").exists()
-
 
 @pytest.fixture
 def lazyfs(tmp_path: Path) -> Iterator[Lazyfs]:
     command = Lazyfs(tmp_path)
     yield command
-    until(command.idle)  # a daemon started by a command ends with its last mount
-    assert [path.name for path in tmp_path.glob("store/containers/*")] in ([], [".lock"])
-
-
-def until(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + _DEADLINE
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
+    command.until_nothing_is_left()
 
 
 def test_run(lazyfs: Lazyfs, image: str) -> None:
@@ -104,7 +63,7 @@ def test_a_whole_image_runs_by_tag_with_no_network_at_all(lazyfs: Lazyfs, image:
         reference = f"{registry.host}/team/small:1"
         assert lazyfs.run("convert", image, reference)[0] == 0
         assert lazyfs.run("fetch", reference)[0] == 0
-    until(lazyfs.idle)
+    lazyfs.until_idle()
     lazyfs.prefix = ("unshare", "--net")
     code, out, err = lazyfs.run("run", "--network", "none", reference)
     assert (code, out) == (0, "no program\n") and "the registry does not answer" in err
@@ -113,12 +72,12 @@ def test_a_whole_image_runs_by_tag_with_no_network_at_all(lazyfs: Lazyfs, image:
 def test_status_names_a_running_container(lazyfs: Lazyfs, image: str) -> None:
     process = lazyfs.start("run", "-i", "--name", "web", image, "sh", "-c", "echo ready; cat")
     assert process.stdout is not None
-    assert process.stdout.readline() == "ready\n", process.communicate(timeout=_DEADLINE)
+    assert process.stdout.readline() == "ready\n", process.communicate(timeout=DEADLINE)
     (mount,) = json.loads(lazyfs.run("status", "--json")[1])["mounts"]
     assert (mount["kind"], Path(mount["dir"]).name) == ("container", "web")
     assert (mount["driver"], mount["reason"]) == ("erofs", "its self-test passed")  # by default
     assert "in container web," in lazyfs.run("status")[1]
-    process.communicate("", timeout=_DEADLINE)
+    process.communicate("", timeout=DEADLINE)
     assert process.returncode == 0
 
 
@@ -131,11 +90,12 @@ def test_killed_command_ends_the_container_and_the_lease(lazyfs: Lazyfs, image: 
     process = lazyfs.start("run", "-i", image, "sh", "-c", "echo ready; cat")
     assert process.stdout is not None
     line = process.stdout.readline()
-    assert line == "ready\n", process.communicate(timeout=_DEADLINE)
+    assert line == "ready\n", process.communicate(timeout=DEADLINE)
     process.send_signal(signal.SIGKILL)
-    process.communicate(timeout=_DEADLINE)
-    until(lambda: not [path for path in lazyfs.place.glob("store/containers/*") if path.name != ".lock"])
-    until(lazyfs.idle)  # nobody had to run anything for that
+    process.communicate(timeout=DEADLINE)
+    containers = lazyfs.place / "store/containers"
+    until(lambda: not [path for path in containers.glob("*") if path.name != ".lock"], "it is gone", DEADLINE)
+    lazyfs.until_idle()  # nobody had to run anything for that
 
 
 def test_mounts_and_containers_share_a_daemon(lazyfs: Lazyfs, image: str, tmp_path: Path) -> None:

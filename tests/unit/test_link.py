@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import random
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 
 import pytest
 import trio
@@ -14,19 +16,35 @@ from lazyfs.chunks.link import Link
 from lazyfs.chunks.schedule import Priority, Scheduler
 from lazyfs.chunks.width import LEAST, Width
 from lazyfs.units import KiB
-from tests.helpers.modelled_link import HOST, modelled
+from tests.helpers.modelled_link import HOST, ModelledLink, modelled
 
 SLOW, MIDDLE, LONG = (0.1, 50.0), (0.02, 200.0), (0.1, 1000.0)  # seconds of a round trip, 10**6 bits a second
+
+
+@asynccontextmanager
+async def filled(
+    monkeypatch: pytest.MonkeyPatch,
+    link: tuple[float, float],
+    seconds: float,
+    *,
+    connections: int = 8,
+    fills: int = 1,
+    most: float = 0.0,
+) -> AsyncIterator[tuple[ModelledLink, Scheduler]]:
+    """A link that background has been using for some seconds, and the scheduler that lets it."""
+    async with modelled(monkeypatch, round_trip=link[0], mbit=link[1], most=most) as (model, nursery):
+        scheduler = Scheduler(connections)
+        for _ in range(fills):
+            nursery.start_soon(model.fill, scheduler)
+        await trio.sleep(seconds)
+        yield model, scheduler
 
 
 @pytest.mark.parametrize("link", [SLOW, MIDDLE, LONG])
 async def test_background_fills_the_link_from_the_first_seconds(
     link: tuple[float, float], monkeypatch: pytest.MonkeyPatch, autojump_clock: trio.testing.MockClock
 ) -> None:
-    async with modelled(monkeypatch, round_trip=link[0], mbit=link[1]) as (model, nursery):
-        scheduler = Scheduler(8)
-        nursery.start_soon(model.fill, scheduler)
-        await trio.sleep(2)
+    async with filled(monkeypatch, link, 2) as (model, scheduler):
         assert model.carried >= 0.4 * 2 * model.rate
         await trio.sleep(2)
         before = model.carried
@@ -38,16 +56,10 @@ async def test_background_fills_the_link_from_the_first_seconds(
 async def test_slow_connections_get_more_places_than_a_slow_link(
     monkeypatch: pytest.MonkeyPatch, autojump_clock: trio.testing.MockClock
 ) -> None:
-    async with modelled(monkeypatch, round_trip=SLOW[0], mbit=SLOW[1]) as (model, nursery):
-        scheduler = Scheduler(16)
-        nursery.start_soon(model.fill, scheduler)
-        await trio.sleep(8)
+    async with filled(monkeypatch, SLOW, 8, connections=16) as (_, scheduler):
         few = scheduler.places(HOST)
         assert few <= 8
-    async with modelled(monkeypatch, round_trip=0.02, mbit=400, most=32) as (model, nursery):
-        scheduler = Scheduler(16)
-        nursery.start_soon(model.fill, scheduler)
-        await trio.sleep(10)
+    async with filled(monkeypatch, (0.02, 400), 10, connections=16, most=32) as (_, scheduler):
         assert scheduler.places(HOST) >= few + 1
 
 
@@ -58,11 +70,7 @@ async def test_two_fills_delay_no_reader_by_more_than_a_round_trip(
 ) -> None:
     """Neither a read in the midst of others nor one after a pause, when background had the whole link."""
     chance = random.Random(size)
-    async with modelled(monkeypatch, round_trip=link[0], mbit=link[1]) as (model, nursery):
-        scheduler = Scheduler(8)
-        for _ in range(2):
-            nursery.start_soon(model.fill, scheduler)
-        await trio.sleep(3)
+    async with filled(monkeypatch, link, 3, fills=2) as (model, scheduler):
         took = []
         for number in range(50):
             await trio.sleep(chance.uniform(1.2, 1.6) if number % 6 == 0 else chance.uniform(0, 0.3))
@@ -76,10 +84,7 @@ async def test_two_fills_delay_no_reader_by_more_than_a_round_trip(
 async def test_a_link_that_drops_to_a_tenth_is_known_soon(
     monkeypatch: pytest.MonkeyPatch, autojump_clock: trio.testing.MockClock
 ) -> None:
-    async with modelled(monkeypatch, round_trip=MIDDLE[0], mbit=MIDDLE[1]) as (model, nursery):
-        scheduler = Scheduler(8)
-        nursery.start_soon(model.fill, scheduler)
-        await trio.sleep(3)
+    async with filled(monkeypatch, MIDDLE, 3) as (model, scheduler):
         assert scheduler.segment(HOST) > 64 * KiB
         model.rate /= 10
         await trio.sleep(5)

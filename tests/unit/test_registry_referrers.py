@@ -13,15 +13,12 @@ from lazyfs import oci, reference
 from lazyfs.digest import EMPTY, of
 from lazyfs.errors import DocumentInvalid
 from lazyfs.registry.config.access import Access
-from lazyfs.registry.http.retry import RetryPolicy
 from lazyfs.registry.local.layout import LayoutRepository
 from lazyfs.registry.open import OpenOptions, open_repository
 from lazyfs.registry.referrers import described, fallback_tag, listed_with
 from lazyfs.registry.repository import Repository
 from tests.helpers.fake_registry import FakeRegistry, Fault
-
-QUICK = RetryPolicy(attempts=2, first=0.0, longest=0.0)
-SUBJECT = oci.Descriptor(oci.OCI_MANIFEST, of(b"an image"), 8)
+from tests.helpers.referrers import KEEPERS, QUICK, SUBJECT, kept_by, opened_at
 
 
 def referring(kind: str, subject: oci.Descriptor = SUBJECT) -> bytes:
@@ -38,15 +35,10 @@ def referring(kind: str, subject: oci.Descriptor = SUBJECT) -> bytes:
     )
 
 
-@pytest.fixture(params=["api", "no api", "layout"])
+@pytest.fixture(params=KEEPERS)
 def repository(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Repository]:
-    if request.param == "layout":
-        yield LayoutRepository(tmp_path / "layout")
-        return
-    with FakeRegistry(referrers=request.param == "api") as registry:
-        opened = open_repository(reference.parse(f"{registry.host}/app:1"), OpenOptions(retry=QUICK))
-        yield opened
-        opened.close()
+    with kept_by(request.param, tmp_path) as found:
+        yield found
 
 
 def test_what_was_pushed_with_a_subject_is_listed(repository: Repository) -> None:
@@ -65,7 +57,7 @@ def test_the_fallback_tag_is_kept_only_where_it_is_needed() -> None:
     raw = referring("a/sbom")
     for api in (False, True):
         with FakeRegistry(referrers=api) as registry:
-            opened = open_repository(reference.parse(f"{registry.host}/app:1"), OpenOptions(retry=QUICK))
+            opened = opened_at(registry)
             opened.push_manifest(of(raw), oci.OCI_MANIFEST, raw)
             assert (fallback_tag(SUBJECT.digest) in registry.manifests_of("app")) is not api
             opened.close()
@@ -74,7 +66,7 @@ def test_the_fallback_tag_is_kept_only_where_it_is_needed() -> None:
 def test_pages_are_followed_to_the_end_and_no_further() -> None:
     first = listed_with([], described(oci.OCI_MANIFEST, referring("a/one"))[1])  # type: ignore[index]
     with FakeRegistry() as registry:
-        opened = open_repository(reference.parse(f"{registry.host}/app:1"), OpenOptions(retry=QUICK))
+        opened = opened_at(registry)
         # A page for every page: the list ends at a bound.
         registry.pages = (first, f'</v2/app/referrers/{SUBJECT.digest}?n=1>; rel="next"')
         assert 1 < len(opened.referrers(SUBJECT.digest)) <= 1000
@@ -86,7 +78,7 @@ def test_pages_are_followed_to_the_end_and_no_further() -> None:
 def test_registries_that_dont_know_the_address(status: int) -> None:
     with FakeRegistry(referrers=True) as registry:
         registry.fault(Fault.STATUS, path="/referrers/", status=status)
-        opened = open_repository(reference.parse(f"{registry.host}/app:1"), OpenOptions(retry=QUICK))
+        opened = opened_at(registry)
         assert opened.referrers(SUBJECT.digest) == []
         assert registry.count("GET", fallback_tag(SUBJECT.digest)) == 1
         opened.close()
@@ -149,7 +141,7 @@ def test_a_blob_is_mounted_from_another_repository(auth: str, tmp_path: Path, mo
 
 def test_nothing_is_asked_where_a_mount_makes_no_sense(tmp_path: Path) -> None:
     with FakeRegistry() as registry, FakeRegistry() as other:
-        here = open_repository(reference.parse(f"{registry.host}/app:1"), OpenOptions(retry=QUICK))
+        here = opened_at(registry)
         elsewhere = open_repository(reference.parse(f"{other.host}/base:1"), OpenOptions(retry=QUICK))
         layout = LayoutRepository(tmp_path)
         assert not here.mount_blob(EMPTY, 0, elsewhere)

@@ -13,20 +13,16 @@ from typing import Any
 
 import pytest
 
-from lazyfs import oci, reference
+from lazyfs import oci
 from lazyfs.digest import of
 from lazyfs.errors import PushRejected, TraceInvalid, Unauthorized
 from lazyfs.format.trace import MAX_TRACE, Read, Trace, encode
 from lazyfs.registry import traces
-from lazyfs.registry.http.retry import RetryPolicy
-from lazyfs.registry.local.layout import LayoutRepository
-from lazyfs.registry.open import OpenOptions, open_repository
 from lazyfs.registry.referrers import fallback_tag, listed_with
 from lazyfs.registry.repository import Repository
 from tests.helpers.fake_registry import FakeRegistry, Fault, Request, Rule
+from tests.helpers.referrers import KEEPERS, SUBJECT, kept_by, opened_at
 
-QUICK = OpenOptions(retry=RetryPolicy(attempts=2, first=0.0, longest=0.0))
-SUBJECT = oci.Descriptor(oci.OCI_MANIFEST, of(b"an image"), 8)
 LAYERS = (of(b"base"), of(b"top"))
 SMALL = Trace(SUBJECT.digest, LAYERS, (Read(b"usr/bin/app", 0, 0, 100, 0.5), Read(b"etc/app", 1, 0, 10, 1.0)), (), 2.0)
 _NOISE = random.Random(6)
@@ -40,25 +36,16 @@ def no_long_waits(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(traces, "_SETTLE", 0.02)
 
 
-@pytest.fixture(params=["api", "no api", "layout"])
+@pytest.fixture(params=KEEPERS)
 def repository(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Repository]:
-    if request.param == "layout":
-        yield LayoutRepository(tmp_path / "layout")
-        return
-    with FakeRegistry(referrers=request.param == "api") as registry:
-        opened = opened_at(registry)
-        yield opened
-        opened.close()
+    with kept_by(request.param, tmp_path) as found:
+        yield found
 
 
 @pytest.fixture(params=[True, False], ids=["api", "no api"])
 def registry(request: pytest.FixtureRequest) -> Iterator[FakeRegistry]:
     with FakeRegistry(referrers=request.param) as found:
         yield found
-
-
-def opened_at(registry: FakeRegistry) -> Repository:
-    return open_repository(reference.parse(f"{registry.host}/app:1"), QUICK)
 
 
 def find(repository: Repository, layers: tuple[str, ...] | None = LAYERS) -> Trace | None:
