@@ -23,7 +23,7 @@ from lazyfs.format.entry import MAX_NAME, Kind
 from lazyfs.format.table import FLAG_IMPLICIT, FLAG_OPAQUE, FLAG_REPLACES, LayerTable, Names
 
 MAGIC = b"LZFTREE\0"
-VERSION = 3
+VERSION = 4
 _MAX_SYMLINKS = 40  # the kernel's own limit for one path
 _MAX_FOLLOWED = 10_000_000  # parts of symlinks' targets walked for one chain: seconds, where sane ones need none
 _SHIFT = 32  # bits of a row in a leaf
@@ -31,6 +31,7 @@ _MASK = (1 << _SHIFT) - 1
 _DIR, _HARDLINK, _WHITEOUT = int(Kind.DIR), int(Kind.HARDLINK), int(Kind.WHITEOUT)
 _COLUMNS = {"parent": "I", "kind": "B", "layer": "H", "source": "I", "nlink": "I", "own": "B", "inode": "I",
             "first_child": "I", "child_count": "I"}  # fmt: skip
+_NAMES = {"name_end": "I", "names": "B"}
 
 
 def tree_key(table_keys: Sequence[str]) -> str:
@@ -51,21 +52,29 @@ class Tree(Names):
     inode: memoryview  # first row of this tree with the same inode
 
     def __init__(self, path: Path) -> None:
-        """Map and check the file. Blocking. Raise TableInvalid: then merge the tables again."""
+        """Map the file. It is checked by its first use. Blocking. Raise TableInvalid: then merge the tables again."""
         self.path = path
         self._columns = Columns(path, MAGIC, VERSION)
         try:
-            for name, code in _COLUMNS.items():
-                setattr(self, name, self._columns.view(name, code))
-            self.name_end = self._columns.view("name_end", "I")
-            self.names = self._columns.view("names", "B")
+            self.rows = self._columns.length("kind", "B")
+            if self.rows == 0 or self._columns.length("name_end", "I") != self.rows + 1:
+                raise TableInvalid(f"{path} has columns of unequal length")
         except BaseException:
             self._columns.close()
             raise
-        self.rows = len(self.kind)
-        if self.rows == 0 or len(self.name_end) != self.rows + 1:
-            self._columns.close()
-            raise TableInvalid(f"{path} has columns of unequal length")
+
+    def __getattr__(self, name: str) -> memoryview:
+        """Return a column when it is asked for the first time. Raise TableInvalid."""
+        code = _COLUMNS.get(name) or _NAMES.get(name)
+        if code is None:
+            raise AttributeError(name)
+        view = self._columns.view(name, code)
+        setattr(self, name, view)
+        return view
+
+    def ensure_names(self) -> None:
+        """Check the tree now, unless that was done. Blocking. Raise TableInvalid: merge the tables again then."""
+        self._columns.ensure_rest()
 
     def close(self) -> None:
         """Unmap. The tree is unusable afterwards."""
@@ -287,7 +296,7 @@ class _Writer:
         columns.update(parent=self._parents, first_child=first_child, child_count=child_count)
         ordered: dict[str, Column] = {name: columns[name] for name in _COLUMNS}
         ordered.update(name_end=array("I", self._ends), names=b"".join(self._names))
-        write_columns(path, MAGIC, VERSION, ordered)
+        write_columns(path, MAGIC, VERSION, {}, ordered)
 
     def _add_whole(self, here: _Dir) -> None:
         """Add the children of a directory that is one layer's, as they stand in its table."""

@@ -49,10 +49,12 @@ def recheck_documents(census: Census, done: Checked) -> None:
 
 def _layer(census: Census, digest: str, done: Checked) -> Iterator[int]:
     path = census.store.table_path(digest)
+    existed = path.exists()
     try:
         table = LayerTable(path)  # also where it is mapped already: that was checked then, not now
+        table.ensure_names()
     except TableInvalid:
-        if path.exists():
+        if existed:
             done.tables.append(digest)
             _unlink(path.unlink)
         return

@@ -11,7 +11,7 @@ import os
 import time
 from collections.abc import Callable
 
-_KEPT = 4096  # files; with one more all are forgotten
+_KEPT = 4096  # files, or parts; with one more all are forgotten
 _TICK = 0.1  # seconds; a file system's clock may stand still so long, and a file may change in the meantime
 
 
@@ -20,19 +20,19 @@ class Checked:
 
     def __init__(self, now: Callable[[], float] = time.time) -> None:
         self._now = now
-        self._known: dict[tuple[int, int], tuple[int, int, int]] = {}
+        self._known: dict[tuple[int, int, int], tuple[int, int, int]] = {}
 
-    def knows(self, found: os.stat_result) -> bool:
-        """Tell whether a file, by fstat(2), is one that was whole and is unchanged."""
-        return self._known.get(_inode(found)) == _state(found)
+    def knows(self, found: os.stat_result, part: int = 0) -> bool:
+        """Tell whether a file, by fstat(2), is one that was whole and is unchanged: all of it, or a part by number."""
+        return self._known.get((*_inode(found), part)) == _state(found)
 
-    def note(self, found: os.stat_result) -> None:
-        """Remember that a file is whole. `found` is of the time before it was read."""
+    def note(self, found: os.stat_result, part: int = 0) -> None:
+        """Remember that a file, or a part of it, is whole. `found` is of the time before it was read."""
         if self._now() - max(found.st_mtime, found.st_ctime) < _TICK:
             return  # it might change at once, and its times not
         if len(self._known) >= _KEPT:
             self._known.clear()
-        self._known[_inode(found)] = _state(found)
+        self._known[*_inode(found), part] = _state(found)
 
 
 def _inode(found: os.stat_result) -> tuple[int, int]:

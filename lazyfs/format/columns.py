@@ -1,13 +1,15 @@
 """Files of typed columns: written once by the child process, mapped by everybody else, never parsed.
 
-    magic 8 | version u32 | number of columns u32 | checksum (16) | total size u64 | pad to 64
+    magic 8 | version u32 | number of columns u32 | front's checksum (16) | total size u64 |
+    the rest's checksum (16) | where the front ends u64
     per column: name 24 | typecode 1 | pad 7 | offset u64 | size u64                                  (48 bytes each)
     the columns' bytes, each on an 8-byte boundary, in the machine's order (little endian only)
 
-The checksum is that of the whole file with zeros in its own place.
+The front is the header, the directory and the first columns; its checksum has zeros in its own place. What a file is
+opened for lies in front; the rest is checked when somebody asks for it.
 
-Mapped columns cost no anonymous memory and no Python object a row; a restart parses nothing. The checksum is compared
-when the file is opened, because a cache file is not to be trusted more than the disk it lies on; see
+Mapped columns cost no anonymous memory and no Python object a row; a restart parses nothing. A checksum is compared
+before the bytes are used, because a cache file is not to be trusted more than the disk it lies on; see
 `lazyfs.format.checked` for files that are opened again.
 """
 
@@ -18,8 +20,10 @@ import mmap
 import os
 import struct
 import sys
+import threading
 from array import array
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from operator import itemgetter
 from pathlib import Path
 from typing import TypeVar
@@ -30,11 +34,12 @@ from lazyfs.format.checksum import checksum, file_checksum
 
 T = TypeVar("T")
 
-_HEAD = struct.Struct("<8sII16sQ24x")
+_HEAD = struct.Struct("<8sII16sQ16sQ")
 _COLUMN = struct.Struct("<24sc7xQQ")
 _SIZES = {"B": 1, "H": 2, "I": 4, "Q": 8, "q": 8}
 _MAX_COLUMNS = 64
-_SUM_AT = 16  # bytes in front of the checksum
+_SUM_AT = 16  # bytes before the front's checksum
+_REST = 1  # the part of a file that `CHECKED` knows by itself; 0 is the front
 
 Column = array | bytes | bytearray  # type: ignore[type-arg]
 
@@ -50,17 +55,24 @@ def pick(column: Sequence[T], rows: Sequence[int]) -> Sequence[T]:
     return [column[row] for row in rows]
 
 
-def write_columns(path: Path, magic: bytes, version: int, columns: Mapping[str, Column]) -> None:
+def write_columns(
+    path: Path, magic: bytes, version: int, columns: Mapping[str, Column], rest: Mapping[str, Column] | None = None
+) -> None:
     """Write a column file at `path` through a temporary neighbour and rename(2): whole or not at all. Blocking.
 
-    No fsync: a torn file fails its checksum and is built again. Raise StoreFull or StoreBroken.
+    The columns of `rest` are those that are checked when they are asked for. No fsync: a torn file fails its checksum
+    and is built again. Raise StoreFull or StoreBroken.
     """
     if sys.byteorder != "little":
         raise StoreBroken("layer tables need a little-endian machine")
     directory = bytearray()
     parts: list[memoryview] = []
-    offset = _HEAD.size + _COLUMN.size * len(columns)
-    for name, column in columns.items():
+    front, in_front = 0, 0  # where the front ends, and how many of the parts lie in it
+    named = [*columns.items(), *(rest or {}).items()]
+    offset = _HEAD.size + _COLUMN.size * len(named)
+    for number, (name, column) in enumerate(named):
+        if number == len(columns):
+            front, in_front = offset, len(parts)
         view = memoryview(column)
         typecode = column.typecode if isinstance(column, array) else "B"
         pad = -offset & 7
@@ -68,8 +80,11 @@ def write_columns(path: Path, magic: bytes, version: int, columns: Mapping[str, 
         directory += _COLUMN.pack(name.encode(), typecode.encode(), offset, view.nbytes)
         parts += [memoryview(bytes(pad)), view.cast("B") if view.nbytes else memoryview(b"")]
         offset += view.nbytes
-    blank = _HEAD.pack(magic, version, len(columns), b"", offset)
-    head = _HEAD.pack(magic, version, len(columns), checksum([blank, directory, *parts]), offset)
+    if not rest:
+        front, in_front = offset, len(parts)
+    facts = (offset, checksum(parts[in_front:]), front)
+    blank = _HEAD.pack(magic, version, len(named), b"", *facts)
+    head = _HEAD.pack(magic, version, len(named), checksum([blank, directory, *parts[:in_front]]), *facts)
     write_parts(path, [head, directory, *parts])
 
 
@@ -98,59 +113,90 @@ class Columns:
     """A mapped column file. `view(name, typecode)` gives a read-only memoryview of items; close() drops the mapping."""
 
     def __init__(self, path: Path, magic: bytes, version: int) -> None:
-        """Open, map and check the whole file: about 0.1 ms a megabyte, unless `CHECKED` knows it.
+        """Open and map the file, and check its front: about 0.1 ms a megabyte, unless `CHECKED` knows it.
 
         Raise TableInvalid for anything unexpected.
         """
         self.path = path
         self._views: list[memoryview] = []
+        self._lock = threading.Lock()
+        self._fd = -1  # open until the rest is checked
         try:
-            fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
-            try:
-                found = os.fstat(fd)
-                if found.st_size < _HEAD.size:
-                    raise TableInvalid(f"{path} is too short")
-                count = self._check(fd, found, magic, version)
-                self._map = mmap.mmap(fd, found.st_size, prot=mmap.PROT_READ, flags=mmap.MAP_SHARED)
-            finally:
-                os.close(fd)
+            self._fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+            self._found = os.fstat(self._fd)
+            self._directory = self._read_directory(self._check(magic, version))
+            self._map = mmap.mmap(self._fd, self._found.st_size, prot=mmap.PROT_READ, flags=mmap.MAP_SHARED)
         except OSError as error:
+            self._close_file()
             raise TableInvalid(f"{path} can't be read or mapped: {error.strerror}") from None
-        try:
-            self._directory = self._read_directory(count, found.st_size)
         except BaseException:
-            self._map.close()
+            self._close_file()
             raise
+        if self._front == self._found.st_size or CHECKED.knows(self._found, _REST):
+            self._close_file()
 
-    def _check(self, fd: int, file: os.stat_result, magic: bytes, version: int) -> int:
-        """Return the number of columns of a file that is whole. Raise TableInvalid or OSError."""
+    def _check(self, magic: bytes, version: int) -> bytes:
+        """Return the directory of a file whose front is whole. Raise TableInvalid or OSError."""
+        fd, size = self._fd, self._found.st_size
         head = os.pread(fd, _HEAD.size, 0).ljust(_HEAD.size, b"\0")
-        found_magic, found_version, count, told, total = _HEAD.unpack(head)
-        if found_magic != magic or found_version != version or total != file.st_size or count > _MAX_COLUMNS:
+        found_magic, found_version, count, told, total, self._rest_sum, self._front = _HEAD.unpack(head)
+        if found_magic != magic or found_version != version or total != size or count > _MAX_COLUMNS:
             raise TableInvalid(f"{self.path} is of another kind or version, or cut short")
-        if not CHECKED.knows(file):
-            if file_checksum(fd, file.st_size, _SUM_AT) != told:
-                raise TableInvalid(f"{self.path} is damaged")
-            CHECKED.note(file)
-        return int(count)
-
-    def _read_directory(self, count: int, size: int) -> dict[str, tuple[str, int, int]]:
-        if _HEAD.size + count * _COLUMN.size > size:
+        if not _HEAD.size + count * _COLUMN.size <= self._front <= size:
             raise TableInvalid(f"{self.path} has a broken column")
+        if not CHECKED.knows(self._found):
+            if file_checksum(fd, 0, self._front, _SUM_AT) != told:
+                raise TableInvalid(f"{self.path} is damaged")
+            CHECKED.note(self._found)
+        return os.pread(fd, count * _COLUMN.size, _HEAD.size)
+
+    def _read_directory(self, raw: bytes) -> dict[str, tuple[str, int, int]]:
         directory = {}
-        for number in range(count):
-            name, typecode, offset, length = _COLUMN.unpack_from(self._map, _HEAD.size + number * _COLUMN.size)
+        for name, typecode, offset, length in _COLUMN.iter_unpack(raw):
             code = typecode.decode("ascii", "replace")
-            if code not in _SIZES or offset + length > size or length % _SIZES[code]:
+            if code not in _SIZES or offset + length > self._found.st_size or length % _SIZES[code]:
                 raise TableInvalid(f"{self.path} has a broken column")
             directory[name.rstrip(b"\0").decode("ascii", "replace")] = (code, offset, length)
         return directory
 
-    def view(self, name: str, typecode: str) -> memoryview:
-        """Return one column. Raise TableInvalid when it is missing or of another type."""
+    def ensure_rest(self) -> None:
+        """Check what lies behind the front, unless that was done. Blocking, about 0.1 ms a megabyte. Thread-safe.
+
+        Raise TableInvalid; the file is gone then, so that whoever opens it next makes it again.
+        """
+        with self._lock:
+            if self._fd < 0:
+                return
+            try:
+                told = file_checksum(self._fd, self._front, self._found.st_size)
+            except OSError as error:
+                raise TableInvalid(f"{self.path} can't be read: {error.strerror}") from None
+            if told != self._rest_sum:
+                with suppress(OSError):
+                    if os.path.samestat(self.path.lstat(), self._found):
+                        self.path.unlink()
+                raise TableInvalid(f"{self.path} is damaged")
+            CHECKED.note(self._found, _REST)
+            self._close_file()
+
+    def length(self, name: str, typecode: str) -> int:
+        """Return the number of items of a column, wherever it lies. Raise TableInvalid when it is missing."""
+        return self._place(name, typecode)[1] // _SIZES[typecode]
+
+    def _place(self, name: str, typecode: str) -> tuple[int, int]:
         code, offset, length = self._directory.get(name, ("", 0, 0))
         if code != typecode:
             raise TableInvalid(f"{self.path} has no column {name} of type {typecode}")
+        return offset, length
+
+    def view(self, name: str, typecode: str) -> memoryview:
+        """Return one column. Raise TableInvalid when it is missing, of another type, or behind the front and damaged.
+
+        Blocking for the first one behind the front, see `ensure_rest`.
+        """
+        offset, length = self._place(name, typecode)
+        if offset + length > self._front:
+            self.ensure_rest()
         whole = memoryview(self._map)
         part = whole[offset : offset + length]
         view = part if typecode == "B" else part.cast(typecode)  # type: ignore[call-overload]
@@ -163,6 +209,15 @@ class Columns:
             view.release()
         self._views.clear()
         self._map.close()
+        self._close_file()
+
+    def _close_file(self) -> None:
+        fd, self._fd = self._fd, -1
+        if fd >= 0:
+            os.close(fd)
+
+    def __del__(self) -> None:
+        self._close_file()
 
     def __repr__(self) -> str:
         return f"<Columns {self.path} {len(self._directory)} columns>"

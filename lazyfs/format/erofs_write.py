@@ -92,7 +92,7 @@ def check(path: Path, key: str) -> None:
                 raise TableInvalid(f"{path} is another tree's")
             if CHECKED.knows(found):
                 return
-            whole = file_checksum(handle.fileno(), size, _SUM_AT)
+            whole = file_checksum(handle.fileno(), 0, size, _SUM_AT)
     except OSError as error:
         raise TableInvalid(f"{path} can't be read: {error.strerror}") from None
     if whole != told:

@@ -18,7 +18,7 @@ from lazyfs.format.columns import Columns
 from lazyfs.format.entry import Kind
 
 MAGIC = b"LZFLAYER"
-VERSION = 3
+VERSION = 4
 NO_FRAME = 0xFFFFFFFF  # a chunk that is a hole, or a chunk of a plain layer: no frame to fetch
 FLAG_OPAQUE = 1  # a directory that hides what lower layers have under it
 FLAG_IMPLICIT = 2  # a directory that no entry names; a lower layer's attributes show through
@@ -36,6 +36,12 @@ ROW_COLUMNS = {
 }  # fmt: skip
 CHUNK_COLUMNS = {"chunk_data_offset": "Q", "chunk_size": "I", "chunk_frame": "I", "chunk_inner": "Q"}
 FRAME_COLUMNS = {"frame_blob_offset": "Q", "frame_blob_end": "Q", "frame_first_chunk": "I"}
+FRONT_COLUMNS = {*CHUNK_COLUMNS, *FRAME_COLUMNS, "chunk_digest", "meta"}  # checked whenever a table is opened
+# What a mount by the kernel's erofs doesn't need: attribute -> name and typecode of its column.
+_LATER = {("chunk_count_of" if name == "chunk_count" else name): (name, code) for name, code in ROW_COLUMNS.items()} | {
+    "name_end": ("name_end", "I"), "names": ("names", "B"), "_links": ("links", "B"),
+    "_xattr_heap": ("xattr_heap", "B"),
+}  # fmt: skip
 META = ("form", "blob_size", "data_size", "payload_end", "landmark", "dropped_xattrs", "entries", "holes")
 _LONGEST_RUN = 256  # chunks that `run_end` looks ahead
 _LENGTHS = struct.Struct("<HI")
@@ -131,9 +137,14 @@ class LayerTable(Names):
     frame_blob_offset: memoryview
     frame_blob_end: memoryview
     frame_first_chunk: memoryview
+    _links: memoryview
+    _xattr_heap: memoryview
 
     def __init__(self, path: Path) -> None:
-        """Map and check the file. Blocking. Raise TableInvalid: then build it again from the TOC."""
+        """Map the file and check what reading data takes: chunks and frames. Names are checked by their first use.
+
+        Blocking. Raise TableInvalid: then build it again from the TOC.
+        """
         self.path = path
         self._columns = Columns(path, MAGIC, VERSION)
         try:
@@ -142,14 +153,22 @@ class LayerTable(Names):
             self._columns.close()
             raise
 
+    def __getattr__(self, name: str) -> memoryview:
+        """Return a column of names and attributes when it is asked for the first time. Raise TableInvalid."""
+        if name not in _LATER:
+            raise AttributeError(name)
+        view = self._columns.view(*_LATER[name])
+        setattr(self, name, view)
+        return view
+
+    def ensure_names(self) -> None:
+        """Check names and attributes now, unless that was done. Blocking. Raise TableInvalid: open it again then."""
+        self._columns.ensure_rest()
+
     def _load(self) -> None:
         view = self._columns.view
-        for name, code in (ROW_COLUMNS | CHUNK_COLUMNS | FRAME_COLUMNS).items():
-            setattr(self, "chunk_count_of" if name == "chunk_count" else name, view(name, code))
-        self.name_end = view("name_end", "I")
-        self.names = view("names", "B")
-        self._links = view("links", "B")
-        self._xattr_heap = view("xattr_heap", "B")
+        for name, code in (CHUNK_COLUMNS | FRAME_COLUMNS).items():
+            setattr(self, name, view(name, code))
         self._digests = view("chunk_digest", "B")
         meta = dict(zip(META, view("meta", "q"), strict=False))
         if len(meta) != len(META):
@@ -162,10 +181,11 @@ class LayerTable(Names):
         self.dropped_xattrs: int = meta["dropped_xattrs"]
         self.entries: int = meta["entries"]
         self.holes: int = meta["holes"]  # chunks that are in no frame, except of a plain layer
-        self.rows = len(self.kind)
+        self.rows = self._columns.length("kind", "B")
         self.chunk_count = len(self.chunk_size)
         self.frame_count = len(self.frame_blob_offset)
-        if self.rows == 0 or len(self.name_end) != self.rows + 1 or len(self._digests) != 32 * self.chunk_count:
+        ends = self._columns.length("name_end", "I")
+        if self.rows == 0 or ends != self.rows + 1 or len(self._digests) != 32 * self.chunk_count:
             raise TableInvalid(f"{self.path} has columns of unequal length")
 
     def close(self) -> None:

@@ -21,6 +21,7 @@ from lazyfs.format.table import (
     FLAG_IMPLICIT,
     FLAG_OPAQUE,
     FLAG_REPLACES,
+    FRONT_COLUMNS,
     MAGIC,
     META,
     ROW_COLUMNS,
@@ -75,7 +76,9 @@ def write_table(path: Path, facts: LayerFacts, listing: Listing, survivors: Surv
         "holes": content.holes,
     }
     columns["meta"] = array("q", [meta[name] for name in META])
-    write_columns(path, MAGIC, VERSION, columns)
+    front = {name: column for name, column in columns.items() if name in FRONT_COLUMNS}
+    rest = {name: column for name, column in columns.items() if name not in FRONT_COLUMNS}
+    write_columns(path, MAGIC, VERSION, front, rest)
 
 
 class _Heap:

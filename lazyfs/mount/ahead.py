@@ -94,6 +94,11 @@ class Ahead:
         """Fetch the programs that `words` name in `planted`, and what they load. A checkpoint."""
         job = _Job(self._reader, self._remote, planted)
         try:
+            await trio.to_thread.run_sync(planted.ensure_names)
+        except LazyfsError as error:
+            log.info("fetching ahead gave up: %s", error)
+            return
+        try:
             async with trio.open_nursery() as nursery:
                 for name in _ALWAYS:
                     nursery.start_soon(job.bring, name, _MAX_DEPTH)

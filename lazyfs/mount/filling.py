@@ -155,7 +155,11 @@ class Fillings:
     # -- waiting
 
     async def until_checked(self, layer: ServedLayer) -> None:
-        """Wait for the end of a layer's whole check, for as long as bytes of it come. Raise ReadDeadline."""
+        """Wait for the end of a layer's whole check, for as long as bytes of it come. Raise ReadDeadline.
+
+        Raise TableInvalid where the layer's own table is damaged: the check would wait for a sound one.
+        """
+        await trio.to_thread.run_sync(layer.table.ensure_names)
         filling = self._fillings.get(layer.digest)
         patience = self._settings.read_timeout or _PATIENCE
         while filling is not None and not filling.checked.is_set():

@@ -74,6 +74,12 @@ class Planted:
     layers: tuple[ServedLayer, ...]
     users: int = 0  # mounts of it
 
+    def ensure_names(self) -> None:
+        """Check the names of the tree and its layers, before a look-up would. Blocking. Raise TableInvalid."""
+        self.tree.ensure_names()
+        for layer in self.layers:
+            layer.table.ensure_names()
+
 
 class Forest:
     """Trees and layers by number. One thread changes it (the trio loop); look-ups are pure and never block.

@@ -96,7 +96,7 @@ class Planting:
         path = self._directory / key
         number = self._preparer.tree_number(key)
         try:
-            return Tree(path), number
+            return self._open_file(path, prepared), number
         except TableInvalid:
             _make_room(self._directory)
         tables = [os.fspath(one.layer.table.path) for one in prepared]
@@ -110,10 +110,24 @@ class Planting:
         else:
             self._preparer.builder.run(job)
         try:
-            return Tree(path), number
+            return self._open_file(path, prepared), number
         except TableInvalid:  # cleared away as nobody's, just now
             self._preparer.builder.run(job)
-            return Tree(path), number
+            return self._open_file(path, prepared), number
+
+    def _open_file(self, path: Path, prepared: list[Prepared]) -> Tree:
+        """Open a tree. Where the kernel has no image to read names from, we do: they are checked now, and not when one
+        is looked up."""
+        tree = Tree(path)
+        try:
+            if not self.with_images():
+                tree.ensure_names()
+                for one in prepared:
+                    one.layer.table.ensure_names()
+        except BaseException:
+            tree.close()
+            raise
+        return tree
 
     def _tree_job(self, key: str, tables: list[str]) -> dict[str, object]:
         return {"tree": {"tables": tables, "out": os.fspath(self._directory / key)}}

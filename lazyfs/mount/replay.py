@@ -16,7 +16,7 @@ from lazyfs.chunks.frames import frame_wanted, needed
 from lazyfs.chunks.layer import ServedLayer
 from lazyfs.chunks.remote import Remote
 from lazyfs.chunks.schedule import Priority, Scheduler
-from lazyfs.errors import LazyfsError
+from lazyfs.errors import LazyfsError, TableInvalid
 from lazyfs.format.trace import Trace
 from lazyfs.mount.plan import Plan, Range
 from lazyfs.units import KiB, MiB
@@ -64,7 +64,12 @@ class Replay:
             async with trio.open_nursery() as nursery:
                 while not self._plan.over and self._room > 0:
                     job = partial(self._plan.next, *self._window(host), self._scheduler.places(host))
-                    for one in await trio.to_thread.run_sync(job, limiter=self._limiter):
+                    try:
+                        window = await trio.to_thread.run_sync(job, limiter=self._limiter)
+                    except TableInvalid as error:  # found by the first look at its names
+                        log.warning("what is known of a start can't be fetched: %s", error)
+                        break
+                    for one in window:
                         await self._until_welcome(one.layer)
                         await self._until_wanted(host)
                         nursery.start_soon(self._bring, one)

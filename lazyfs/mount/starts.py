@@ -290,11 +290,11 @@ class Starts:
 
         Where the node knew of starts before, only if this was quite another one.
         """
-        ours = stripped(recorder.trace(start.manifest, start.digests, recorder.last - recorder.began))
-        known = self._files.load(start.manifest)
-        if start.kept and known is not None and not _is_news(ours, known):
-            return
         try:
+            ours = stripped(recorder.trace(start.manifest, start.digests, recorder.last - recorder.began))
+            known = self._files.load(start.manifest)
+            if start.kept and known is not None and not _is_news(ours, known):
+                return
             whole = merged([ours, *(stripped(other) for other in (known, start.trace) if other is not None)])
             assert whole is not None
             self._files.save(fitting(whole))

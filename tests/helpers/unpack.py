@@ -80,13 +80,11 @@ class Unpacker:
         if name == OPAQUE_MARKER:
             self._parents.add(parent)
             for child in os.listdir(self._at(parent)):
-                self._hide(parent + b"/" + child if parent else child)
+                self._hide_lower(parent + b"/" + child if parent else child)
             return
         if name.startswith(WHITEOUT_PREFIX):
             gone = parent + b"/" + name[len(WHITEOUT_PREFIX) :] if parent else name[len(WHITEOUT_PREFIX) :]
-            if any(_within(link, gone) for link, _ in self._through):
-                raise Ambiguous(gone)  # a whiteout before what went through the symlink would have stopped that
-            self._hide(gone)
+            self._hide_lower(gone)
             self._parents.add(parent)
             return
         found = self._kind(path)
@@ -135,6 +133,11 @@ class Unpacker:
         except (FileNotFoundError, NotADirectoryError):
             return None
         return Kind.DIR if stat.S_ISDIR(mode) else Kind.SYMLINK if stat.S_ISLNK(mode) else Kind.REG
+
+    def _hide_lower(self, path: bytes) -> None:
+        if any(_within(link, path) for link, _ in self._through):
+            raise Ambiguous(path)  # a whiteout before what went through the symlink would have stopped that
+        self._hide(path)
 
     def _hide(self, path: bytes) -> None:
         if any(_within(one, path) for one in (*self._parents, *self._made)):

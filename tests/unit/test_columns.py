@@ -63,6 +63,64 @@ def test_any_flipped_byte_is_found(tmp_path: Path) -> None:
                 Columns(path, MAGIC, 3)
 
 
+REST = {"names": b"abc", "more": array("I", range(100))}
+
+
+def test_what_lies_behind_the_front_is_checked_when_it_is_asked_for(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    write_columns(path, MAGIC, 3, COLUMNS, REST)
+    whole = path.read_bytes()
+    late = 0
+    for position in range(len(whole)):
+        damaged = bytearray(whole)
+        damaged[position] ^= 4
+        path.write_bytes(damaged)
+        try:
+            columns = Columns(path, MAGIC, 3)
+        except TableInvalid:
+            continue
+        late += 1
+        assert [columns.view(name, CODES[name]).tolist() for name in COLUMNS] == [list(c) for c in COLUMNS.values()]
+        assert (columns.length("names", "B"), columns.length("more", "I")) == (3, 100)
+        with pytest.raises(TableInvalid, match="damaged"):
+            columns.view("names", "B")
+        assert not path.exists()  # whoever opens it next makes it again
+        with pytest.raises(TableInvalid):
+            columns.view("more", "I")
+        columns.close()
+    assert late >= 3 + 400  # the bytes of the two columns
+
+
+def test_a_file_that_took_the_place_of_a_damaged_one_stays(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    write_columns(path, MAGIC, 3, COLUMNS, REST)
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-1] + b"\xee")
+    columns = Columns(path, MAGIC, 3)
+    write_columns(path, MAGIC, 3, COLUMNS, REST)
+    with pytest.raises(TableInvalid):
+        columns.ensure_rest()
+    columns.close()
+    again = Columns(path, MAGIC, 3)
+    assert bytes(again.view("names", "B")) == b"abc"
+    assert again.view("more", "I").tolist() == list(range(100))
+    again.close()
+
+
+def test_no_file_stays_open_behind_the_check(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    write_columns(path, MAGIC, 3, {}, REST)
+    before = len(os.listdir("/proc/self/fd"))
+    columns = Columns(path, MAGIC, 3)
+    opened = len(os.listdir("/proc/self/fd"))
+    columns.ensure_rest()
+    assert len(os.listdir("/proc/self/fd")) == opened - 1  # the mapping keeps one of its own
+    columns.close()
+    assert len(os.listdir("/proc/self/fd")) == before
+    Columns(path, MAGIC, 3)  # dropped, not closed
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
 def test_any_cut_is_found(tmp_path: Path) -> None:
     path = tmp_path / "file"
     write_columns(path, MAGIC, 3, COLUMNS)

@@ -310,7 +310,7 @@ def test_any_damage_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     for position in range(len(whole)):
         path.write_bytes(whole[:position] + bytes([whole[position] ^ 0x04]) + whole[position + 1 :])
         with pytest.raises(TableInvalid):
-            LayerTable(path)
+            LayerTable(path).ensure_names()
     for size in range(0, len(whole), 97):
         path.write_bytes(whole[:size])
         with pytest.raises(TableInvalid):
