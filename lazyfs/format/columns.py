@@ -20,7 +20,6 @@ import mmap
 import os
 import struct
 import sys
-import threading
 from array import array
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -119,8 +118,7 @@ class Columns:
         """
         self.path = path
         self._views: list[memoryview] = []
-        self._lock = threading.Lock()
-        self._fd = -1  # open until the rest is checked
+        self._fd = -1  # open for `ensure_rest`, which several threads may be in
         try:
             self._fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
             self._found = os.fstat(self._fd)
@@ -132,8 +130,7 @@ class Columns:
         except BaseException:
             self._close_file()
             raise
-        if self._front == self._found.st_size or CHECKED.knows(self._found, _REST):
-            self._close_file()
+        self._is_whole = self._front == self._found.st_size or CHECKED.knows(self._found, _REST)
 
     def _check(self, magic: bytes, version: int) -> bytes:
         """Return the directory of a file whose front is whole. Raise TableInvalid or OSError."""
@@ -164,20 +161,19 @@ class Columns:
 
         Raise TableInvalid; the file is gone then, so that whoever opens it next makes it again.
         """
-        with self._lock:
-            if self._fd < 0:
-                return
-            try:
-                told = file_checksum(self._fd, self._front, self._found.st_size)
-            except OSError as error:
-                raise TableInvalid(f"{self.path} can't be read: {error.strerror}") from None
-            if told != self._rest_sum:
-                with suppress(OSError):
-                    if os.path.samestat(self.path.lstat(), self._found):
-                        self.path.unlink()
-                raise TableInvalid(f"{self.path} is damaged")
-            CHECKED.note(self._found, _REST)
-            self._close_file()
+        if self._is_whole:
+            return
+        try:
+            found = file_checksum(self._fd, self._front, self._found.st_size)
+        except OSError as error:
+            raise TableInvalid(f"{self.path} can't be read: {error.strerror}") from None
+        if found != self._rest_sum:
+            with suppress(OSError):
+                if os.path.samestat(self.path.lstat(), self._found):
+                    self.path.unlink()
+            raise TableInvalid(f"{self.path} is damaged")
+        CHECKED.note(self._found, _REST)
+        self._is_whole = True
 
     def length(self, name: str, typecode: str) -> int:
         """Return the number of items of a column, wherever it lies. Raise TableInvalid when it is missing."""
