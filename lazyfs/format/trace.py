@@ -18,9 +18,12 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
+from operator import itemgetter
+from typing import Annotated
 
 import msgspec
 import zstandard
+from msgspec import Meta
 
 from lazyfs.digest import is_digest
 from lazyfs.errors import FrameInvalid, TarInvalid, TraceInvalid
@@ -33,9 +36,17 @@ MAX_TRACE = 1 * MiB  # bytes of the frame
 MAX_READS = 50_000
 MAX_REQUESTS = 50_000
 MAX_LAYERS = 1024
-_MAX_JSON = 16 * MiB  # bytes
-_MAX_NUMBER = 1 << 62
+MAX_COMMAND = 1000  # words
+# bytes: as many reads and requests as there may be, with numbers as large as real ones and a file of 64 bytes for each.
+_MAX_JSON = 8 * MiB
+# What takes the interpreter's time is how many things there are: so these are counted before any is made. Few names
+# have a bracket or a quote in them.
+_MAX_BRACKETS = MAX_READS + MAX_REQUESTS + 16
+_MAX_QUOTES = 2 * (MAX_READS + MAX_LAYERS + MAX_COMMAND + 16)
+_MAX_NUMBER = (1 << 62) - 1
+_MAX_TIME = 1 << 40  # milliseconds
 _LEVEL = 9  # of zstd: a trace is written once and fetched often
+_NEARLY = 0.95  # of the room that is left, so that a guess fits
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,45 +92,70 @@ class Trace:
     command: tuple[str, ...] = field(default=())
 
 
+_Number = Annotated[int, Meta(ge=0, le=_MAX_NUMBER)]
+_Time = Annotated[int, Meta(ge=0, le=_MAX_TIME)]
+_Read = tuple[_Number, _Number, _Number, _Number, _Time, _Time]
+_Request = tuple[_Number, _Number, _Number, _Number, _Time, _Time, _Time]
+
+
 class _Document(msgspec.Struct):
     version: int
     manifest: str
-    layers: list[str]
-    paths: list[str]
-    reads: list[tuple[int, int, int, int, int, int]]
-    requests: list[tuple[int, int, int, int, int, int, int]] = []
-    ready: int = 0
-    command: list[str] = []
+    layers: Annotated[list[str], Meta(max_length=MAX_LAYERS)]
+    paths: Annotated[list[str], Meta(max_length=MAX_READS)]
+    reads: Annotated[list[_Read], Meta(max_length=MAX_READS)]
+    requests: Annotated[list[_Request], Meta(max_length=MAX_REQUESTS)] = []
+    ready: _Time = 0
+    command: Annotated[list[str], Meta(max_length=MAX_COMMAND)] = []
 
 
 _DECODER = msgspec.json.Decoder(_Document)  # made here, where one thread imports: see toc.py
 
 
 def encode(trace: Trace) -> bytes:
-    """Return a trace as a file. Raise TraceInvalid when it is too large for one."""
-    places: dict[bytes, int] = {}
-    reads = [
-        (places.setdefault(one.path, len(places)), one.layer, one.offset, one.size, _ms(one.at), _ms(one.waited))
-        for one in trace.reads
-    ]
-    requests = [
-        (one.layer, one.blob_offset, one.size, one.priority, _ms(one.began), _ms(one.first), _ms(one.ended))
-        for one in trace.requests
-    ]
-    document = {
-        "version": VERSION,
-        "manifest": trace.manifest,
-        "layers": list(trace.layers),
-        "ready": _ms(trace.ready),
-        "command": [_text(os.fsencode(word)) for word in trace.command],
-        "paths": [_text(path) for path in places],
-        "reads": reads,
-        "requests": requests,
-    }
-    raw = zstandard.ZstdCompressor(level=_LEVEL, write_content_size=True).compress(msgspec.json.encode(document))
-    if len(raw) > MAX_TRACE or len(reads) > MAX_READS or len(requests) > MAX_REQUESTS:
-        raise TraceInvalid(f"a trace of {len(reads)} reads and {len(raw)} bytes is too large")
+    """Return a trace as a file, which `decode` takes. Blocking, some tenths of a second for the largest.
+
+    Raise TraceInvalid when it is too large for one, or tells of what no start could read.
+    """
+    text = _json(trace)
+    found = _parsed(text)
+    if {read.path for read in found.reads} != {read.path for read in trace.reads}:
+        raise TraceInvalid("the trace has a path that is not as an image has it")
+    raw = _packed(text)
+    ensure_within(len(raw), MAX_TRACE, f"a trace of {len(trace.reads)} reads is too large: it has {len(raw)} bytes")
     return raw
+
+
+def _json(trace: Trace) -> bytes:
+    """Return the document of a trace, however large. Raise TraceInvalid for what can't be written at all."""
+    places: dict[bytes, int] = {}
+    try:
+        reads = [
+            (places.setdefault(one.path, len(places)), one.layer, one.offset, one.size, _ms(one.at), _ms(one.waited))
+            for one in trace.reads
+        ]
+        requests = [
+            (one.layer, one.blob_offset, one.size, one.priority, _ms(one.began), _ms(one.first), _ms(one.ended))
+            for one in trace.requests
+        ]
+        return msgspec.json.encode(
+            {
+                "version": VERSION,
+                "manifest": trace.manifest,
+                "layers": list(trace.layers),
+                "ready": _ms(trace.ready),
+                "command": [_text(os.fsencode(word)) for word in trace.command],
+                "paths": [_text(path) for path in places],
+                "reads": reads,
+                "requests": requests,
+            }
+        )
+    except (ValueError, OverflowError) as error:  # half a surrogate pair, or no number
+        raise TraceInvalid(f"the trace can't be written: {str(error)[:200]}") from None
+
+
+def _packed(text: bytes) -> bytes:
+    return zstandard.ZstdCompressor(level=_LEVEL, write_content_size=True).compress(text)
 
 
 def ensure_within(size: int, most: int, words: str) -> None:
@@ -129,27 +165,42 @@ def ensure_within(size: int, most: int, words: str) -> None:
 
 
 def decode(raw: bytes) -> Trace:
-    """Check a file and return its trace. Pure; blocks some milliseconds at most. Raise TraceInvalid."""
+    """Check a file and return its trace. Pure. Raise TraceInvalid.
+
+    Blocking, some tenths of a second for the largest that may be: in a thread, and then others get their turns, but for
+    some 50 ms in which the JSON is taken apart.
+    """
     ensure_within(len(raw), MAX_TRACE, f"the trace has {len(raw)} bytes")
     try:
-        found = _DECODER.decode(FrameDecoder().decode(raw, _MAX_JSON))
-    except (FrameInvalid, msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+        text = FrameDecoder().decode(raw, _MAX_JSON)
+    except FrameInvalid as error:
+        raise TraceInvalid(f"the trace can't be decoded: {str(error)[:200]}") from None
+    return _parsed(text)
+
+
+def _parsed(text: bytes) -> Trace:
+    """Check a document and return its trace. Raise TraceInvalid."""
+    if _excess(text) > 1:
+        raise TraceInvalid(
+            f"the trace is too large: more than {MAX_READS} reads or files, {MAX_REQUESTS} requests, or {_MAX_JSON} "
+            f"bytes of JSON"
+        )
+    try:
+        found = _DECODER.decode(text)
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
         raise TraceInvalid(f"the trace can't be decoded: {str(error)[:200]}") from None
     if found.version != VERSION:
         raise TraceInvalid(f"the trace is of version {found.version}, not {VERSION}")
-    if len(found.reads) > MAX_READS or len(found.requests) > MAX_REQUESTS or len(found.layers) > MAX_LAYERS:
-        raise TraceInvalid(f"the trace has more than {MAX_READS} reads or requests, or {MAX_LAYERS} layers")
     if not is_digest(found.manifest) or not all(map(is_digest, found.layers)):
         raise TraceInvalid("the trace names its image by something else than sha256 digests")
     try:
         paths = [clean_path(_bytes(path), TarInvalid) for path in found.paths]
     except TarInvalid as error:
         raise TraceInvalid(f"the trace names no path of an image: {error.message}") from None
-    numbers = [number for one in (*found.reads, *found.requests) for number in one]
-    if any(not 0 <= number < _MAX_NUMBER for number in (*numbers, found.ready)):
-        raise TraceInvalid("the trace has a number that no start could give")
-    if any(one[0] >= len(paths) or one[1] >= len(found.layers) for one in found.reads) or any(
-        one[0] >= len(found.layers) for one in found.requests
+    if (
+        max(map(itemgetter(0), found.reads), default=-1) >= len(paths)
+        or max(map(itemgetter(1), found.reads), default=-1) >= len(found.layers)
+        or max(map(itemgetter(0), found.requests), default=-1) >= len(found.layers)
     ):
         raise TraceInvalid("the trace tells of a file or layer that it does not name")
     return Trace(
@@ -162,34 +213,68 @@ def decode(raw: bytes) -> Trace:
     )
 
 
+def _excess(text: bytes) -> float:
+    """Return how many times as large as allowed a document is, at least, as far as that can be told unread. Quick."""
+    if len(text) > _MAX_JSON:
+        return len(text) / _MAX_JSON
+    return max(text.count(b"[") / _MAX_BRACKETS, text.count(b'"') / _MAX_QUOTES)
+
+
 def stripped(trace: Trace) -> Trace:
     """Return what others may know of a start: which chunks, in which order and when, not how this node fared."""
     reads = tuple(replace(read, waited=0.0) for read in trace.reads)
     return replace(trace, reads=reads, requests=(), command=())
 
 
-def fitting(trace: Trace) -> Trace:
-    """Return as much of a trace as a file takes: first its requests are left out, then its last reads.
+def fitting(trace: Trace, first: Trace | None = None) -> Trace:
+    """Return as much of a trace as a file takes.
 
-    Blocking, as `encode`. Raise TraceInvalid for one that is too large without any.
+    What goes: its last requests, its command, the last of the reads that `first` does not tell of, and in the end the
+    last of all. Blocking, about a second for the largest. Raise TraceInvalid where not even a trace without reads fits.
     """
+    own = None if first is None else {_key(read) for read in first.reads}
+    mine: list[int] = []  # places of reads
+    others: list[int] = []
+    for place, read in enumerate(trace.reads):
+        (mine if own is None or _key(read) in own else others).append(place)
+    del mine[MAX_READS:]
+    del others[MAX_READS - len(mine) :]
+
+    def some(places: list[int]) -> Trace:
+        return replace(trace, reads=tuple(trace.reads[place] for place in sorted(places)))
+
+    trace = replace(trace, requests=trace.requests[:MAX_REQUESTS], command=trace.command[:MAX_COMMAND])
     while True:
-        try:
-            encode(trace)
-            return trace
-        except TraceInvalid:
-            if trace.requests:
-                trace = replace(trace, requests=trace.requests[: len(trace.requests) // 2])
-            elif trace.reads:
-                trace = replace(trace, reads=trace.reads[: len(trace.reads) * 3 // 4])
-            else:
-                raise
+        fitted = some(mine + others)
+        excess = _part_of_file(fitted)
+        if excess <= 1:
+            return fitted
+        if trace.requests:
+            trace = replace(trace, requests=trace.requests[: len(trace.requests) // 2])
+        elif trace.command:
+            trace = replace(trace, command=())
+        elif others:
+            alone = _part_of_file(some(mine))
+            part = _NEARLY * (1 - alone) / (excess - alone) if alone < 1 else 0
+            del others[int(len(others) * part) :]
+        elif mine:
+            del mine[int(len(mine) * _NEARLY / excess) :]
+        else:
+            raise TraceInvalid("the trace is too large even without what was read")
+
+
+def _part_of_file(trace: Trace) -> float:
+    """Return how large a trace is; 1: as large as a file may be. Blocking."""
+    text = _json(trace)
+    excess = _excess(text)
+    return excess if excess > 1 else max(excess, len(_packed(text)) / MAX_TRACE)
 
 
 def merged(traces: Iterable[Trace]) -> Trace | None:
     """Return the trace of all that these starts of one image read, in the order of the earliest demand; None of none.
 
-    Those of another image than the first one's are left out, and what is beyond MAX_READS.
+    Those of another image than the first one's are left out. An earlier one counts for more: where they tell of more
+    than MAX_READS chunks, its reads stay, and what it says of a chunk but when.
     """
     given = list(traces)
     if not given:
@@ -200,13 +285,21 @@ def merged(traces: Iterable[Trace]) -> Trace | None:
         if (trace.manifest, trace.layers) != (first.manifest, first.layers):
             continue
         for read in trace.reads:
-            key = read.layer, read.path, read.offset
+            key = _key(read)
             known = found.get(key)
-            if known is None or read.at < known.at:
-                found[key] = read
-    reads = sorted(found.values(), key=lambda read: read.at)[:MAX_READS]
+            if known is None:
+                if len(found) < MAX_READS:
+                    found[key] = read
+            elif read.at < known.at:
+                found[key] = replace(known, at=read.at)
+    reads = sorted(found.values(), key=lambda read: read.at)
     ready = max(trace.ready for trace in given)
     return Trace(first.manifest, first.layers, tuple(reads), (), ready)
+
+
+def _key(read: Read) -> tuple[int, bytes, int]:
+    """Return which chunk was read."""
+    return read.layer, read.path, read.offset
 
 
 def paths(trace: Trace) -> list[bytes]:
@@ -221,9 +314,11 @@ def _ms(seconds: float) -> int:
 def _text(data: bytes) -> str:
     """Return bytes as text that JSON takes: each byte a character where they are no UTF-8, behind a NUL to tell."""
     try:
-        return data.decode()
+        if not data.startswith(b"\0"):
+            return data.decode()
     except UnicodeDecodeError:
-        return "\0" + data.decode("latin-1")
+        pass
+    return "\0" + data.decode("latin-1")
 
 
 def _bytes(text: str) -> bytes:
