@@ -65,7 +65,7 @@ class Catalog(ImageCatalog):
     # -- numbers
 
     def number(self, key: str) -> int:
-        """Return the number of "layer:<digest>" or "tree:<key>", 1 to MAX_NUMBER; the same for ever.
+        """Return the number of "layer:<digest>:<table>" or "tree:<key>", 1 to MAX_NUMBER; the same for ever.
 
         A new one is synced to the disk before it is returned: the kernel will remember it. StoreFull: all given out.
         """

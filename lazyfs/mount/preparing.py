@@ -362,7 +362,10 @@ class Preparer:
         digest = wanted.descriptor.digest
         plain = table.form == FORM_PLAIN
         beside = f":{wanted.beside}" if wanted.beside else ""
-        number = self._catalog.number(f"layer:{digest}:plain" if plain else f"layer:{digest}{beside}")
+        # The kernel keeps pages by node id, also those of an image that is gone: another TOC of the same blob must not
+        # get the same ids. What a table was made from tells whether it is the same one.
+        toc = "plain" if plain else toc_claims(known.descriptor).removeprefix("sha256:") + beside
+        number = self._catalog.number(f"layer:{digest}:{toc}")
         try:
             self._catalog.add_layer(digest, wanted.descriptor.size, table.data_size)
         except StoreFull as error:  # a full disk must not keep an image from starting

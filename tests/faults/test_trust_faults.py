@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 from pathlib import Path
@@ -9,8 +10,10 @@ from typing import Any
 
 import pytest
 
+from lazyfs import oci
 from lazyfs.digest import of
-from tests.helpers.blobs import LayerBlob, annotated, flipped, flipped_chunk, toc_entry, zstd_chunked_layer
+from lazyfs.format.zstd_chunked import encode_tail
+from tests.helpers.blobs import LayerBlob, annotated, edited, flipped, flipped_chunk, toc_entry, zstd_chunked_layer
 from tests.helpers.daemon import Node, add, both_drivers, pattern, until
 from tests.helpers.fake_registry import AddedImage, FakeRegistry
 from tests.helpers.tars import file, tar_of
@@ -137,6 +140,40 @@ def test_plain_layer_with_a_false_diff_id(node: Node, registry: FakeRegistry) ->
     sentence = node.refused(6, "mount", image.reference, node.new_dir())
     assert "diff ID" in sentence
     assert node.shown() == []
+
+
+def test_another_toc_of_the_same_blob_is_never_shown_what_the_kernel_kept_of_the_first(
+    node: Node, registry: FakeRegistry
+) -> None:
+    """Two images that may be shown before their check, one after the other: the blob has both TOCs, one lies."""
+    node.settings["LAZY_FROM"] = "*"
+
+    def swap(toc: dict[str, Any]) -> None:
+        one, other = toc_entry(toc, "good"), toc_entry(toc, "other")
+        one["name"], other["name"] = other["name"], one["name"]
+
+    honest = zstd_chunked_layer(TAR, frame_size=0, chunk_size=2 << 20)
+    lie, told = encode_tail(edited(honest.toc, swap), honest.payload_end, 3)
+    truth, told_too = encode_tail(honest.toc, honest.payload_end + len(lie), 3)
+    blob = honest.blob[: honest.payload_end] + lie + truth
+    liar, second = (
+        dataclasses.replace(
+            honest,
+            blob=blob,
+            annotations={
+                oci.GITHUB_ZSTD_CHECKSUM: tail[oci.ZSTD_CHECKSUM],
+                oci.GITHUB_ZSTD_POSITION: tail[oci.ZSTD_POSITION],
+            },
+        )
+        for tail in (told, told_too)
+    )
+    node.mount(add(registry, "beside", zstd_chunked_layer(tar_of(file("f", b"keeps the daemon")))))
+    tree = node.mount(add(registry, "liar", liar))
+    assert node.layer(mount=1)["lazy"] and node.read(tree / "good") == OTHER
+    node.umount(tree)
+    until(lambda: len(node.status()["mounts"]) == 1, "the first is gone")
+    tree = node.mount(add(registry, "second", second))
+    assert node.layer(mount=1)["lazy"] and node.read(tree / "good") == GOOD
 
 
 @pytest.mark.parametrize("listed", ["there", "here"])
