@@ -7,12 +7,14 @@ import functools
 import os
 from collections import deque
 
-from lazyfs.units import PAGE, MiB, align
+from lazyfs.units import PAGE, KiB, MiB, align
 
 _KEEP_SIZE = 1  # <linux/falloc.h>
 _PUNCH_HOLE = 2
 _LOT = 8 * MiB  # bytes written between two calls for write-back
 _MAX_EXTENTS = 4096  # ranges remembered at most; forgotten ones stay cached until the kernel wants the memory
+_READ_BYTES = 4 * MiB  # that small reads have had when it is worth a thread to drop them
+_NEAR = 64 * KiB  # bytes between two reads that become one extent
 
 
 @functools.cache
@@ -45,6 +47,35 @@ def drop_pages(fd: int, offset: int, size: int) -> None:
         os.posix_fadvise(fd, start, align(offset + size) - start, os.POSIX_FADV_DONTNEED)
     except OSError:
         return  # a file system without a page cache has nothing to drop
+
+
+class ReadPages:
+    """What small reads have had, until it is worth a thread to drop it. Belongs to one thread but for `take`."""
+
+    __slots__ = ("_extents", "_size")
+
+    def __init__(self) -> None:
+        self._extents: list[tuple[int, int]] = []
+        self._size = 0
+
+    def add(self, offset: int, size: int) -> None:
+        """Note a read. Neighbours become one extent."""
+        if self._extents and offset - _NEAR <= sum(self._extents[-1]) <= offset:
+            first = self._extents[-1][0]
+            self._extents[-1] = first, offset + size - first
+        else:
+            self._extents.append((offset, size))
+        self._size += size
+
+    @property
+    def is_due(self) -> bool:
+        """Whether enough was read, or in enough places."""
+        return self._size >= _READ_BYTES or len(self._extents) >= _MAX_EXTENTS
+
+    def take(self) -> list[tuple[int, int]]:
+        """Return what was noted, as (offset, bytes), and begin anew."""
+        taken, self._extents, self._size = self._extents, [], 0
+        return taken
 
 
 class WrittenPages:

@@ -66,6 +66,46 @@ def test_written_chunks_come_back_and_others_do_not(opener: Opener) -> None:
     assert layer.disk_usage >= MiB
 
 
+def test_small_chunks_in_the_page_cache_are_read_at_once(opener: Opener, tmp_path: Path) -> None:
+    table = table_of([100, 50], [MiB], [4096])
+    table.add_file([bytes(4096)], hole=True)
+    layer = opener().open_layer(table.digest, table)
+    assert layer.read_now(0) is None  # not here
+    fill(layer, table)
+    assert [layer.read_now(chunk) for chunk in (0, 1, 3)] == [table.content[chunk] for chunk in (0, 1, 3)]
+    assert layer.read_now(2) is None  # a thread's work
+    assert layer.read_now(4) is None  # a hole: nothing to read
+    assert not layer.has_read_pages
+    data = directory(tmp_path, table) / "data"
+    with open(data, "r+b") as file:
+        file.write(b"\0")
+    assert layer.read_now(0) is None  # not right, and left to `read` to say so
+    assert layer.damaged == 0
+    assert layer.read(0) is None
+    assert layer.damaged == 1
+    layer.close()
+    assert layer.read_now(1) is None
+
+
+def test_what_small_reads_have_had_leaves_the_page_cache(opener: Opener, tmp_path: Path) -> None:
+    table = table_of(*[[64 << 10]] * 80)
+    layer = opener().open_layer(table.digest, table)
+    fill(layer, table)
+    data = directory(tmp_path, table) / "data"
+    with open(data, "r+b") as file:
+        os.fsync(file.fileno())
+        file.read()  # all of it is in memory, and clean
+        chunks = 0
+        while not layer.has_read_pages:
+            assert layer.read_now(chunks) == table.content[chunks]
+            chunks += 1
+        assert 60 <= chunks <= 70
+        layer.drop_read_pages()
+        assert not layer.has_read_pages
+        for chunk in range(80):
+            assert (layer.read_now(chunk) is None) == (chunk < chunks), chunk
+
+
 def test_complete_layer_survives_a_restart(opener: Opener) -> None:
     table = table_of([100, 50], [], [MiB] * 9 + [3])
     layer = opener().open_layer(table.digest, table)
