@@ -10,7 +10,7 @@ import logging
 import random
 import time
 from collections.abc import Callable
-from functools import partial
+from typing import TypeVar
 
 import trio
 
@@ -24,17 +24,35 @@ from lazyfs.units import KiB
 
 log = logging.getLogger(__name__)
 
+T = TypeVar("T")
+
 MAX_FRAMES = 512  # of one request: tiny frames must not hold up the loop, nor pile up as flights
 _PIECE = 128 * KiB  # compressed bytes of a piece of a frame at least: 20 ms at 50 Mbit/s
 _BACKOFF = (0.2, 0.5, 1.0, 2.0, 5.0)  # seconds between tries, with jitter
 _DAMAGED_TRIES = 2  # wrong bytes are fetched again once, and once from each other source; then they are real
 _LONGEST_TRY = 300.0  # seconds of one request; frames that came before its end stay
+_LATE = 1.0  # seconds beyond twice the time that a piece takes, after which a reader waits for it no longer
 
 
 class Fetch:
     """One request for neighbouring frames, tried until all have landed: how urgent, and since when."""
 
-    __slots__ = ("began", "flights", "hurry", "landed", "moves", "over", "priority", "repository", "ticket")
+    __slots__ = (
+        "began",
+        "flights",
+        "head",
+        "hurry",
+        "in_pieces",
+        "landed",
+        "moves",
+        "over",
+        "patience",
+        "piece",
+        "priority",
+        "repository",
+        "scope",
+        "ticket",
+    )
 
     def __init__(self, layer: ServedLayer, first: int, stop: int, priority: Priority, ticket: Ticket) -> None:
         self.priority = priority
@@ -43,6 +61,11 @@ class Fetch:
         self.began = 0.0  # when the last try left (time.monotonic)
         self.hurry = trio.Event()  # somebody more urgent has turned up: no time for a pause
         self.over = trio.Event()
+        self.scope = trio.CancelScope()  # of all tries
+        self.head: list[bytes] = []  # the pieces of its only frame that are here
+        self.in_pieces = True  # False: the frame was wrong, and its pieces may have come from several sources
+        self.piece: trio.CancelScope | None = None  # of the piece that waits or is under way
+        self.patience = 0.0  # seconds that such a piece has once somebody wants the frame now
         self.moves = 0  # times that it was slow and asked for anew
         self.landed: list[int] = []  # frames that arrived last: the store is still writing them
         # By frame; those that are in the store drop out, for they hold decoded bytes.
@@ -56,8 +79,13 @@ class Fetch:
     def promote(self, priority: Priority) -> None:
         if priority < self.priority:
             self.priority = priority
-            self.ticket.promote(priority)
             self.hurry.set()
+            if self.piece is not None and not self.ticket.entered:
+                self.piece.cancel()  # it has not left yet: all is asked for at once
+                return
+            if self.piece is not None:
+                self.piece.deadline = min(self.piece.deadline, trio.current_time() + self.patience)
+            self.ticket.promote(priority)
 
 
 class Flight:
@@ -91,31 +119,40 @@ class Flights:
         self._timeout = timeout
         self._on_error = on_error
         self._slow = SlowRanges(scheduler, nursery)
-        self._flights: dict[tuple[int, int], Flight] = {}  # by layer and frame
+        self._flights: dict[tuple[int, int], Flight] = {}  # by the layer's serial and frame
 
     def __len__(self) -> int:
         return len(self._flights)
 
     def find(self, layer: ServedLayer, frame: int) -> Flight | None:
         """Return the flight of a frame that is on its way, or has arrived and is being written to the store."""
-        return self._flights.get((layer.number, frame))
+        return self._flights.get((layer.serial, frame))
 
     def is_wanted(self, layer: ServedLayer, frame: int) -> bool:
         """Tell whether a frame is neither in the store nor on its way."""
-        return (layer.number, frame) not in self._flights and layer.frame_missing(frame)
+        return (layer.serial, frame) not in self._flights and layer.frame_missing(frame)
 
     def launch(self, layer: ServedLayer, first: int, stop: int, priority: Priority) -> Fetch:
         """Ask for frames [first, stop) with one request. None of them may be on its way. Never blocks."""
         fetch = Fetch(layer, first, stop, priority, self._scheduler.ticket(layer.host, priority))
         for frame, flight in fetch.flights.items():
-            self._flights[layer.number, frame] = flight
+            self._flights[layer.serial, frame] = flight
         self._nursery.start_soon(self._fly, layer, fetch)
         return fetch
+
+    def drop(self, layer: ServedLayer) -> None:
+        """End all flights of a layer that nobody holds any more: nothing of them lands. Never blocks."""
+        for fetch in {flight.fetch for (serial, _), flight in self._flights.items() if serial == layer.serial}:
+            fetch.ticket.flow.dropped = True  # its thread ends with the next bytes, if any come
+            fetch.scope.cancel()
 
     async def _fly(self, layer: ServedLayer, fetch: Fetch) -> None:
         error: LazyfsError = ReadDeadline(self._timeout)
         try:
-            error = await self._try(layer, fetch) or error
+            with fetch.scope:
+                error = await self._try(layer, fetch) or error
+            if layer.dropped:
+                error = LazyfsError(f"layer {layer.digest} is not in use any more")
         except Exception as bug:  # a bug here must fail these reads, not the daemon and every other image with it
             log.exception("fetch of layer %s broke", layer.digest)
             error = DaemonFault(f"the fetch of layer {layer.digest} broke: {type(bug).__name__}")
@@ -132,7 +169,7 @@ class Flights:
         """Fetch until all flights have landed. Return why some did not: an error that another try won't mend."""
         end = time.monotonic() + self._timeout
         tries = 0
-        while (left := fetch.missing()) is not None:
+        while (left := fetch.missing()) is not None and not layer.dropped:
             if tries:
                 # A ticket serves one run.
                 fetch.ticket = self._scheduler.ticket(layer.host, fetch.priority)
@@ -141,7 +178,7 @@ class Flights:
                 layer.ensure_readable()
                 size = layer.table.frame_blob_end[left[1] - 1] - layer.table.frame_blob_offset[left[0]]
                 head = b""
-                if left[1] == left[0] + 1 and not fetch.flights[left[0]].tries:
+                if left[1] == left[0] + 1 and fetch.in_pieces and not fetch.flights[left[0]].tries:
                     head = await self._head(layer, fetch, left[0])
                 job = self._job(layer, fetch, left, end, head)
                 fetched = await self._run(layer, fetch, job, size - len(head))
@@ -164,11 +201,18 @@ class Flights:
                 self._scheduler.observe(layer.host, sample.first_byte, sample.size, sample.seconds)
                 if layer.witnesses:
                     _tell(layer, fetch, layer.table.frame_blob_offset[left[0]] + len(head), sample)
-                self._blame(layer, fetch, fetched, repository)
+                if head and fetched.damaged:
+                    # Its pieces may be of several sources: fetched whole from one, the next wrong bytes are that one's.
+                    fetch.in_pieces = False
+                    fetch.head.clear()
+                    for wrong in fetched.damaged.values():
+                        self._on_error(wrong)
+                else:
+                    self._blame(layer, fetch, fetched, repository)
             tries += 1
         return None
 
-    async def _run(self, layer: ServedLayer, fetch: Fetch, job: Callable[[], Fetched], size: int) -> Fetched:
+    async def _run(self, layer: ServedLayer, fetch: Fetch, job: Callable[[], T], size: int) -> T:
         """Run a try. Raise RegistryTimeout, with one move more, where the host gives others far more: see `slow`."""
         host = layer.host
         if fetch.moves >= MOVES:
@@ -183,27 +227,46 @@ class Flights:
     async def _head(self, layer: ServedLayer, fetch: Fetch, frame: int) -> bytes:
         """Fetch the beginning of a frame in pieces where all of it is more than background may have under way.
 
-        Once a reader wants the frame, the rest is asked for at once. Raise RegistryError.
+        Once a reader wants the frame, the rest is asked for at once. What is here already is kept for the next try.
+        Raise RegistryError.
         """
         start, size = layer.table.frame_blob_offset[frame], needed(layer.table, frame)
-        parts: list[bytes] = []
-        at = 0
+        at = sum(map(len, fetch.head))
         while fetch.priority is Priority.BACKGROUND:
             most = max(_PIECE, self._scheduler.segment(layer.host))
             if size - at <= most:
                 break
             piece = -(-(size - at) // -(-(size - at) // most))  # equal ones, rather than a small one at the end
-            fetch.began = time.monotonic()
-            ticket, deadline = fetch.ticket, fetch.began + _LONGEST_TRY
-            job = partial(fetch_piece, layer, start + at, piece, deadline, ticket.flow)
-            data, sample = await self._scheduler.run(ticket, job, piece)
-            self._scheduler.observe(layer.host, sample.first_byte, sample.size, sample.seconds)
-            if layer.witnesses:
-                _tell(layer, fetch, start + at, sample)
+            data = await self._piece(layer, fetch, start + at, piece)
             fetch.ticket = self._scheduler.ticket(layer.host, fetch.priority)
-            parts.append(data)
-            at += piece
-        return b"".join(parts)
+            if data is not None:
+                fetch.head.append(data)
+                at += piece
+        return b"".join(fetch.head)
+
+    async def _piece(self, layer: ServedLayer, fetch: Fetch, blob_offset: int, size: int) -> bytes | None:
+        """Fetch a piece. None: somebody has come to want the frame, and the piece was late. Raise RegistryError."""
+        link, ticket = self._scheduler.link(layer.host), fetch.ticket
+        fetch.patience = self._timeout / 2
+        if link.rate:
+            fetch.patience = min(fetch.patience, _LATE + 2 * (link.round_trip + size / link.rate))
+
+        def job() -> tuple[bytes, Sample]:
+            fetch.began = time.monotonic()
+            return fetch_piece(layer, blob_offset, size, fetch.began + _LONGEST_TRY, ticket.flow)
+
+        data: bytes | None = None
+        try:
+            with trio.CancelScope() as fetch.piece:
+                data, sample = await self._run(layer, fetch, job, size)
+                self._scheduler.observe(layer.host, sample.first_byte, sample.size, sample.seconds)
+                if layer.witnesses:
+                    _tell(layer, fetch, blob_offset, sample)
+        finally:
+            fetch.piece = None
+        if data is None:
+            ticket.flow.dropped = True  # its thread ends with the next bytes, if any come
+        return data
 
     def _job(
         self, layer: ServedLayer, fetch: Fetch, left: tuple[int, int], end: float, head: bytes
@@ -259,8 +322,8 @@ class Flights:
 
     def _forget(self, layer: ServedLayer, fetch: Fetch, frame: int) -> None:
         flight = fetch.flights.pop(frame, None)
-        if flight is not None and self._flights.get((layer.number, frame)) is flight:
-            del self._flights[layer.number, frame]
+        if flight is not None and self._flights.get((layer.serial, frame)) is flight:
+            del self._flights[layer.serial, frame]
 
 
 def _tell(layer: ServedLayer, fetch: Fetch, blob_offset: int, sample: Sample) -> None:

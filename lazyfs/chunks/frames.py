@@ -219,6 +219,9 @@ def fetch_frames(
         waiting = 0
         if not ready:
             return
+        if layer.dropped:  # its store may be closed, and its blob served anew from another table
+            ready = {}
+            early.clear()
         check = layer.check
         if check is not None:
             # Before the delivery: whoever waits for the frames on behalf of the check looks here next.
@@ -245,7 +248,8 @@ def fetch_frames(
                 waiting += len(decoded)
             except (DigestMismatch, FrameInvalid) as error:
                 damaged[frame] = error
-                stream.reject(error.message)
+                if not head:  # else the wrong bytes may be those of whoever sent the head
+                    stream.reject(error.message)
                 if early and early[-1][0] == frame + 1:
                     del early[-1]
             if waiting > _READY:

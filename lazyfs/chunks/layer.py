@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from itertools import count
 
 from lazyfs.chunks.layer_store import LayerStore
 from lazyfs.chunks.spool import Spool
@@ -18,6 +19,7 @@ from lazyfs.registry.offline import OfflineRepository
 from lazyfs.registry.repository import Repository
 
 _OTHERS = 3  # further sources that are remembered
+_serials = count()
 
 
 class Check:
@@ -78,6 +80,8 @@ class ServedLayer:
     users: int = 0  # trees that hold the layer
     dropped: bool = False  # nobody holds it any more: its number may be that of another table of the blob from now on
     bytes_by_priority: list[int] = field(default_factory=lambda: [0, 0, 0])  # compressed bytes fetched
+    # What chunks and frames in memory and on their way are known by: unlike `number` no other layer ever has it.
+    serial: int = field(default_factory=_serials.__next__, init=False)
     others: list[Repository] = field(default_factory=list)  # where else the blob is, as other images say
     refill: Callable[[], object] | None = None  # fetches a plain layer again, whole; blocking
     trouble: LazyfsError | None = None  # why the last request failed; None: bytes came since

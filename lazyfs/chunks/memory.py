@@ -11,7 +11,7 @@ from lru import LRU
 # What an entry costs beside its bytes: the LRU's node, the key tuple with two ints, the dict's slot, the bytes header.
 OVERHEAD = 256  # bytes, rounded up
 
-Key = tuple[int, int]  # layer number, chunk number
+Key = tuple[int, int]  # layer serial, chunk number
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +75,7 @@ class MemoryCache:
             return True
 
     def forget_layer(self, layer: int) -> None:
-        """Drop all chunks of one layer number (it was quarantined)."""
+        """Drop all chunks of one layer serial (it was quarantined)."""
         with self._lock:
             for key in [key for key in self._keys() if key[0] == layer]:
                 self._remove(key)

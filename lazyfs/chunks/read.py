@@ -120,7 +120,7 @@ class Reader:
         return out
 
     async def _side_by_side(self, layer: ServedLayer, places: list[Place], last: int) -> list[memoryview]:
-        if all((layer.number, place.chunk) in self._ahead for place in places):
+        if all((layer.serial, place.chunk) in self._ahead for place in places):
             return [await self._part(layer, place, last) for place in places]  # in this order they become ready
         read = places[0].chunk, places[-1].chunk
         found: dict[Place, memoryview] = {}
@@ -156,7 +156,7 @@ class Reader:
 
         `read`: first and last chunk of the read that this one is part of, see `Remote.get`.
         """
-        key = layer.number, chunk
+        key = layer.serial, chunk
         data = self._memory.get(key)
         if data is None and await self._ahead.wait(key):
             data = self._memory.get(key)
@@ -199,7 +199,7 @@ class Reader:
             raise BlobMissing(layer.host, f"a hole of layer {layer.digest} is not what its TOC says")
         layer.ensure_readable()  # the whole check may have ended meanwhile
         if not layer.dropped:
-            self._memory.put((layer.number, chunk), data)
+            self._memory.put((layer.serial, chunk), data)
         return data
 
     async def _from_afar(
@@ -236,10 +236,19 @@ class Reader:
             hint="the store is too small for it: raise store_size",
         )
 
+    def forget(self, layer: ServedLayer) -> None:
+        """Drop what memory has of a layer."""
+        self._memory.forget_layer(layer.serial)
+
+    def drop(self, layer: ServedLayer) -> None:
+        """Forget a layer that nobody holds any more, and all that is on its way for it."""
+        self.forget(layer)
+        self._remote.drop(layer)
+
     async def refill(self, layer: ServedLayer) -> None:
         """Unpack a plain layer anew, once for all who want that now. A checkpoint. Raise what the unpacking raises."""
         if layer.refill is not None:
-            await self._single.run((layer.number, -1), partial(self._run_refill, layer.refill))
+            await self._single.run((layer.serial, -1), partial(self._run_refill, layer.refill))
 
     async def _run_refill(self, refill: Callable[[], object]) -> bytes:
         await trio.to_thread.run_sync(refill, limiter=self._refills)

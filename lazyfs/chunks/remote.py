@@ -81,12 +81,16 @@ class Remote:
         self._windows.note_piece(layer, first, last, last_chunk, first_chunk)
 
     async def bring(self, layer: ServedLayer, first: int, stop: int, priority: Priority) -> None:
-        """Fetch frames [first, stop) as one request, except those under way; wait until all are in the store.
+        """Fetch frames [first, stop), except those under way; wait until all are in the store.
 
-        As far as the disk keeps them. A checkpoint.
+        As far as the disk keeps them. As one request, or of more than MAX_FRAMES one after another. A checkpoint.
 
         Raise what the first failed fetch raised.
         """
+        for begin in range(first, stop, MAX_FRAMES):
+            await self._bring(layer, begin, min(stop, begin + MAX_FRAMES), priority)
+
+    async def _bring(self, layer: ServedLayer, first: int, stop: int, priority: Priority) -> None:
         waiting: deque[Flight] = deque()
         at = first
         while at < stop:
@@ -97,7 +101,7 @@ class Remote:
                 at += 1
                 continue
             end = at + 1
-            while end < min(stop, at + MAX_FRAMES) and self._flights.find(layer, end) is None:
+            while end < stop and self._flights.find(layer, end) is None:
                 end += 1
             waiting.extend(self._flights.launch(layer, at, end, priority).flights.values())
             at = end
@@ -108,6 +112,10 @@ class Remote:
                 raise flight.error
             if not waiting or waiting[0].fetch is not flight.fetch:
                 await flight.fetch.over.wait()
+
+    def drop(self, layer: ServedLayer) -> None:
+        """End what is on its way for a layer that nobody holds any more."""
+        self._flights.drop(layer)
 
     def is_coming(self, layer: ServedLayer, chunk: int) -> bool:
         """Tell whether a chunk is on its way, or has arrived and is being written to the store."""

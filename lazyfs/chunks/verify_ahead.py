@@ -56,7 +56,7 @@ class VerifyAhead:
         self._memory = memory
         self._nursery = nursery
         self._under_way = under_way
-        self._streams: OrderedDict[Key, _Stream] = OrderedDict()  # by (layer number, next chunk)
+        self._streams: OrderedDict[Key, _Stream] = OrderedDict()  # by (layer serial, next chunk)
         self._promised: dict[Key, trio.Event] = {}
         self._unread: OrderedDict[Key, None] = OrderedDict()
         self._limiter = trio.CapacityLimiter(READERS)
@@ -86,22 +86,22 @@ class VerifyAhead:
 
     def note(self, layer: ServedLayer, first: int, last: int) -> None:
         """Tell that somebody is about to read chunks `first` to `last`, before they are asked for. Doesn't wait."""
-        stream = self._stream(layer.number, first, last)
+        stream = self._stream(layer.serial, first, last)
         if stream.passed < _IN_ORDER or (stream.upto <= stream.next and self._is_crowded(stream)):
             return
         chunks = self._wanted(layer, stream, first, last)
         # What the request itself wants goes the same way: its order is kept, and it needs no thread of its own.
         if chunks and (stream.running or chunks[-1] > last):
             for chunk in chunks:
-                self._promised[layer.number, chunk] = trio.Event()
+                self._promised[layer.serial, chunk] = trio.Event()
             stream.todo.extend(chunks)
             if not stream.running:
                 stream.running = True
                 self._nursery.start_soon(self._run, layer, stream)
 
-    def _stream(self, number: int, first: int, last: int) -> _Stream:
+    def _stream(self, serial: int, first: int, last: int) -> _Stream:
         """Return the stream that chunks `first` to `last` continue, or a new one."""
-        stream = self._streams.pop((number, first), None) or self._streams.pop((number, first + 1), None)
+        stream = self._streams.pop((serial, first), None) or self._streams.pop((serial, first + 1), None)
         if stream is None:
             stream = _Stream(last + 1)
             if len(self._streams) >= _STREAMS:
@@ -110,7 +110,7 @@ class VerifyAhead:
             stream.passed += last + 1 - stream.next
             stream.next = last + 1
         stream.used = trio.current_time()
-        self._streams[number, stream.next] = stream
+        self._streams[serial, stream.next] = stream
         return stream
 
     def _is_crowded(self, stream: _Stream) -> bool:
@@ -129,7 +129,7 @@ class VerifyAhead:
             follows = at <= last or starts[at - 1] + sizes[at - 1] == starts[at]
             if not follows or sizes[at] > window or starts[at] + sizes[at] > end or not layer.store.has(at):
                 break
-            key = layer.number, at
+            key = layer.serial, at
             if key not in self._promised and not self._under_way(key) and key not in self._memory:
                 out.append(at)
             at += 1
@@ -154,7 +154,7 @@ class VerifyAhead:
             self._threads -= 1
             stream.running = False
             for chunk in (*taken, *stream.todo):
-                self._keep(layer.number, chunk)
+                self._keep(layer.serial, chunk)
             stream.todo.clear()
 
     def _drain(self, todo: deque[int], taken: set[int]) -> Iterator[int]:
@@ -166,15 +166,15 @@ class VerifyAhead:
             yield chunk
 
     def _done(self, layer: ServedLayer, chunk: int, data: bytes | None) -> None:
-        key = layer.number, chunk
+        key = layer.serial, chunk
         if data is not None and not (layer.quarantine or layer.dropped) and self._memory.put(key, data):
             self._unread[key] = None
             if len(self._unread) > _UNREAD:
                 self._unread.popitem(last=False)
         self._keep(*key)
 
-    def _keep(self, number: int, chunk: int) -> None:
+    def _keep(self, serial: int, chunk: int) -> None:
         """Keep the promise that a chunk is looked at."""
-        promise = self._promised.pop((number, chunk), None)
+        promise = self._promised.pop((serial, chunk), None)
         if promise is not None:
             promise.set()

@@ -62,7 +62,7 @@ class Windows:
         first = frame
         while first > begin and self._flights.is_wanted(layer, first - 1):
             first -= 1
-        window = self._streams.pop((layer.number, first), 0)
+        window = self._streams.pop((layer.serial, first), 0)
         stop = self._reach(layer, first, window, limit, max(frame, through))
         if priority is Priority.DEMAND:
             stop = self._take_along(layer, frame, stop)
@@ -85,12 +85,12 @@ class Windows:
         """
         starts = layer.table.chunk_data_offset
         begin = starts[first.chunk] + first.offset
-        if layer.store.has(first.chunk) and not self._strides.expects(layer.number, begin):
+        if layer.store.has(first.chunk) and not self._strides.expects(layer.serial, begin):
             return
         end = starts[last.chunk] + last.offset + last.size
         limit = starts[last_chunk] + layer.table.chunk_size[last_chunk]
         room = self._scheduler.room(layer.host)
-        for at, stop in self._strides.note(layer.number, begin, end, limit, starts[first_chunk]):
+        for at, stop in self._strides.note(layer.serial, begin, end, limit, starts[first_chunk]):
             chunks = [place.chunk for _, place in layer.table.data_places(at, stop - at)]
             if not chunks or layer.is_plain:
                 continue
@@ -123,7 +123,7 @@ class Windows:
         """Return where a request for `frame` and what lies before `stop` ends, small neighbours included."""
         table = layer.table
         start = table.frame_blob_offset[frame]
-        if not self._crowds.note(layer.number, start):
+        if not self._crowds.note(layer.serial, start):
             return stop
         end = start + min(STRETCH, self._scheduler.bytes_in_a_round_trip(layer.host))
         limit = min(table.frame_count, frame + MAX_FRAMES)
@@ -136,10 +136,10 @@ class Windows:
         began = run.window > 0
         run.first = stop
         run.window = min(max(2 * run.window, _FIRST_WINDOW), WINDOW)
-        self._streams[layer.number, stop] = run.window
+        self._streams[layer.serial, stop] = run.window
         if began and first < run.limit:
             # Half-way through this window the next one departs, so that a sequential reader never waits for it.
-            self._marks[layer.number, (first + stop) // 2] = run
+            self._marks[layer.serial, (first + stop) // 2] = run
         while len(self._marks) > _MARKS:
             self._marks.popitem(last=False)
         while len(self._streams) > _STREAMS:
@@ -147,16 +147,16 @@ class Windows:
 
     def pass_over(self, layer: ServedLayer, frame: int) -> None:
         """Let a sequential reader keep its window over a frame that somebody else has fetched."""
-        window = self._streams.pop((layer.number, frame), 0)
+        window = self._streams.pop((layer.serial, frame), 0)
         if window:
-            self._streams[layer.number, frame + 1] = window
+            self._streams[layer.serial, frame + 1] = window
 
     def read_on(self, layer: ServedLayer, frame: int) -> None:
         """Where a sequential reader has come to the middle of a window, ask for the next one.
 
         For as many as keep a long link busy, if connections are free that no other reader could want.
         """
-        run = self._marks.pop((layer.number, frame), None)
+        run = self._marks.pop((layer.serial, frame), None)
         if run is None:
             return
         starts = layer.table.frame_blob_offset
@@ -164,14 +164,14 @@ class Windows:
         reach = starts[frame] + max(run.window, reach)
         most = room = max(1, self._scheduler.room(layer.host))
         while room and self._next_wanted(layer, run) and starts[run.first] < reach:
-            self._streams.pop((layer.number, run.first), None)
+            self._streams.pop((layer.serial, run.first), None)
             first, stop = run.first, self._reach(layer, run.first, run.window, run.limit, run.first)
             self._flights.launch(layer, first, stop, Priority.DEMAND)
             self._remember(layer, first, stop, run)
             room -= 1
         if room == most and run.first < run.limit and (frame + run.first) // 2 > frame:
             # Enough is under way: look again further on, if no window's middle comes first.
-            self._marks.setdefault((layer.number, (frame + run.first) // 2), run)
+            self._marks.setdefault((layer.serial, (frame + run.first) // 2), run)
 
     def _next_wanted(self, layer: ServedLayer, run: _Run) -> bool:
         """Step over frames that are here already. Tell whether the next one is missing, and within the bounds."""

@@ -146,7 +146,7 @@ class Daemon:
                 Ahead(reader, remote),
                 partial(Fillings, settings, nursery, filler, reader, preparer, donors),
                 donors,
-                memory,
+                reader,
                 preparer,
                 census,
                 starts,

@@ -16,7 +16,7 @@ from lazyfs import oci
 from lazyfs import reference as references
 from lazyfs.chunks.census import Census
 from lazyfs.chunks.layer import ServedLayer
-from lazyfs.chunks.memory import MemoryCache
+from lazyfs.chunks.read import Reader
 from lazyfs.chunks.schedule import Scheduler
 from lazyfs.config import Settings
 from lazyfs.errors import (
@@ -115,7 +115,7 @@ class Images:
         ahead: Ahead,
         fillings: Callable[[Callable[[ServedLayer, str], None]], Fillings],
         donors: Donors,
-        memory: MemoryCache,
+        reader: Reader,
         preparer: Preparer,
         census: Census,
         starts: Starts,
@@ -129,7 +129,7 @@ class Images:
         self._ahead = ahead
         self.fillings = fillings(self.quarantine)
         self._donors = donors
-        self._memory = memory
+        self._reader = reader
         self._preparer = preparer
         self._census = census
         self.starts = starts
@@ -142,7 +142,7 @@ class Images:
         self._limiter = trio.CapacityLimiter(_THREADS)
         self._verdicts = trio.CapacityLimiter(2)  # at once: whoever prepares the layer anew must find it
         whole = WholeLayers(scheduler, preparer.unpacking.lines)
-        self.layers = Layers(preparer, self.fillings, memory, whole, self._limiter)
+        self.layers = Layers(preparer, self.fillings, reader, whole, self._limiter)
         self.planting = Planting(settings.root / "trees", forest, scheduler, self.fillings, preparer, self.layers.drop)
 
     async def mount(
@@ -297,7 +297,7 @@ class Images:
             return
         log.error("quarantined: %s", reason, extra=fields(layer=layer.digest))
         layer.quarantine = reason
-        self._memory.forget_layer(layer.number)
+        self._reader.forget(layer)
         note = partial(self._preparer.set_quarantine, layer, reason)
         self._nursery.start_soon(guard, "quarantine", partial(trio.to_thread.run_sync, note, limiter=self._verdicts))
         self.fillings.finish_check(layer)

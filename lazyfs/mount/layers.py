@@ -11,7 +11,7 @@ import trio
 
 from lazyfs import oci
 from lazyfs.chunks.layer import ServedLayer
-from lazyfs.chunks.memory import MemoryCache
+from lazyfs.chunks.read import Reader
 from lazyfs.chunks.schedule import Priority
 from lazyfs.chunks.single_flight import SingleFlight
 from lazyfs.errors import LayerQuarantined, LazyfsError
@@ -34,13 +34,13 @@ class Layers:
         self,
         preparer: Preparer,
         fillings: Fillings,
-        memory: MemoryCache,
+        reader: Reader,
         whole: WholeLayers,
         limiter: trio.CapacityLimiter,
     ) -> None:
         self._preparer = preparer
         self._fillings = fillings
-        self._memory = memory
+        self._reader = reader
         self._whole = whole
         self._limiter = limiter
         self._closers = trio.CapacityLimiter(_CLOSERS)
@@ -183,7 +183,7 @@ class Layers:
                     self._fillings.stop(layer)
                 self._parted.pop(layer, None)
                 self.fetched = [sum(pair) for pair in zip(self.fetched, layer.bytes_by_priority, strict=True)]
-                self._memory.forget_layer(layer.number)
+                self._reader.drop(layer)
                 if layer.check is not None:
                     layer.check.spool.close()
                 with trio.CancelScope(shield=True):  # or the layers behind this one would be held for good

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 
+from lazyfs.chunks.flights import MAX_FRAMES
 from lazyfs.chunks.frames import needed
 from lazyfs.chunks.layer import ServedLayer
 from lazyfs.format.entry import Kind
@@ -20,6 +21,7 @@ from lazyfs.format.trace import Read, Trace
 _LOOK = 2000  # reads of a trace that are looked up in one go
 _PIECE = 256 << 10  # compressed bytes of a range that is cut no further
 _FREE_GAP = 16 << 10  # bytes; another request costs more than such a gap
+_GAP_FRAMES = MAX_FRAMES  # of a gap at most: tiny ones cost more than the bytes that they take
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,8 +166,8 @@ def _dead(table: LayerTable, frame: int) -> int:
 
 
 def _gap(one: Range, other: Range, limit: int) -> int | None:
-    """Return the bytes between two ranges; None for `limit` or more, and where something in between is here already."""
-    if one.layer is not other.layer:
+    """Return the bytes between two ranges; None for `limit` or more, and where something in between is here."""
+    if one.layer is not other.layer or other.first - one.stop > _GAP_FRAMES:
         return None
     table = one.layer.table
     begin = int(table.frame_blob_offset[one.stop - 1]) + needed(table, one.stop - 1)
@@ -174,12 +176,12 @@ def _gap(one: Range, other: Range, limit: int) -> int | None:
 
 
 def _pieces(one: Range, size: int) -> Iterator[Range]:
-    """Cut a range into pieces of about `size` compressed bytes."""
+    """Cut a range into pieces of about `size` compressed bytes, which one request can have."""
     table, first = one.layer.table, one.first
     while first < one.stop:
         stop = first + 1
         end = table.frame_blob_offset[first] + size
-        while stop < one.stop and table.frame_blob_end[stop] <= end:
+        while stop < min(one.stop, first + MAX_FRAMES) and table.frame_blob_end[stop] <= end:
             stop += 1
         yield Range(one.layer, first, stop)
         first = stop

@@ -56,7 +56,7 @@ async def read(one: Node, layer: ServedLayer, first: int, last: int, step: int =
 
 def held(one: Node, layer: ServedLayer) -> list[int]:
     """Return the chunks in memory."""
-    return [chunk for chunk in range(layer.table.chunk_count) if (layer.number, chunk) in one.memory]
+    return [chunk for chunk in range(layer.table.chunk_count) if (layer.serial, chunk) in one.memory]
 
 
 async def until(condition: Callable[[], bool]) -> None:
@@ -132,7 +132,7 @@ async def test_what_is_not_in_the_store_is_no_guess_to_fetch(scratch: Path, regi
         layer = await stored(one, registry)
         await read(one, layer, 0, 1)
         layer.store.forget()
-        one.memory.forget_layer(layer.number)
+        one.memory.forget_layer(layer.serial)
         await read(one, layer, 2, 2)
         await until(lambda: one.remote.in_flight() == 0)
         await read(one, layer, 3, CHUNKS - 1)
@@ -154,7 +154,7 @@ async def test_a_quarantined_layer_leaves_nothing(
 
         def quarantine() -> None:
             layer.quarantine = "its TOC lies"
-            one.memory.forget_layer(layer.number)
+            one.memory.forget_layer(layer.serial)
 
         monkeypatch.setattr(LayerStore, "_checked", seen)
         with suppress(LayerQuarantined):  # it may come before that
@@ -162,7 +162,7 @@ async def test_a_quarantined_layer_leaves_nothing(
         await until(lambda: 12 in looked)
         with pytest.raises(LayerQuarantined):
             await read(one, layer, 12, 12)
-        await until(lambda: not any((layer.number, chunk) in one.reader._ahead for chunk in range(CHUNKS)))
+        await until(lambda: not any((layer.serial, chunk) in one.reader._ahead for chunk in range(CHUNKS)))
         assert held(one, layer) == []
 
 
@@ -216,10 +216,10 @@ async def test_what_comes_after_its_layer_was_dropped_is_nobodys(
         monkeypatch.setattr(LayerStore, "read_in_order", slow)
         async with trio.open_nursery() as nursery:
             nursery.start_soon(read, one, layer, 0, 4)
-            await until(lambda: (layer.number, 3) in one.reader._ahead)
+            await until(lambda: (layer.serial, 3) in one.reader._ahead)
             nursery.cancel_scope.cancel()
         layer.dropped = True
-        one.memory.forget_layer(layer.number)
+        one.memory.forget_layer(layer.serial)
         gate.set()
         await until(lambda: not one.reader._ahead._promised)
         assert held(one, layer) == []
