@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
 import trio
@@ -170,10 +171,10 @@ async def test_files_of_one_frame_are_fetched_once(
         gate, writing = threading.Event(), threading.Event()
         real = layer.store.write_run
 
-        def slow(first: int, pieces: list[bytes]) -> int:
+        def slow(first: int, pieces: list[bytes], *how: Any) -> int:
             writing.set()
             assert gate.wait(10)
-            return real(first, pieces)
+            return real(first, pieces, *how)
 
         monkeypatch.setattr(layer.store, "write_run", slow)
         for name, data in SMALL.items():
@@ -435,6 +436,22 @@ async def test_tiny_frames_are_bounded_a_request(scratch: Path, registry: FakeRe
         assert await one.read(layer, b"tiny") == data
         await landed(one)
         assert registry.count("GET", "/blobs/") == 3
+
+
+async def test_what_is_brought_is_on_its_way_one_request_at_a_time(scratch: Path) -> None:
+    """Each frame on its way costs the loop something, whatever its size."""
+    blob = zstd_chunked_layer(tar_of(file("tiny", noise("tiny", 3 * MAX_FRAMES * 16))), chunk_size=16, frame_size=0)
+    async with node(scratch) as one:
+        source = Gated(blob.blob)
+        layer = one.serve(blob, source)  # type: ignore[arg-type]
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(one.remote.bring, layer, 0, 3 * MAX_FRAMES, Priority.PREFETCH)
+            await trio.testing.wait_all_tasks_blocked(0.01)
+            assert one.remote.in_flight() == MAX_FRAMES
+            assert len(source.asked) == 1
+            source.open.set()
+        assert len(source.asked) == 3
+        assert layer.store.missing(0, 3 * MAX_FRAMES) == []
 
 
 async def test_damaged_frame_is_an_error_of_trust(scratch: Path, registry: FakeRegistry) -> None:
