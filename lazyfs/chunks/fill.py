@@ -15,7 +15,7 @@ import trio
 
 from lazyfs.chunks.feed import feed_frames
 from lazyfs.chunks.flights import MAX_FRAMES
-from lazyfs.chunks.frames import needed, prove_frame, read_exactly
+from lazyfs.chunks.frames import fetch_piece, needed, prove_frame
 from lazyfs.chunks.layer import Check, ServedLayer
 from lazyfs.chunks.remote import Remote
 from lazyfs.chunks.schedule import SEGMENT, Priority, Scheduler
@@ -231,7 +231,10 @@ class Filler:
             unproven = 0 < extent < layer.extents - 1 and at == offset
             most = max(_PIECE, self._scheduler.segment(layer.host))
             piece = needed(layer.table, extent - 1) if unproven else min(most, end - at)
-            rest += await self._scheduler.run(ticket, partial(_fetch_bytes, layer, at, piece), piece)
+            # Counted as it comes: what came in one go would make the host's other requests look slow, see `slow`.
+            job = partial(fetch_piece, layer, at, piece, None, ticket.flow)
+            data, _ = await self._scheduler.run(ticket, job, piece)
+            rest += data
             layer.bytes_by_priority[Priority.BACKGROUND] += piece
             if extent == layer.extents - 1:
                 await trio.to_thread.run_sync(check.whole.feed_tail, rest, limiter=self._limiter)
@@ -288,11 +291,6 @@ def is_spooled(layer: ServedLayer, extent: int) -> bool:
 def is_at_start(layer: ServedLayer, check: Check) -> bool:
     """Tell whether the check has seen nothing yet of its next extent, rather than the pieces before a failed one."""
     return check.blob_offset == layer.extent(check.next)[0]
-
-
-def _fetch_bytes(layer: ServedLayer, blob_offset: int, size: int) -> bytes:
-    with layer.repository.fetch(layer.digest, blob_offset, size, deadline=None) as stream:
-        return read_exactly(stream, size)
 
 
 def feed_spooled(layer: ServedLayer, check: Check) -> bool:

@@ -262,8 +262,10 @@ def fetch_frames(
     return Fetched(sample, damaged)
 
 
-def fetch_piece(layer: ServedLayer, blob_offset: int, size: int, deadline: float, flow: Flow) -> tuple[bytes, Sample]:
-    """Fetch a piece of a frame, and tell how that went. Blocking, for worker threads. Raise RegistryError."""
+def fetch_piece(
+    layer: ServedLayer, blob_offset: int, size: int, deadline: float | None, flow: Flow
+) -> tuple[bytes, Sample]:
+    """Fetch some bytes of a blob, and tell how that went. Blocking, for worker threads. Raise RegistryError."""
     began = time.monotonic()
     with layer.repository.fetch(layer.digest, blob_offset, size, deadline=deadline) as stream:
         first_byte = time.monotonic() - began

@@ -14,8 +14,11 @@ from lazyfs.chunks.frames import PIECE
 from lazyfs.chunks.layer import ServedLayer
 from lazyfs.chunks.schedule import Priority
 from lazyfs.chunks.slow import Moment, part_of_others
+from tests.helpers.blobs import zstd_chunked_layer
+from tests.helpers.chunk_tables import noise
 from tests.helpers.fake_registry import FakeRegistry, Fault
 from tests.helpers.served import Node, node
+from tests.helpers.tars import file, tar_of
 from tests.unit.test_remote import BIG, BLOB, CHUNK, ranges
 
 
@@ -88,6 +91,27 @@ async def test_the_other_source_is_turned_to(scratch: Path, registry: FakeRegist
                 await read(one, layer, 40, 80)
             assert registry.count("GET", "/blobs/") == 1
             assert other.count("GET", "/blobs/") == 1
+
+
+async def test_background_counts_what_it_fetches_as_it_comes(scratch: Path, registry: FakeRegistry) -> None:
+    """Else a whole request of it comes in one moment, and a reader's range looks slow beside that."""
+    big = noise("one frame", 1 << 20)
+    async with node(scratch) as one:
+        layer = one.serve(
+            zstd_chunked_layer(tar_of(file("big", big)), chunk_size=1 << 20, frame_size=1 << 20), registry
+        )
+        assert layer.check is not None
+        layer.check.spool.works = False  # so that it brings extent by extent
+        registry.rate = 2_000_000
+        seen = set()
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(one.filler.fill, layer)
+            with trio.fail_after(20):
+                while not layer.verified:
+                    under_way = one.scheduler.progress(layer.host)[0] - sum(layer.bytes_by_priority)
+                    seen.add(under_way)
+                    await trio.sleep(0.005)
+        assert any(0 < under_way < 1 << 20 for under_way in seen)
 
 
 @given(st.integers(0, 1 << 30), st.integers(0, 1 << 30), st.integers(2, 16), st.floats(0.2, 100))
