@@ -248,7 +248,8 @@ class Reader:
     async def refill(self, layer: ServedLayer) -> None:
         """Unpack a plain layer anew, once for all who want that now. A checkpoint. Raise what the unpacking raises."""
         if layer.refill is not None:
-            await self._single.run((layer.serial, -1), partial(self._run_refill, layer.refill))
+            # By number: a blob is unpacked in one place, also for a layer that was dropped meanwhile.
+            await self._single.run((layer.number, -1), partial(self._run_refill, layer.refill))
 
     async def _run_refill(self, refill: Callable[[], object]) -> bytes:
         await trio.to_thread.run_sync(refill, limiter=self._refills)
