@@ -8,6 +8,7 @@ Nothing is believed of what lies there. Both directories are bounded; the files 
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import stat
@@ -58,7 +59,8 @@ class TraceFiles:
                 log.warning("the learned trace of %s is removed: %s", manifest, error)
                 self._remove(directory, name)
                 return None
-            os.utime(name, dir_fd=directory.number, follow_symlinks=False)
+            with contextlib.suppress(OSError):  # a disk that is read-only keeps it as it is
+                os.utime(name, dir_fd=directory.number, follow_symlinks=False)
             return found
         except (LazyfsError, OSError) as error:
             log.info("the trace of %s can't be read: %s", manifest, error)

@@ -88,14 +88,17 @@ def _optimize(
     for one in given:
         _check(one, found)
     layers = _layers(found)
-    known = traces.find(repository, found.digest, time.monotonic() + _FIND_TIMEOUT, layers=layers)
-    union = merged([*([known] if known else []), *(one.trace for one in given)])
+    subject = oci.Descriptor(found.media_type, found.digest, len(found.manifest.raw))
+    deadline = time.monotonic() + _FIND_TIMEOUT
+    known = traces.find(repository, found.digest, deadline, layers=layers, subject=subject)
+    ours = merged(one.trace for one in given)
+    # Ours first: whoever may push there could fill a trace with what nobody reads.
+    union = merged([one.trace for one in given] + ([known] if known else []))
     assert union is not None  # there is at least one
-    whole = fitting(stripped(union))
+    whole = fitting(stripped(union), ours)
     new = _chunks(whole) - (_chunks(known) if known else set())
     entry = None
     if new and not args.dry_run:
-        subject = oci.Descriptor(found.media_type, found.digest, len(found.manifest.raw))
         entry = traces.attach(repository, subject, whole)
     report = {
         "image": str(image),

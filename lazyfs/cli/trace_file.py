@@ -1,5 +1,5 @@
 """Files that a user names for traces and their pictures: read bounded and checked, written whole or not at all, never
-over another file.
+over another file, and for its owner alone: the command line in them may hold a secret.
 """
 
 from __future__ import annotations
@@ -51,10 +51,11 @@ def check_place(name: str, *, force: bool) -> Path:
 
 
 def write_trace(path: Path, raw: bytes, *, force: bool) -> None:
-    """Write a file, there whole or not at all. Blocking. Raise StoreBroken, UsageError as `check_place`."""
+    """Write a file, mode 0600, there whole or not at all. Blocking. Raise StoreBroken, UsageError as `check_place`."""
     temporary = path.with_name(f".{path.name[:200]}.{secrets.token_hex(6)}")
     try:
-        with temporary.open("xb") as file:
+        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        with open(descriptor, "wb") as file:
             file.write(raw)
             file.flush()
             os.fsync(file.fileno())

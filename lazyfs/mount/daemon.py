@@ -57,6 +57,7 @@ from lazyfs.mount.showing import Showing
 from lazyfs.mount.starts import Starts
 from lazyfs.mount.status import RequestCounters, StatusReport
 from lazyfs.mount.stock_calls import StockCalls
+from lazyfs.oci import Descriptor
 
 if TYPE_CHECKING:
     from lazyfs.format.trace import Trace
@@ -138,7 +139,8 @@ class Daemon:
             uses = NodeUses()
             census = Census(store, catalog, uses)
             traces = TraceFiles(settings.root)
-            starts = Starts(settings, traces, census, remote, scheduler, nursery, _find_trace, requests.note_error)
+            find = partial(_find_trace, census)
+            starts = Starts(settings, traces, census, remote, scheduler, nursery, find, requests.note_error)
             images = Images(
                 settings,
                 forest,
@@ -340,10 +342,14 @@ def _metrics(
     return DaemonMetrics(report, requests, catalog, chains)
 
 
-def _find_trace(repository: Repository, manifest: str, deadline: float, layers: Sequence[str] | None) -> Trace | None:
+def _find_trace(
+    census: Census, repository: Repository, manifest: str, deadline: float, layers: Sequence[str] | None
+) -> Trace | None:
     from lazyfs.registry import traces  # not at the start, which is measured in milliseconds
 
-    return traces.find(repository, manifest, deadline, layers=layers)
+    known = census.manifest(manifest)
+    subject = Descriptor(known.media_type, known.digest, len(known.raw)) if known is not None else None
+    return traces.find(repository, manifest, deadline, layers=layers, subject=subject)
 
 
 def _end_now() -> None:

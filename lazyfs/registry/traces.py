@@ -2,7 +2,8 @@
 
 An artifact has the type ARTIFACT and one layer, the trace as a file. Up to MAX_INLINE characters of base64 also ride in
 its annotation INLINE, which lists of referrers repeat: then that list is all that a reader asks for. A trace is a hint
-of whoever may push there; what is malformed, enormous or of another image is passed over.
+of whoever may push there; what is malformed, enormous or of another image is passed over, and what rides inline too
+where it is not the layer of the artifact whose digest the list names.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from collections.abc import Sequence
 from lazyfs import digest as digests
 from lazyfs import oci
 from lazyfs.errors import LazyfsError, ManifestMissing, PushRejected, TraceInvalid
-from lazyfs.format.trace import MAX_TRACE, Trace, decode, encode, ensure_within, merged
+from lazyfs.format.trace import MAX_READS, MAX_TRACE, Trace, decode, encode, ensure_within, merged
 from lazyfs.oci import Descriptor
 from lazyfs.registry.referrers import fallback_tag
 from lazyfs.registry.repository import Repository
@@ -42,31 +43,41 @@ _SETTLE = 0.5  # seconds at least until a list is believed to keep it
 
 
 def find(
-    repository: Repository, manifest_digest: str, deadline: float, *, layers: Sequence[str] | None = None
+    repository: Repository,
+    manifest_digest: str,
+    deadline: float,
+    *,
+    layers: Sequence[str] | None = None,
+    subject: Descriptor | None = None,
 ) -> Trace | None:
-    """Return what the registry has of traces of a manifest, merged; None where there is none.
+    """Return what the registry has of traces of a manifest, merged, the newest first; None where there is none.
 
     `layers` are the blob digests of that manifest, base first: a trace of others is passed over (without them the
-    newest trace decides which they are). Blocking: one request where the traces ride inline and the registry lists
-    referrers, else two, and two more for each large trace. Raise RegistryError and DocumentInvalid when the list
-    can't be had; a trace that can't be read is passed over.
+    newest trace decides which they are). `subject` describes the manifest: with it what we attached inline is checked
+    without a request. Blocking: one request where the traces ride so and the registry lists referrers, else two, one
+    more for each other inline trace, two more for each large one. Raise RegistryError and DocumentInvalid when the list
+    can't be had; a trace that can't be read is passed over, and those beyond `deadline` and MAX_FOUND are.
     """
     listed = _newest_first(repository.referrers(manifest_digest, deadline=deadline))
     if len(listed) > MAX_FOUND:
         log.info("%s has %d traces: the newest %d are read", manifest_digest, len(listed), MAX_FOUND)
-    found: list[Trace] = []
+    found: Trace | None = None
+    lines = 0  # reads and requests of all that were decoded: that takes the interpreter's time, away from readers
     for entry in listed[:MAX_FOUND]:
+        if time.monotonic() >= deadline or lines >= MAX_READS:
+            why = "what was read before is enough" if lines >= MAX_READS else "there is no time"
+            log.warning("trace %s of %s and older ones are passed over: %s", entry.digest, manifest_digest, why)
+            break
         try:
-            trace = _read(repository, entry, manifest_digest, deadline)
+            trace = _read(repository, entry, manifest_digest, subject, deadline)
+            lines += len(trace.reads) + len(trace.requests)
             if layers is not None and trace.layers != tuple(layers):
                 raise TraceInvalid("it is of an image with other layers")
         except LazyfsError as error:
             log.warning("trace %s of %s is passed over: %s", entry.digest, manifest_digest, error.message)
-            if time.monotonic() >= deadline:
-                break
         else:
-            found.append(trace)
-    return merged(found)
+            found = merged([trace] if found is None else [found, trace])
+    return found
 
 
 def attach(repository: Repository, subject: Descriptor, trace: Trace) -> Descriptor:
@@ -81,7 +92,9 @@ def attach(repository: Repository, subject: Descriptor, trace: Trace) -> Descrip
     raw = encode(trace)
     there = [entry.digest for entry in _newest_first(repository.referrers(subject.digest))]
     small = len(base64.b64encode(raw)) <= MAX_INLINE
-    forms = [_artifact(subject, trace, raw, inline=inline) for inline in ((True, False) if small else (False,))]
+    plain = {READS: str(len(trace.reads))}
+    inline = {**plain, INLINE: base64.b64encode(raw).decode()}
+    forms = [_artifact(subject, annotations, raw) for annotations in ((inline, plain) if small else (plain,))]
     for known, _ in forms:
         if known.digest in there:
             return known
@@ -122,11 +135,8 @@ def _lists(repository: Repository, subject: str, artifact: str) -> bool:
     return any(entry.digest == artifact for entry in repository.referrers(subject))
 
 
-def _artifact(subject: Descriptor, trace: Trace, raw: bytes, *, inline: bool) -> tuple[Descriptor, bytes]:
+def _artifact(subject: Descriptor, annotations: dict[str, str], raw: bytes) -> tuple[Descriptor, bytes]:
     """Return (descriptor, manifest) of the artifact for a trace whose file is `raw`. Pure."""
-    annotations = {READS: str(len(trace.reads))}
-    if inline:
-        annotations[INLINE] = base64.b64encode(raw).decode()
     manifest = oci.canonical_json(
         {
             "schemaVersion": 2,
@@ -159,14 +169,32 @@ def _newest_first(listed: Sequence[Descriptor]) -> list[Descriptor]:
     return [entry for _, entry in sorted(found.values(), key=age, reverse=True)]
 
 
-def _read(repository: Repository, entry: Descriptor, manifest_digest: str, deadline: float) -> Trace:
+def _read(
+    repository: Repository, entry: Descriptor, manifest_digest: str, subject: Descriptor | None, deadline: float
+) -> Trace:
     """Return the checked trace of a referrer. Raise TraceInvalid, and what reading it raises."""
     inline = entry.annotations.get(INLINE)
-    raw = _unpacked(inline) if inline is not None else _fetched(repository, entry, manifest_digest, deadline)
+    if inline is None:
+        raw = repository.blob(_layer(repository, entry, manifest_digest, deadline), deadline=deadline)
+    else:
+        raw = _unpacked(inline)
+        # The list is nobody's word. An artifact as we make it is known by its digest, any other is asked for.
+        known = subject is not None and _is_around(raw, subject, entry)
+        if not known and digests.of(raw) != _layer(repository, entry, manifest_digest, deadline).digest:
+            raise TraceInvalid("what rides inline is not its layer")
     trace = decode(raw)
     if trace.manifest != manifest_digest:
         raise TraceInvalid(f"it is of {trace.manifest}")
     return trace
+
+
+def _is_around(raw: bytes, subject: Descriptor, entry: Descriptor) -> bool:
+    """Tell whether a referrer is the artifact that we would make of a trace that rides inline. Pure."""
+    annotations = {name: entry.annotations.get(name, "") for name in (READS, INLINE)}
+    try:
+        return _artifact(subject, annotations, raw)[0].digest == entry.digest
+    except UnicodeEncodeError:  # half a surrogate pair
+        return False
 
 
 def _unpacked(inline: str) -> bytes:
@@ -177,7 +205,8 @@ def _unpacked(inline: str) -> bytes:
         raise TraceInvalid("its annotation is not base64") from None
 
 
-def _fetched(repository: Repository, entry: Descriptor, manifest_digest: str, deadline: float) -> bytes:
+def _layer(repository: Repository, entry: Descriptor, manifest_digest: str, deadline: float) -> Descriptor:
+    """Return the one layer of an artifact: the trace. Raise TraceInvalid, and what reading its manifest raises."""
     ensure_within(entry.size, _MAX_MANIFEST, f"its manifest has {entry.size} bytes")
     media_type, raw = repository.manifest(entry.digest, deadline=deadline)
     manifest = oci.parse_manifest(raw, media_type)
@@ -186,4 +215,4 @@ def _fetched(repository: Repository, entry: Descriptor, manifest_digest: str, de
     if len(manifest.layers) != 1 or manifest.layers[0].media_type != LAYER:
         raise TraceInvalid(f"it has no one layer of the type {LAYER}")
     ensure_within(manifest.layers[0].size, MAX_TRACE, f"it has {manifest.layers[0].size} bytes")
-    return repository.blob(manifest.layers[0], deadline=deadline)
+    return manifest.layers[0]

@@ -14,7 +14,8 @@ import pytest
 from lazyfs import reference
 from lazyfs.cli.main import main
 from lazyfs.digest import of
-from lazyfs.format.trace import Read, Request, Trace, encode, stripped
+from lazyfs.format.trace import Read, Request, Trace, decode, encode, stripped
+from lazyfs.oci import OCI_MANIFEST, Descriptor
 from lazyfs.registry import traces
 from lazyfs.registry.open import open_repository
 from tests.helpers.fake_registry import AddedImage, FakeRegistry, Fault
@@ -74,6 +75,24 @@ def test_traces_are_merged_with_what_is_there_and_say_no_more_than_they_must(
     assert found == stripped(found)
     # The image itself is what it was.
     assert before.items() <= registry.manifests_of("app").items()
+
+
+def test_invented_reads_in_the_registry_leave_room_for_ours(
+    registry: FakeRegistry, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lazyfs.format.trace.MAX_READS", 4)
+    image = add_image(registry)
+    repository = open_repository(reference.parse(image.reference))
+    invented = trace_of(image, "w", "x", "y", "z")
+    subject = Descriptor(OCI_MANIFEST, image.digest, len(image.raw))
+    traces.attach(repository, subject, stripped(invented))
+    repository.close()
+    ours = trace_of(image, "a", "b")
+    Path("one").write_bytes(encode(replace(ours, reads=tuple(replace(read, at=9.0) for read in ours.reads))))
+    before = set(registry.blobs)
+    assert optimize(image.reference, "one") == 0
+    pushed = [decode(raw) for digest, raw in registry.blobs.items() if digest not in before]
+    assert [[read.path for read in trace.reads] for trace in pushed] == [[b"w", b"x", b"a", b"b"]]
 
 
 def test_what_is_known_is_not_attached_again(registry: FakeRegistry, capsys: pytest.CaptureFixture[str]) -> None:

@@ -16,7 +16,7 @@ import pytest
 from lazyfs import oci
 from lazyfs.digest import of
 from lazyfs.errors import PushRejected, TraceInvalid, Unauthorized
-from lazyfs.format.trace import MAX_TRACE, Read, Trace, encode
+from lazyfs.format.trace import MAX_TRACE, Read, Trace, decode, encode
 from lazyfs.registry import traces
 from lazyfs.registry.referrers import fallback_tag, listed_with
 from lazyfs.registry.repository import Repository
@@ -49,7 +49,7 @@ def registry(request: pytest.FixtureRequest) -> Iterator[FakeRegistry]:
 
 
 def find(repository: Repository, layers: tuple[str, ...] | None = LAYERS) -> Trace | None:
-    return traces.find(repository, SUBJECT.digest, time.monotonic() + 20, layers=layers)
+    return traces.find(repository, SUBJECT.digest, time.monotonic() + 20, layers=layers, subject=SUBJECT)
 
 
 def reading(*paths: str) -> Trace:
@@ -115,6 +115,59 @@ def put(registry: FakeRegistry, raw: bytes, *, inline: str | None = None, **chan
     repository.push_manifest(of(manifest), oci.OCI_MANIFEST, manifest)
     repository.close()
     return of(manifest)
+
+
+def test_what_rides_inline_is_the_layer_of_its_artifact(registry: FakeRegistry) -> None:
+    """Whoever writes the list can't put another trace into it under the digest of a good artifact."""
+    repository = opened_at(registry)
+    artifact = traces.attach(repository, SUBJECT, SMALL)
+    other = encode(reading("etc/passwd"))
+    forged = replace(artifact, annotations={**artifact.annotations, traces.INLINE: in_base64(other)})
+    document = {"schemaVersion": 2, "mediaType": oci.OCI_INDEX, "manifests": [forged.to_json()]}
+    listed = oci.canonical_json(document)
+    registry.pages = (listed, "")
+    registry.repositories["app"].manifests[fallback_tag(SUBJECT.digest)] = (oci.OCI_INDEX, listed)
+    assert find(repository) is None
+    repository.close()
+
+
+def test_an_inline_trace_of_somebody_elses_making_costs_its_manifest(registry: FakeRegistry) -> None:
+    repository = opened_at(registry)
+    put(registry, encode(SMALL), inline=in_base64(encode(SMALL)))
+    registry.clear_log()
+    assert find(repository) == SMALL
+    assert registry.count("GET", "/blobs/") == 0
+    # So it is where nothing but the digest of the image is known.
+    traces.attach(repository, SUBJECT, reading("more"))
+    assert traces.find(repository, SUBJECT.digest, time.monotonic() + 20) is not None
+    repository.close()
+
+
+def test_traces_are_read_as_long_as_there_is_time(registry: FakeRegistry, monkeypatch: pytest.MonkeyPatch) -> None:
+    repository = opened_at(registry)
+    for name in ("old", "new"):
+        put(registry, encode(reading(name, name)), inline=in_base64(encode(reading(name, name))))
+    deadline = time.monotonic() + 2
+    decoded = []
+
+    def slow(raw: bytes) -> Trace:
+        decoded.append(raw)
+        time.sleep(max(0.0, deadline - time.monotonic()))
+        return decode(raw)
+
+    monkeypatch.setattr(traces, "decode", slow)
+    found = traces.find(repository, SUBJECT.digest, deadline, layers=LAYERS)
+    assert len(decoded) == 1 and files(found) == {b"new"}
+    repository.close()
+
+
+def test_no_more_is_read_than_one_trace_may_tell(registry: FakeRegistry, monkeypatch: pytest.MonkeyPatch) -> None:
+    repository = opened_at(registry)
+    for name in ("oldest", "old", "new"):
+        traces.attach(repository, SUBJECT, reading(name, "x", "y"))
+    monkeypatch.setattr(traces, "MAX_READS", 6)
+    assert files(find(repository)) == {b"new", b"old", b"x", b"y"}
+    repository.close()
 
 
 def in_base64(raw: bytes) -> str:

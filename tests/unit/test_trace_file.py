@@ -21,6 +21,16 @@ def test_what_was_written_is_read(tmp_path: Path) -> None:
     assert read_trace(str(tmp_path / "t")) == TRACE and os.listdir(tmp_path) == ["t"]
 
 
+@pytest.mark.parametrize("force", [True, False])
+def test_nobody_else_reads_the_command_line_in_it(tmp_path: Path, force: bool) -> None:
+    before = os.umask(0o022)
+    try:
+        write_trace(tmp_path / "t", b"ours", force=force)
+    finally:
+        os.umask(before)
+    assert (tmp_path / "t").stat().st_mode & 0o777 == 0o600
+
+
 @pytest.mark.parametrize("links", [True, False], ids=["", "no hard links"])
 def test_a_file_that_appeared_meanwhile_stays(tmp_path: Path, links: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     def refused(*_: object) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import time
 from pathlib import Path
@@ -144,6 +145,17 @@ def test_learned_traces_are_kept_by_manifest_and_dropped(scratch: Path) -> None:
     files.drop(MANIFEST)
     assert files.load(MANIFEST) is None
     files.drop(MANIFEST)
+
+
+def test_a_disk_that_is_read_only_keeps_what_was_learned(scratch: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    files = TraceFiles(scratch)
+    files.save(trace_of(MANIFEST))
+
+    def refused(*_: object, **__: object) -> None:
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    monkeypatch.setattr(os, "utime", refused)
+    assert files.load(MANIFEST) == trace_of(MANIFEST)
 
 
 @pytest.mark.parametrize("content", [b"", b"garbage", encode(trace_of(OTHER)), bytes((1 << 20) + 1)])
