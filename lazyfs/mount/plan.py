@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 
 from lazyfs.chunks.flights import MAX_FRAMES
@@ -94,9 +94,7 @@ class Plan:
         """Return the row of the regular file at a path of a layer, None where there is none."""
         key = place, path
         if key not in self._rows:
-            row = table.find(path)
-            row = None if row is None else table.inode(row)
-            self._rows[key] = row if row is not None and table.kind[row] == Kind.REG else None
+            self._rows[key] = _file(table, path)
         return self._rows[key]
 
     # -- as ranges
@@ -132,8 +130,45 @@ class Plan:
                 self._seen[place][first : behind.first] = b"\1" * (behind.first - first)
 
 
-def _frames(table: LayerTable, row: int, offset: int, size: int) -> tuple[int, int]:
-    """Return the frames [first, stop) with bytes [offset, offset + size) of a file, cut at its end. Quick."""
+def credible(trace: Trace, layers: Iterable[ServedLayer]) -> Trace:
+    """Return a trace without the reads that lead to no chunk of these layers that an earlier one didn't lead to.
+
+    So it tells of no more chunks than there are, whoever wrote it. Reads of layers that are not among these stay.
+    Blocking, some tenths of a second for a large one; in any thread, while the layers are held.
+    """
+    known = {layer.digest: layer for layer in layers}
+    seen = {digest: bytearray(layer.table.chunk_count) for digest, layer in known.items()}
+    rows: dict[tuple[str, bytes], int | None] = {}
+
+    def is_new(read: Read) -> bool:
+        digest = trace.layers[read.layer]
+        layer = known.get(digest)
+        if layer is None:
+            return True
+        key = digest, read.path
+        if key not in rows:
+            rows[key] = _file(layer.table, read.path)
+        row = rows[key]
+        if row is None:
+            return False
+        first, stop = _chunks(layer.table, row, read.offset, read.size)
+        if seen[digest].find(0, first, stop) < 0:
+            return False
+        seen[digest][first:stop] = b"\1" * (stop - first)
+        return True
+
+    return replace(trace, reads=tuple(filter(is_new, trace.reads)))
+
+
+def _file(table: LayerTable, path: bytes) -> int | None:
+    """Return the row of the regular file at a path, None where there is none."""
+    row = table.find(path)
+    row = None if row is None else table.inode(row)
+    return row if row is not None and table.kind[row] == Kind.REG else None
+
+
+def _chunks(table: LayerTable, row: int, offset: int, size: int) -> tuple[int, int]:
+    """Return the chunks [first, stop) with bytes [offset, offset + size) of a file, cut at its end. Quick."""
     end = min(offset + size, table.size[row])
     if offset >= end:
         return 0, 0
@@ -141,6 +176,12 @@ def _frames(table: LayerTable, row: int, offset: int, size: int) -> tuple[int, i
     starts = table.chunk_data_offset
     first = max(bisect_right(starts, base + offset, chunks.start, chunks.stop) - 1, chunks.start)
     stop = bisect_left(starts, base + end, chunks.start, chunks.stop)
+    return (first, stop) if first < stop else (0, 0)
+
+
+def _frames(table: LayerTable, row: int, offset: int, size: int) -> tuple[int, int]:
+    """Return the frames [first, stop) with bytes [offset, offset + size) of a file, cut at its end. Quick."""
+    first, stop = _chunks(table, row, offset, size)
     if first >= stop:
         return 0, 0
     frame = table.chunk_frame[first]

@@ -23,7 +23,9 @@ from lazyfs.chunks.trace_files import TraceFiles
 from lazyfs.config import Settings
 from lazyfs.errors import LazyfsError
 from lazyfs.format.trace import Trace, fitting, merged, stripped
+from lazyfs.mount.answers import Answers, Find
 from lazyfs.mount.filling import guard
+from lazyfs.mount.plan import credible
 from lazyfs.mount.replay import Replay
 from lazyfs.mount.tracing import Recorder
 from lazyfs.registry.offline import OfflineRepository
@@ -35,15 +37,8 @@ NODE, REGISTRY, NONE = "node", "registry", "none"  # where a mount's trace came 
 _QUIET = 10.0  # seconds without a first demand after which a start is over
 _LONGEST = 60.0  # seconds of one that are noted at most
 _LOOK = 0.5  # seconds between looks at that
-_ANSWER = 5.0  # seconds for the registry to answer
-_AGAIN = 30.0  # seconds for which its answer is remembered: many containers of one image may start
-_ANSWERS = 16  # remembered
 _PULLED = 64
-_SMALL = 5000  # reads of a trace that is remembered
 _LAST_WORDS = 3.0  # seconds that the end of the daemon waits for what was learned
-
-# (repository, manifest's digest, deadline, blob digests of its layers where they are known) → what it has
-Find = Callable[[Repository, str, float, Sequence[str] | None], Trace | None]
 
 
 @dataclass(eq=False, slots=True)
@@ -95,15 +90,11 @@ class Starts:
         self._remote = remote
         self._scheduler = scheduler
         self._nursery = nursery
-        self._find = find
-        self._note_error = note_error
+        self._answers = Answers(find, nursery, note_error)
         self._replays = settings.prefetch and settings.trace
         self._starts: set[Start] = set()
         self._pulled: OrderedDict[str, Asked] = OrderedDict()  # by manifest digest, of pulls whose mount is to come
-        self._answers: OrderedDict[str, tuple[float, Trace | None]] = OrderedDict()
-        self._asking: dict[str, trio.Event] = {}
         self._disk = trio.CapacityLimiter(2)
-        self._network = trio.CapacityLimiter(4)
         self._saving = 0
 
     # -- a mount's life
@@ -193,7 +184,8 @@ class Starts:
                     start.idle.set()  # nothing waits for a registry
                     if not cold:
                         await start.mounted.wait()  # all may be here
-                    known = await self._ask(start, repository)
+                    layers = start.digests if start.whole else None
+                    known = await self._answers.ask(repository, start.manifest, layers)
                     start.trace = known if self._settings.learn else None
                 if known is not None:
                     start.source = NODE if start.kept else REGISTRY
@@ -215,40 +207,6 @@ class Starts:
             self._files.drop(start.manifest)
             trace = None
         return trace, any(not self._census.store.table_path(digest).exists() for digest in start.digests)
-
-    async def _ask(self, start: Start, repository: Repository) -> Trace | None:
-        """Ask the registry, within a deadline, once for many. A failure is no more than a line in the log."""
-        if isinstance(repository, OfflineRepository):
-            return None
-        while (asked := self._asking.get(start.manifest)) is not None:
-            await asked.wait()
-        at, answer = self._answers.get(start.manifest, (float("-inf"), None))
-        if trio.current_time() - at < _AGAIN:
-            return answer
-        over = self._asking[start.manifest] = trio.Event()
-        try:
-            answer = await self._answer(start, repository)
-        finally:
-            del self._asking[start.manifest]
-            over.set()
-        self._answers.pop(start.manifest, None)
-        if answer is None or len(answer.reads) <= _SMALL:
-            self._answers[start.manifest] = trio.current_time(), answer
-        while len(self._answers) > _ANSWERS:
-            self._answers.popitem(last=False)
-        return answer
-
-    async def _answer(self, start: Start, repository: Repository) -> Trace | None:
-        layers = start.digests if start.whole else None
-        job = partial(self._find, repository, start.manifest, time.monotonic() + _ANSWER, layers)
-        try:
-            with trio.move_on_after(_ANSWER):
-                return await trio.to_thread.run_sync(job, limiter=self._network, abandon_on_cancel=True)
-            log.info("no trace from the registry in time: image=%s", start.manifest)
-        except LazyfsError as error:
-            log.info("no trace from the registry: image=%s error=%s", start.manifest, error)
-            self._note_error(error)
-        return None
 
     async def _replay(self, start: Start, trace: Trace) -> None:
         def asked(size: int) -> None:
@@ -295,10 +253,13 @@ class Starts:
             known = self._files.load(start.manifest)
             if start.kept and known is not None and not _is_news(ours, known):
                 return
-            whole = merged([ours, *(stripped(other) for other in (known, start.trace) if other is not None)])
+            others = [stripped(other) for other in (known, start.trace) if other is not None]
+            # Ours first, and of the others only what there is: whoever may push to the registry could name anything.
+            whole = merged([ours, *(credible(other, start.layers) for other in others)])
             assert whole is not None
-            self._files.save(fitting(whole))
-            log.info("learned what starts of %s read: %d chunks", start.manifest, len(whole.reads))
+            kept = fitting(whole, ours)
+            self._files.save(kept)
+            log.info("learned what starts of %s read: %d chunks", start.manifest, len(kept.reads))
         except LazyfsError as error:
             log.warning("what was learned of %s is not kept: %s", start.manifest, error)
 
