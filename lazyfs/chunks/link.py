@@ -1,7 +1,9 @@
 """What the link to a host gives, as seen from the bytes that cross it: a round trip, and a rate. Pure; no clock.
 
 The rate is that of all requests together, taken over windows. A window in which too little was asked for says only what
-the link gives at least; one in which enough was asked for all the time says what it gives.
+the link gives at least; one in which enough was asked for all the time says what it gives. So does a first body that
+came at once: how fast is not known, for it may have waited in the socket. Until a window has found the link's end the
+rate is then a beginning, and whoever fills the link may ask for more.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ _FULL = 1.05  # round trips of bytes that must have been asked for, on average, 
 _AGE = 30.0  # seconds after which the shortest round trip seen is forgotten, for the way there may have changed
 _SOME = 64 * KiB  # bytes from which on one request alone gives a first idea of the rate
 _BODY = 0.01  # seconds, and a round trip: a shorter body says nothing, for it may have waited in the socket
+_GREW = 1.5  # times the rate before: a window that brought as much has not found the link's end
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +58,7 @@ class Link:
         self._shortest = [float("inf"), float("inf")]  # first bytes in this period and in the one before
         self._period = float("-inf")  # when this one began
         self._rates: deque[float] = deque(maxlen=_WINDOWS)
+        self.begins = False  # the rate is what the link gives at least, perhaps far less than it could
         self._began: float | None = None  # the window under way
         self._came_before = 0
         self._looked = 0.0
@@ -85,13 +89,17 @@ class Link:
             self._period = now
         self._shortest[0] = min(self._shortest[0], first_byte)
         long = seconds >= max(_BODY, self.round_trip)
-        if seconds > 0 and (size > _SOME if not self._rates else long and size / seconds > self.rate):
+        if not self._rates and size > _SOME and not long:
+            self._rates.append(size / max(_BODY, first_byte + seconds))
+            self.begins = True
+        elif long and (size / seconds > self.rate if self._rates else size > _SOME):
             self._rates.append(size / seconds)
 
     def believe(self, rate: float) -> None:
         """Forget the rates that were seen: the link gives this much now."""
         self._rates.clear()
         self._rates.append(rate)
+        self.begins = False
 
     def look(self, now: float, came: int, asked: int, requests: int) -> Window | None:
         """Tell what is going on: bytes that have come so far in all, bytes and requests that are under way.
@@ -124,6 +132,8 @@ class Link:
     def _end(self, rate: float, asked: float) -> Window:
         # With one request at a time the link rests for a round trip after each, however large they are.
         full = not self._alone and asked >= _FULL * self.round_trip * self.rate
+        if full and rate < _GREW * self.rate:
+            self.begins = False
         if full or rate > self.rate:
             self._rates.append(rate)
         return Window(rate, full)

@@ -25,6 +25,7 @@ from lazyfs.units import KiB, MiB
 T = TypeVar("T")
 
 QUIET = 1.0  # seconds without demand after which background may use the whole link
+STEP_BACK = 60.0  # seconds for which background lets what a start is known to read go first
 SEGMENT = 4 * MiB  # bytes of one background request at most: a larger one saves nothing and wakes nobody sooner
 _LEAST_SEGMENT = 64 * KiB  # bytes of one on a link so slow that more of them would delay a reader by much
 _FIRST_SEGMENT = 256 * KiB  # bytes of one while nothing is known of the link: 40 ms at 50 Mbit/s
@@ -34,6 +35,7 @@ _PART = 0.45  # round trips of bytes in one background request: three or four of
 # Round trips of bytes in all of them. A reader who turns up has his bytes after two round trips and their own time:
 # what had been asked for before has arrived by then.
 _ALL = 1.55
+_BEGINNING = 4.0  # the same while the link is known to give at least so much: each round trip brings more
 _UNEVEN = 0.4  # background requests are larger and smaller than that by up to this part, in turn
 _GOLDEN = 0.6180339887  # steps of this part of a circle never fall together
 _SHARE = 0.5  # round trips of bytes that background has under way at most while somebody reads
@@ -105,6 +107,14 @@ class HostStatistics:
     rate: float
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class _Start:
+    """What is fetched ahead of a start: until when it goes first, and for how long its host is to be left alone."""
+
+    end: float
+    limited_for: Callable[[], float]
+
+
 class _Host:
     """One registry host: its running jobs by priority, its queue, its link."""
 
@@ -122,6 +132,8 @@ class _Host:
         self.last_demand = float("-inf")
         self._last_background = float("-inf")  # when the last such job began
         self.mounts = 0  # whole layers that mounts wait for
+        self.starts: list[_Start] = []
+        self.awaited = 0  # who wait for background work
         self.link = Link()
         self.width = Width(connections)
         self.limiter = trio.CapacityLimiter(_THREADS * self._connections)
@@ -132,7 +144,19 @@ class _Host:
 
     @property
     def quiet(self) -> bool:
-        return not self.has_readers and not self.mounts
+        return not self.has_readers and not self.steps_back
+
+    @property
+    def steps_back(self) -> bool:
+        """Whether background leaves the link to a mount, or to a start.
+
+        A start whose bytes are only to come has no need of it, nor one whose host limits it or hangs; and it is not for
+        those who wait for background work themselves.
+        """
+        if self.mounts or self.awaited or not self.running[Priority.PREFETCH]:
+            return self.mounts > 0
+        now = self._clock()
+        return any(now < start.end and not start.limited_for() for start in self.starts)
 
     @property
     def places(self) -> int:
@@ -161,8 +185,10 @@ class _Host:
         # Requests of one size that begin together share the link, end together, and then it rests for a round trip.
         self._segments += 1
         uneven = 1 + _UNEVEN * (2 * (self._segments * _GOLDEN % 1) - 1)
-        part = min(_PART, _ALL / self.places)
-        return max(_LEAST_SEGMENT, min(SEGMENT, int(uneven * part * self.link.rate * trip)))
+        begins = self.link.begins
+        part = _BEGINNING / self.places if begins else min(_PART, _ALL / self.places)
+        least = _FIRST_SEGMENT if begins else _LEAST_SEGMENT
+        return max(least, min(SEGMENT, int(uneven * part * self.link.rate * trip)))
 
     def push(self, ticket: Ticket) -> None:
         self._sequence += 1
@@ -177,7 +203,7 @@ class _Host:
             return False
         if ticket.priority is Priority.PREFETCH or self.quiet:
             return True
-        if (self.running[Priority.DEMAND] or self.mounts) and self._clock() - self._last_background < _CALM:
+        if (self.running[Priority.DEMAND] or self.steps_back) and self._clock() - self._last_background < _CALM:
             return False
         if not self.running[Priority.BACKGROUND]:
             return True
@@ -230,7 +256,9 @@ class _Host:
         window = self.link.look(self._clock(), came, asked, running)
         if window is None:
             return
-        if self._saturated and self._trips:
+        if self.link.begins:
+            self.width.wait()
+        elif self._saturated and self._trips:
             self.width.note(window.rate, sum(self._trips) / len(self._trips), self.link.round_trip)
         self._saturated = True
         self._trips = []
@@ -304,6 +332,29 @@ class Scheduler:
             yield
         finally:
             state.mounts -= 1
+
+    @contextmanager
+    def start_comes(self, host: str, limited_for: Callable[[], float] = float) -> Iterator[None]:
+        """Have background step back whenever prefetch requests run, for STEP_BACK seconds at most.
+
+        `limited_for`: for how many seconds the host wants to be left alone, so that they only wait.
+        """
+        starts, start = self._host(host).starts, _Start(self._clock() + STEP_BACK, limited_for)
+        starts.append(start)
+        try:
+            yield
+        finally:
+            starts.remove(start)
+
+    @contextmanager
+    def awaited(self, host: str) -> Iterator[None]:
+        """Have background not step back for starts: somebody waits for what it brings."""
+        state = self._host(host)
+        state.awaited += 1
+        try:
+            yield
+        finally:
+            state.awaited -= 1
 
     def observe(self, host: str, first_byte: float, size: int, seconds: float) -> None:
         """Learn from a finished request: seconds to its first byte, bytes and seconds of its

@@ -11,8 +11,10 @@ _FIRST = 3  # to begin with: with two, each would have to be as large as a whole
 _GAIN = 1.05  # times the rate before: what one more must bring to stay
 _CROWDED = 2.0  # times the round trip that first bytes may take; beyond that requests stand in a queue
 _SETTLE = 1  # windows after a change that are not looked at: requests from before are still under way
+_BEGUN = 3  # such windows behind a link's beginning, whose requests are larger
 _LOOK = 4  # windows that are looked at together
 _REST = 10  # such looks between two tries that brought nothing
+_SHORT_REST = 1  # behind the first of them: rates of a link that was hardly used say little
 _DROP = 0.5  # of the rate before: less is another link, or another load on it, and what was found out is void
 
 
@@ -26,6 +28,7 @@ class Width:
         self._step = 0  # that change: 1, -1, or none
         self._skip = _SETTLE
         self._rest = 0
+        self._next_rest = _SHORT_REST
         self._rates: list[float] = []
         self._waits: list[float] = []
 
@@ -47,6 +50,7 @@ class Width:
         crowded = wait > _CROWDED * round_trip > 0
         if self._step > 0 and rate < self._before * _GAIN:
             self._change(-1, trying=False)
+            self._next_rest = _REST
         elif self._step < 0 and rate < self._before / _GAIN:
             self._change(1, trying=False)
         elif crowded and self.places > LEAST and (self._step < 0 or not self._rest):
@@ -62,8 +66,12 @@ class Width:
             self._step = 0
             self._rest -= 1
 
+    def wait(self) -> None:
+        """Look at nothing yet: what is asked for changes by itself, and would be taken for a change of the places."""
+        self._skip, self._rates, self._waits = _BEGUN, [], []
+
     def _change(self, step: int, *, trying: bool) -> None:
         self.places = min(self.most, max(LEAST, self.places + step))
         self._step = step if trying else 0
         self._skip = _SETTLE
-        self._rest = _REST
+        self._rest = self._next_rest

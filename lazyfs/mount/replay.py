@@ -26,6 +26,7 @@ log = logging.getLogger(__name__)
 _WINDOW = 512 * KiB, 1 * MiB, 8 * MiB  # compressed bytes of one: at least, while nothing is known of the link, at most
 _WINDOW_SECONDS = 0.1  # how long one takes: within it the order is that of the blobs
 _GAP = 64 * KiB  # bytes between two ranges that are worth fetching while nothing is known of the link
+_MOST_GAP = 1 * MiB  # bytes of one at most, whatever the link is said to hold: nobody has asked for them
 _WELCOME = 5.0  # seconds between looks while a host wants to be left alone
 
 
@@ -47,7 +48,7 @@ class Replay:
         self._remote = remote
         self._scheduler = scheduler
         self._plan = Plan(trace, layers)
-        self._hosts = {layer.host for layer in layers}
+        self._hosts = {layer.host: layer for layer in layers}
         self._room = room
         self._asked = asked
         self._under_way = 0  # ranges
@@ -59,8 +60,8 @@ class Replay:
         """Fetch what is missing. A checkpoint, until the last range is here; never raises a LazyfsError."""
         host = min(self._hosts, default="")
         with contextlib.ExitStack() as stack:
-            for each in self._hosts:
-                stack.enter_context(self._scheduler.mount_waits(each))  # background is for later
+            for each, layer in self._hosts.items():  # background is for later
+                stack.enter_context(self._scheduler.start_comes(each, layer.limited_for))
             async with trio.open_nursery() as nursery:
                 while not self._plan.over and self._room > 0:
                     job = partial(self._plan.next, *self._window(host), self._scheduler.places(host))
@@ -81,7 +82,8 @@ class Replay:
         if found is None or not found.rate:
             return first, _GAP
         size = max(least, min(most, int(found.rate * (_WINDOW_SECONDS + 2 * found.round_trip))))
-        return size, self._scheduler.bytes_in_a_round_trip(host) // self._scheduler.places(host)
+        gap = self._scheduler.bytes_in_a_round_trip(host) // self._scheduler.places(host)
+        return size, min(gap, _MOST_GAP)
 
     async def _until_welcome(self, layer: ServedLayer) -> None:
         """Wait while the layer's host limits how often it may be asked: readers need what it still allows."""

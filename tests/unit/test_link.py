@@ -92,6 +92,29 @@ async def test_a_link_that_drops_to_a_tenth_is_known_soon(
         assert scheduler.segment(HOST) == 64 * KiB, "the least there is"
 
 
+def test_a_first_body_that_came_at_once_tells_only_what_the_link_gives_at_least() -> None:
+    """It may have waited in the socket: 300 kB in a millisecond, of a link that gives 6 MB a second."""
+    link = Link()
+    link.ended(0.0, 0.1, 300_000, 0.001)
+    assert 2_000_000 < link.rate <= 50 * 125_000
+    assert link.bytes_in_a_round_trip <= 50 * 125_000 * 0.1
+    quick = Link()
+    quick.ended(0.0, 0.0005, 300_000, 0.001)
+    assert quick.rate >= 25_000_000, "and enough of a quick one to begin with"
+
+
+async def test_background_begins_with_what_a_long_link_carries_whatever_came_first(
+    monkeypatch: pytest.MonkeyPatch, autojump_clock: trio.testing.MockClock
+) -> None:
+    async with modelled(monkeypatch, round_trip=SLOW[0], mbit=SLOW[1]) as (model, nursery):
+        scheduler = Scheduler(8)
+        scheduler.observe(HOST, 0.1, 300_000, 0.001)
+        nursery.start_soon(model.fill, scheduler)
+        await trio.sleep(0.5)
+        took = await model.fetch(scheduler, Priority.DEMAND, 100_000)
+        assert took <= 8 * model.round_trip, "a reader who turns up meanwhile"
+
+
 def test_small_reads_say_nothing_against_a_link() -> None:
     link, came = Link(), 0
     link.ended(0.0, 0.02, 1 << 20, 0.1)

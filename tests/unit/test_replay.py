@@ -128,6 +128,29 @@ async def test_small_gaps_are_fetched_where_that_saves_requests(scratch: Path, r
         assert sum(each.stop - each.first for each in again) < 100
 
 
+async def test_no_gap_is_large_whatever_the_link_is_said_to_hold(scratch: Path, registry: FakeRegistry) -> None:
+    async with node(scratch) as one:
+        layer = one.serve(ONE, registry)
+        one.scheduler.observe(layer.host, 0.1, 0, 0.0)
+        one.scheduler.link(layer.host).believe(300e6)  # 30 MB in a round trip
+        asked = await play(one, trace(layer, *reads(NAMES[0], NAMES[99])), layer)
+        assert present(layer) == {NAMES[0], NAMES[99]}
+        assert asked <= 3 * CHUNK
+
+
+async def test_background_goes_on_while_a_replay_waits_for_its_turn(scratch: Path, registry: FakeRegistry) -> None:
+    async with node(scratch) as one:
+        layer = one.serve(ONE, registry)
+        registry.fault(Fault.STATUS, path="/blobs/", status=429, retry_after="2", times=1)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(play, one, trace(layer, *reads(*NAMES[:4])), layer)
+            with trio.fail_after(10):
+                while not layer.limited_for():
+                    await trio.sleep(0.001)
+            assert one.scheduler.statistics()[layer.host].running and one.scheduler.is_quiet(layer.host)
+            nursery.cancel_scope.cancel()
+
+
 async def test_links_and_parts_of_files(scratch: Path, registry: FakeRegistry) -> None:
     async with node(scratch) as one:
         layer = one.serve(ONE, registry)

@@ -12,7 +12,7 @@ import trio.testing
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lazyfs.chunks.schedule import QUIET, Priority, Scheduler, Ticket
+from lazyfs.chunks.schedule import QUIET, STEP_BACK, Priority, Scheduler, Ticket
 
 DEMAND, PREFETCH, BACKGROUND = Priority
 HOST = "registry"
@@ -143,6 +143,31 @@ async def test_background_steps_back_while_demand_is_recent() -> None:
         await jobs.until(lambda: len(jobs.running) == 2)
         jobs.end_all()
         await jobs.until(lambda: len(jobs.over) == 3)
+
+
+async def test_background_steps_back_for_a_start_while_something_of_it_comes_and_not_for_ever() -> None:
+    now = [0.0]
+    scheduler = Scheduler(8, lambda: now[0])
+    async with trio.open_nursery() as nursery:
+        jobs = Jobs(scheduler, nursery)
+        with scheduler.start_comes(HOST):
+            assert scheduler.is_quiet(HOST), "nothing is asked for: it may be paced, or limited by the host"
+            jobs.start("ahead", PREFETCH)
+            await jobs.began_are("ahead")
+            assert not scheduler.is_quiet(HOST) and scheduler.is_quiet("another")
+            for number in range(3):
+                jobs.start(f"{number}", BACKGROUND)
+            await jobs.began_exactly(2)
+            with scheduler.awaited(HOST):
+                assert scheduler.is_quiet(HOST), "somebody waits for what background brings"
+            assert not scheduler.is_quiet(HOST)
+            now[0] += STEP_BACK + 0.1
+            assert scheduler.is_quiet(HOST), "the request may hang"
+            now[0] -= STEP_BACK
+        assert scheduler.is_quiet(HOST)
+        while len(jobs.over) < 4:
+            jobs.end_all()
+            await trio.sleep(0.001)
 
 
 async def test_promoted_job_overtakes_and_may_use_the_last_connections() -> None:
