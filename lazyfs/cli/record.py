@@ -4,17 +4,13 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import os
-import tempfile
-import time
 from collections.abc import Iterator
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lazyfs.cli import common
 from lazyfs.cli import run as running
 from lazyfs.cli.output import Output, count
-from lazyfs.errors import LazyfsError, UsageError
+from lazyfs.errors import UsageError
 from lazyfs.units import format_size, parse_duration
 
 if TYPE_CHECKING:
@@ -22,8 +18,6 @@ if TYPE_CHECKING:
     from lazyfs.format.trace import Trace
 
 _PATIENCE = 300.0  # seconds for a start to become ready
-_STOP = 30.0  # seconds for the daemon of a cold store to end
-_POLL = 0.05  # seconds
 _DESCRIPTION = """\
 Start a container as `lazyfs run` does, and keep what its start read, in which order, and where it waited, as a trace:
 until it is ready, when the container is stopped. `lazyfs optimize` attaches the trace to the image, `lazyfs convert
@@ -137,57 +131,14 @@ def _patience(text: str) -> float:
     return seconds
 
 
-# -- a store that is empty
-
-
 @contextlib.contextmanager
 def _store(args: argparse.Namespace, out: Output) -> Iterator[Settings]:
     """Yield the settings in force, with `--cold` those of a store of its own that is gone afterwards."""
-    import dataclasses
-
     settings = common.settings(args)
     if not args.cold:
         yield settings
         return
-    try:
-        # On a disk: a start may read more than memory has.
-        place = Path(tempfile.mkdtemp(prefix="lazyfs-", dir=os.environ.get("TMPDIR") or "/var/tmp"))
-    except OSError as error:
-        raise UsageError(f"no directory for a cold store can't be made: {error.strerror}", hint="set TMPDIR") from None
-    cold = dataclasses.replace(settings, root=place / "store", run=place / "run")
-    try:
+    from lazyfs.cli.cold_store import cold_store
+
+    with cold_store(settings, out) as cold:
         yield cold
-    finally:
-        _remove(cold, place, out)
-
-
-def _remove(settings: Settings, place: Path, out: Output) -> None:
-    """End the daemons of a store and delete it. Blocking, half a minute at most; a warning tells what is left."""
-    from lazyfs.container.directory import remove_tree
-
-    try:
-        _stop_daemons(settings)
-        remove_tree(place)
-    except LazyfsError as error:
-        out.warn(f"{place} is not removed: {error}")
-
-
-def _stop_daemons(settings: Settings) -> None:
-    """Ask the daemons of a store to end, and wait for it."""
-    from lazyfs import control_client
-
-    deadline = time.monotonic() + _STOP
-    for path in control_client.sockets(settings):
-        with contextlib.suppress(LazyfsError), control_client.connect(path) as daemon:
-            pid = int(daemon.greeting.get("pid") or 0)
-            daemon.call("stop", timeout=_STOP)
-            while pid > 0 and not _is_gone(pid) and time.monotonic() < deadline:
-                time.sleep(_POLL)
-
-
-def _is_gone(pid: int) -> bool:
-    """Tell whether a process has ended. One that we have started stays in /proc until it is waited for."""
-    try:
-        return os.waitpid(pid, os.WNOHANG)[0] == pid
-    except ChildProcessError:
-        return not Path("/proc", str(pid)).exists()

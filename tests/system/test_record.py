@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import signal
@@ -18,6 +19,7 @@ from lazyfs.format.trace import decode
 from lazyfs.registry import traces
 from lazyfs.registry.open import open_repository
 from tests.helpers.command import DEADLINE, Command, converted_image
+from tests.helpers.daemon import until
 
 
 @pytest.fixture(scope="module")
@@ -91,6 +93,29 @@ def test_who_interrupts_it_has_no_container_and_no_file(lazyfs: Lazyfs, image: s
     process.send_signal(signal.SIGINT)
     out, _ = process.communicate(timeout=DEADLINE)
     assert process.returncode == 130 and out == "" and lazyfs.traces() == []
+
+
+def test_what_a_killed_one_leaves_goes_with_the_next(lazyfs: Lazyfs, image: str) -> None:
+    process = lazyfs.start("record", "--cold", image, "sh", "-c", "trap 'exit 9' TERM; echo up; sleep 60 & wait")
+    assert process.stderr is not None and process.stderr.readline() == "up\n"
+    with process:
+        process.kill()
+    (left,) = (lazyfs.place / "cold").iterdir()
+    until(lambda: is_free(left), "its container has ended", DEADLINE)
+    code, _, err = lazyfs.run("record", "--cold", image)
+    assert code == 0 and str(left) not in err, err
+
+
+def is_free(place: Path) -> bool:
+    """Tell whether nobody holds a cold store's lock."""
+    handle = os.open(place, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return True
+    except BlockingIOError:
+        return False
+    finally:
+        os.close(handle)
 
 
 def test_a_container_that_ends_too_soon(lazyfs: Lazyfs, image: str) -> None:
