@@ -190,22 +190,24 @@ def test_a_trace_of_the_registry_is_fetched_and_kept(node: Node, registry: FakeR
     node.settings["PREFETCH"] = "1"
     registry.referrers = True
     image = add(registry, "one", layer())
-    attached(registry, image, *[Read(name.encode(), 0, 0, 100_000) for name in WANTED])
+    artifact = attached(registry, image, *[Read(name.encode(), 0, 0, 100_000) for name in WANTED])
     fetched_ahead(node, registry, image, "registry")
     node.mount(image)
+    assert registry.count("GET", artifact) == 0  # it rode in the list
     assert registry.count("GET", "/referrers/") == 1  # for both
     node.stop()
     kept = decode((node.root / "traces" / image.digest.removeprefix("sha256:")).read_bytes())
     assert {name.decode() for name in paths(kept)} == set(WANTED)
 
 
-def attached(registry: FakeRegistry, image: AddedImage, *reads: Read, layers: tuple[str, ...] = ()) -> None:
-    """Attach a trace to an image in the registry."""
+def attached(registry: FakeRegistry, image: AddedImage, *reads: Read, layers: tuple[str, ...] = ()) -> str:
+    """Attach a trace to an image in the registry. Return the artifact's digest."""
     with_layers = layers or image.layers
     repository = open_repository(parse(image.reference), OpenOptions())
     subject = Descriptor(OCI_MANIFEST, image.digest, len(image.raw))
-    traces.attach(repository, subject, Trace(image.digest, with_layers, reads))
+    artifact = traces.attach(repository, subject, Trace(image.digest, with_layers, reads))
     repository.close()
+    return artifact.digest
 
 
 def test_hostile_traces_harm_nothing_and_delay_nothing(node: Node, registry: FakeRegistry) -> None:
