@@ -16,7 +16,8 @@ from lazyfs.mount.apart import Apart, Links
 from lazyfs.mount.filling import Fillings
 from lazyfs.mount.keeping import Keeping
 from lazyfs.mount.layers import Layers
-from lazyfs.mount.preparing import Prepared, Preparer, TocParts, TooLarge, Wanted
+from lazyfs.mount.preparing import Prepared, Preparer, TooLarge, Wanted
+from lazyfs.mount.toc_parts import TocParts
 from lazyfs.oci import Descriptor
 from lazyfs.reference import Reference
 from lazyfs.registry.offline import OfflineRepository

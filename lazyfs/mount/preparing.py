@@ -12,11 +12,9 @@ from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import NoReturn
 
 from lazyfs.child import Builder
 from lazyfs.chunks.catalog import Catalog
-from lazyfs.chunks.frames import read_exactly
 from lazyfs.chunks.layer import Check, ServedLayer
 from lazyfs.chunks.plain import PlainLayer
 from lazyfs.chunks.schedule import Priority
@@ -27,7 +25,6 @@ from lazyfs.chunks.whole import WholeCheck
 from lazyfs.config import Settings
 from lazyfs.errors import (
     DiffIdMismatch,
-    DigestMismatch,
     FormatError,
     LayerQuarantined,
     StoreError,
@@ -35,23 +32,21 @@ from lazyfs.errors import (
     TableInvalid,
 )
 from lazyfs.format.footer import Form
-from lazyfs.format.lazy import TABLE_FORMS, NotLazy, Toc, TocSource, read_toc, toc_source
+from lazyfs.format.lazy import TABLE_FORMS, NotLazy, TocSource, toc_source
 from lazyfs.format.table import FORM_PLAIN, VERSION, LayerTable
+from lazyfs.mount.toc_parts import LARGE_TAIL, Parts, TocParts, fetch_parts, fetch_range, read_parts
 from lazyfs.mount.unpacking import Unpacking
 from lazyfs.oci import GITHUB_ZSTD_CHECKSUM, TOC_DIGEST, ZSTD_CHECKSUM, Descriptor, Manifest
-from lazyfs.registry.mirrored import read_again
 from lazyfs.registry.repository import Repository
 from lazyfs.units import MiB
 
 log = logging.getLogger(__name__)
 
 # An image may have hundreds of layers, each with a TOC of 200 MiB: to hold them, or what they parse to, takes a node.
-_LARGE_TAIL = 8 * MiB  # bytes; larger ones are fetched when their layer's turn comes
 _LARGE_TOC = 16 * MiB  # bytes of JSON; larger ones take a gigabyte to turn into a table
 _LARGE_AT_ONCE = 2
 _BUILT_AT_ONCE = 8  # tables
 _DECODED_AT_ONCE = 4  # TOCs held against their digest: a small one may swell to 200 MiB
-_LOST_NAMES = (b"\xef\xbf\xbd", b"\\ufffd", b"\\uFFFD")  # U+FFFD in JSON
 
 # What a layer's `source` file calls its form.
 _SOURCE_FORMS = {
@@ -59,22 +54,6 @@ _SOURCE_FORMS = {
     Form.STORAGE_ZSTD_CHUNKED: "storage-zstd-chunked",
     Form.ESTARGZ: "estargz",
 }
-
-
-Parts = dict[int, bytes]  # blob_offset → bytes
-
-
-@dataclass(frozen=True, slots=True)
-class TocParts:
-    """What holds a layer's TOC, whose digest is right; {}: not fetched. `doubtful`: it may still be malformed."""
-
-    parts: Parts
-    doubtful: bool
-
-    @property
-    def size(self) -> int:
-        """Bytes, compressed."""
-        return sum(map(len, self.parts.values()))
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,10 +115,10 @@ class Preparer:
         tails: dict[str, Future[bytes]] = {}
         for layer in manifest.layers:
             found = self._toc_source(layer)
-            if not isinstance(found, TocSource) or found.size > _LARGE_TAIL:
+            if not isinstance(found, TocSource) or found.size > LARGE_TAIL:
                 continue
             if layer.digest not in tails and not self.has_table(layer.digest):
-                tails[layer.digest] = pool.submit(_fetch, repository, layer.digest, found.blob_offset, found.size)
+                tails[layer.digest] = pool.submit(fetch_range, repository, layer.digest, found.blob_offset, found.size)
         return tails
 
     def is_lazy(self, descriptor: Descriptor) -> bool:
@@ -180,35 +159,7 @@ class Preparer:
         found = self._toc_source(descriptor)
         if isinstance(found, NotLazy):
             return found.reason
-        if found.size > _LARGE_TAIL:
-            return TocParts({}, doubtful=True)
-        parts: Parts = {}
-
-        def read() -> Toc | NotLazy:
-            parts.clear()
-            while True:
-                try:
-                    with self._decoding:
-                        return read_toc(
-                            found, lambda blob_offset, size: parts.get(blob_offset) or _lack(blob_offset, size)
-                        )
-                except _Lacking as lacking:
-                    # Not with the others' turn in hand: this host may hang.
-                    if sum(map(len, parts.values())) + lacking.size > _LARGE_TAIL:
-                        raise
-                    data = _fetch(repository, found.blob_digest, lacking.blob_offset, lacking.size, deadline)
-                    parts[lacking.blob_offset] = data
-
-        try:
-            toc = read_again(repository, found.blob_digest, read, (DigestMismatch, FormatError))
-        except FormatError as error:
-            return error.message
-        except _Lacking:
-            return TocParts({}, doubtful=True)
-        if isinstance(toc, NotLazy):
-            return toc.reason
-        # Names that could not be written are the one fault that honest converters' TOCs have.
-        return TocParts(parts, any(mark in toc.raw for mark in _LOST_NAMES) or not toc.raw.lstrip().startswith(b"{"))
+        return fetch_parts(repository, found, deadline, self._decoding)
 
     def prepare(
         self,
@@ -294,7 +245,7 @@ class Preparer:
         early = dict(wanted.parts.parts) if wanted.parts is not None else {}
         if wanted.tail is not None and not early:
             early[found.blob_offset] = wanted.tail.result()
-        toc = _read_parts(repository, found, parts, wanted.deadline, early)
+        toc = read_parts(repository, found, parts, wanted.deadline, early)
         if isinstance(toc, NotLazy):
             return toc
         directory = self._store.path(digest)
@@ -434,48 +385,12 @@ class Preparer:
         return True
 
 
-def _read_parts(
-    repository: Repository, found: TocSource, parts: Parts, deadline: float | None, early: Parts | None = None
-) -> Toc | NotLazy:
-    """Read a TOC, and leave in `parts` the ranges that it took. `early` has ranges that came before."""
-    ahead = dict(early or {})
-
-    def fetch(blob_offset: int, size: int) -> bytes:
-        data = ahead.pop(blob_offset, b"")  # once: it may be what was wrong
-        if len(data) != size:
-            data = _fetch(repository, found.blob_digest, blob_offset, size, deadline)
-        parts[blob_offset] = data
-        return data
-
-    def read() -> Toc | NotLazy:
-        parts.clear()
-        return read_toc(found, fetch)
-
-    return read_again(repository, found.blob_digest, read, (DigestMismatch, FormatError))
-
-
-class _Lacking(Exception):
-    """A range of a blob that a TOC lies in, and that is not here yet."""
-
-    def __init__(self, blob_offset: int, size: int) -> None:
-        self.blob_offset, self.size = blob_offset, size
-
-
-def _lack(blob_offset: int, size: int) -> NoReturn:
-    raise _Lacking(blob_offset, size)
-
-
 def _discard(directory: Path) -> None:
     """Leave nothing of a layer that could not be made: what has no chunks would pass for one being fetched."""
     if not (directory / "table").exists():
         with suppress(OSError):
             (directory / "toc").unlink(missing_ok=True)
             directory.rmdir()  # it stays where another process is at work in it
-
-
-def _fetch(repository: Repository, digest: str, blob_offset: int, size: int, deadline: float | None = None) -> bytes:
-    with repository.fetch(digest, blob_offset, size, deadline=deadline) as stream:
-        return read_exactly(stream, size)
 
 
 def toc_claims(descriptor: Descriptor) -> str:
