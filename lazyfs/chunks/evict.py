@@ -1,5 +1,8 @@
 """Keep the store within its bound: least recently used segments go first, pinned layers stay.
 
+What nobody has asked for yet (background, prefetch) is spare: it is kept up to the low-water mark, and pushes out only
+segments of layers that nobody uses. So it never costs a reader what he has read, however small the disk.
+
 A segment's chunks are forgotten before their blocks are freed, so that nobody is promised bytes that are going. Whoever
 reads at that moment sees a miss: the hash decides, not the order of events.
 """
@@ -19,7 +22,8 @@ from lazyfs.errors import StoreError
 
 log = logging.getLogger(__name__)
 
-LOW_WATER = 0.9  # of the bound: where an eviction stops
+LOW_WATER = 0.9  # of the bound: where an eviction stops, and what is spare
+SPARE_WATER = 0.8  # of the bound: where an eviction for the sake of what is spare stops
 ADMIT_WAIT = 1.0  # seconds that a write waits for an eviction under way before it is passed by
 HOPELESS_FOR = 10.0  # seconds until an eviction that could free nothing is tried again
 WHOLE_LAYER = -1
@@ -42,6 +46,7 @@ class Shelf(Protocol):
     def digests(self) -> list[str]: ...
     def borrow(self, digest: str) -> AbstractContextManager[LayerFiles | None]: ...
     def is_mounted(self, digest: str) -> bool: ...
+    def used_elsewhere(self, digest: str) -> bool: ...
     def directory_usage(self, digest: str) -> int: ...
     def remove_layer(self, digest: str) -> bool: ...
 
@@ -59,11 +64,18 @@ class Budget:
         self._monotonic = monotonic
         self._changed = threading.Condition()
         self._hopeless_until = 0.0
+        self._spare_hopeless_until = 0.0
+        self._spare_asked = 0  # bytes of a spare write that waits for an eviction
         self.wake: Callable[[], None] = lambda: None  # set by the evictor
 
     @property
     def over(self) -> bool:
         return self.used > self.bound
+
+    @property
+    def spare_bound(self) -> int:
+        """Bytes in use up to which what is spare may be written."""
+        return int(self.bound * LOW_WATER)
 
     def admit(self, size: int) -> bool:
         """Tell whether `size` bytes may be written now. Waits ADMIT_WAIT at most for an eviction to make room."""
@@ -81,6 +93,36 @@ class Budget:
                 return True
             self.passed_by += 1
             return False
+
+    def admit_spare(self, size: int) -> bool:
+        """Tell whether `size` bytes that nobody has asked for may be written now; if so, count them as written.
+
+        Else `freed` takes them back. Waits ADMIT_WAIT at most for an eviction of what nobody uses.
+        """
+        deadline = self._monotonic() + ADMIT_WAIT
+        asked = False
+        while True:
+            with self._changed:
+                if self.used + size <= self.spare_bound:
+                    self.used += size
+                    return True
+                now = self._monotonic()
+                hopeless = now < max(self._spare_hopeless_until, self._hopeless_until)
+                if not self.bound or now >= deadline or hopeless:
+                    self.passed_by += 1
+                    return False
+                if asked:
+                    self._changed.wait(deadline - now)
+                    continue
+                self._spare_asked = size
+            asked = True
+            self.wake()
+
+    def take_spare_asked(self) -> int:
+        """Return how many bytes a spare write waits for, once; 0: none does."""
+        with self._changed:
+            asked, self._spare_asked = self._spare_asked, 0
+            return asked
 
     def note_written(self, size: int) -> None:
         """Count bytes that were written; over the bound an eviction starts beside the caller."""
@@ -105,6 +147,12 @@ class Budget:
         """Note that nothing more can be evicted: for a while writes don't wait and no eviction is tried."""
         with self._changed:
             self._hopeless_until = self._monotonic() + HOPELESS_FOR
+            self._changed.notify_all()
+
+    def set_spare_hopeless(self) -> None:
+        """Note that all that is here is in use: for a while what is spare is passed by at once."""
+        with self._changed:
+            self._spare_hopeless_until = self._monotonic() + HOPELESS_FOR
             self._changed.notify_all()
 
     @property
@@ -157,17 +205,23 @@ class Evictor:
     def run(self) -> int:
         """Make one pass. Blocking. Return the bytes freed: 0 when the store is within its bound. Never raises."""
         with self._running:
-            if self.scan() <= self._budget.bound:
+            used, bound = self.scan(), self._budget.bound
+            spare = self._budget.take_spare_asked() if used <= bound else 0
+            if used <= bound and (not spare or used + spare <= self._budget.spare_bound):
                 return 0
-            target = int(self._budget.bound * LOW_WATER)
+            target = int(bound * (SPARE_WATER if spare else LOW_WATER))
             try:
                 pinned = self._pinned()
             except StoreError as error:
                 log.warning("nothing is evicted while the pins are not known: %s", error)
                 self._budget.set_hopeless()
                 return 0
-            freed = self._pass(pinned, lambda freed: self._budget.used <= target)
-            if self.scan() > self._budget.bound and not self._closed:
+            freed = self._pass(pinned, lambda freed: self._budget.used <= target, idle=spare > 0)
+            used = self.scan()
+            if spare and used + spare > self._budget.spare_bound and not self._closed:
+                log.info("the store takes %d bytes, all in use: what nobody has read yet is not kept", used)
+                self._budget.set_spare_hopeless()
+            elif used > bound and not self._closed:
                 log.warning("the store takes %d bytes, the bound is %d", self._budget.used, self._budget.bound)
                 self._budget.set_hopeless()
             return freed
@@ -185,9 +239,9 @@ class Evictor:
                 return 0
             return self._pass(pinned, lambda freed: freed >= size)
 
-    def _pass(self, pinned: frozenset[str], enough: Callable[[int], bool]) -> int:
+    def _pass(self, pinned: frozenset[str], enough: Callable[[int], bool], *, idle: bool = False) -> int:
         freed = 0
-        for candidate in self._candidates(pinned):
+        for candidate in self._candidates(pinned, idle=idle):
             if enough(freed) or self._closed:
                 break
             size = self._evict(candidate)
@@ -196,12 +250,15 @@ class Evictor:
         self.evicted += freed
         return freed
 
-    def _candidates(self, pinned: frozenset[str]) -> Iterator[Candidate]:
+    def _candidates(self, pinned: frozenset[str], *, idle: bool) -> Iterator[Candidate]:
+        """`idle`: only of layers that nobody uses."""
         found: list[Candidate] = []
         for digest in self._shelf.digests():
             if digest in pinned:
                 continue
             mounted = self._shelf.is_mounted(digest)
+            if idle and (mounted or self._shelf.used_elsewhere(digest)):
+                continue
             with self._shelf.borrow(digest) as files:
                 segments = files.segments_with_data() if files is not None else []
                 found += [Candidate(use, mounted, digest, segment) for segment, use in segments]

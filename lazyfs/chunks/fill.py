@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 from bisect import bisect_left
 from collections import deque
+from contextlib import AbstractContextManager
 from functools import partial
 
 import trio
@@ -48,6 +49,10 @@ class Filler:
         self._scheduler = scheduler
         self._remote = remote
         self._limiter = trio.CapacityLimiter(_CHECK_THREADS)
+
+    def awaited(self, layer: ServedLayer) -> AbstractContextManager[None]:
+        """Tell that somebody waits for a layer's fill until the context ends. Doesn't block."""
+        return self._scheduler.awaited(layer.host)
 
     async def prefetch(self, layer: ServedLayer) -> None:
         """Bring the frames before the landmark, in few large requests. Errors are left to the readers."""

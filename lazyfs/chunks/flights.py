@@ -51,6 +51,7 @@ class Fetch:
         "priority",
         "repository",
         "scope",
+        "spared",
         "ticket",
     )
 
@@ -62,6 +63,7 @@ class Fetch:
         self.hurry = trio.Event()  # somebody more urgent has turned up: no time for a pause
         self.over = trio.Event()
         self.scope = trio.CancelScope()  # of all tries
+        self.spared = False  # some of it came before anybody wanted it: the store may not have kept it
         self.head: list[bytes] = []  # the pieces of its only frame that are here
         self.in_pieces = True  # False: the frame was wrong, and its pieces may have come from several sources
         self.piece: trio.CancelScope | None = None  # of the piece that waits or is under way
@@ -278,6 +280,11 @@ class Flights:
             size = sum(needed(layer.table, frame) for frame in arrived)
             token.run_sync_soon(self._arrive, layer, fetch, arrived, size, ticket)
 
+        def is_spare() -> bool:
+            spare = fetch.priority is not Priority.DEMAND and not layer.collected
+            fetch.spared = fetch.spared or spare
+            return spare
+
         def job() -> Fetched:
             # One try must leave time for another: a server that drips is not known by a pause between two bytes. What
             # nobody waits for may have waited long for its turn: its time runs from now.
@@ -285,7 +292,7 @@ class Flights:
             deadline = fetch.began + min(self._timeout / 2, _LONGEST_TRY)
             if ticket.priority is Priority.DEMAND:
                 deadline = min(deadline, end)
-            return fetch_frames(layer, *left, deadline, deliver, ticket.flow, head)
+            return fetch_frames(layer, *left, deadline, deliver, ticket.flow, head, is_spare)
 
         return job
 

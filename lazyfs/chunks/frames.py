@@ -99,19 +99,19 @@ def prove_frame(layer: ServedLayer, frame: int, data: bytes) -> None:
     frame_chunks(layer, frame, decoder_for(layer.table.form).decode_prefix(data, wanted))
 
 
-def store_chunks(layer: ServedLayer, chunks: dict[int, bytes]) -> None:
-    """Write verified chunks to the store, neighbours together."""
+def store_chunks(layer: ServedLayer, chunks: dict[int, bytes], spare: bool = False) -> None:
+    """Write verified chunks to the store, neighbours together. `spare`: see `LayerStore.write_run`."""
     run: list[bytes] = []
     first = -1
     for chunk, data in chunks.items():
         if run and chunk != first + len(run):
-            layer.store.write_run(first, run)
+            layer.store.write_run(first, run, spare)
             run = []
         if not run:
             first = chunk
         run.append(data)
     if run:
-        layer.store.write_run(first, run)
+        layer.store.write_run(first, run, spare)
 
 
 def frame_wanted(table: LayerTable, frame: int) -> int:
@@ -196,13 +196,15 @@ def fetch_frames(
     deliver: Callable[[dict[int, dict[int, bytes]]], None],
     flow: Flow | None = None,
     head: bytes = b"",
+    is_spare: Callable[[], bool] = lambda: False,
 ) -> Fetched:
     """Fetch frames [first, stop) with one range request; call `deliver` with the chunks by frame as they are verified.
 
     Blocking, to be run in a worker thread; `deadline` is a `time.monotonic()` value. Chunks are delivered before they
     are written to the store, so that no reader waits for the disk; at the next delivery, or when this returns, they are
     written. A frame with wrong bytes is passed over: its neighbours are no worse for it. `flow` counts the bytes;
-    `head` are those that need not be asked for. Raise RegistryError; frames delivered before that are good.
+    `head` are those that need not be asked for; `is_spare` tells whether still nobody has asked for any of it. Raise
+    RegistryError; frames delivered before that are good.
     """
     flow = flow or Flow()
     table, frames = layer.table, decoder_for(layer.table.form)
@@ -217,11 +219,11 @@ def fetch_frames(
     def hand_over() -> None:
         nonlocal ready, waiting
         waiting = 0
-        if not ready:
-            return
         if layer.dropped:  # its store may be closed, and its blob served anew from another table
             ready = {}
             early.clear()
+        if not ready:
+            return
         check = layer.check
         if check is not None:
             # Before the delivery: whoever waits for the frames on behalf of the check looks here next.
@@ -229,7 +231,8 @@ def fetch_frames(
         done, ready = ready, {}
         early.clear()
         deliver(done)
-        store_chunks(layer, {chunk: data for chunks in done.values() for chunk, data in chunks.items()})
+        chunks = {chunk: data for chunks in done.values() for chunk, data in chunks.items()}
+        store_chunks(layer, chunks, is_spare())
 
     began = time.monotonic()
     left = size - len(head)

@@ -78,10 +78,11 @@ class ServedLayer:
     verified: bool = False
     quarantine: str = ""  # why nothing may be read any more
     users: int = 0  # trees that hold the layer
+    collected: int = 0  # who want all of it in the store, whatever has to make room: `lazyfs fetch`
     dropped: bool = False  # nobody holds it any more: its number may be that of another table of the blob from now on
-    bytes_by_priority: list[int] = field(default_factory=lambda: [0, 0, 0])  # compressed bytes fetched
     # What chunks and frames in memory and on their way are known by: unlike `number` no other layer ever has it.
     serial: int = field(default_factory=_serials.__next__, init=False)
+    bytes_by_priority: list[int] = field(default_factory=lambda: [0, 0, 0])  # compressed bytes fetched
     others: list[Repository] = field(default_factory=list)  # where else the blob is, as other images say
     refill: Callable[[], object] | None = None  # fetches a plain layer again, whole; blocking
     trouble: LazyfsError | None = None  # why the last request failed; None: bytes came since

@@ -200,7 +200,8 @@ class LayerFiles:
 
     def _reset(self, shape: Shape) -> None:
         self.flags = bytearray(shape.chunk_count)
-        self._used = array("I", [int(self._now()) & 0xFFFFFFFF]) * len(shape.first_chunk)
+        # What nobody has read yet counts as older than what is read this very second.
+        self._used = array("I", [max(0, int(self._now()) - 1) & 0xFFFFFFFF]) * len(shape.first_chunk)
         self.shape = shape
         segments = len(shape.first_chunk)
         # Written out in full, not left sparse: setting a flag must not need a new block on a full disk.
@@ -254,6 +255,12 @@ class LayerFiles:
                 os.pwrite(self._used_file.number, second.to_bytes(4, "little"), HEADER + segment * _RECORD.size)
             except OSError as error:  # a read must not count as a failed write, nor put off the next try
                 log.debug("the use of layer %s is not noted: %s", self.digest, error)
+
+    def touch_all(self, first: int, last: int) -> None:
+        """Note a use of chunks [first, last) now, as `touch`."""
+        while self.shape is not None and first < last:
+            self.touch(first)
+            first = self.shape.chunks(bisect_right(self.shape.first_chunk, first) - 1)[1]
 
     # -- data
 

@@ -10,14 +10,15 @@ from pathlib import Path
 from typing import Protocol
 
 from lazyfs.chunks.health import DiskHealth
-from lazyfs.chunks.holes import drop_pages
+from lazyfs.chunks.holes import ReadPages, drop_pages
 from lazyfs.chunks.layer_files import LayerFiles, Layout
 from lazyfs.chunks.private_files import OwnedFd
 from lazyfs.errors import StoreBroken, StoreLocked
 from lazyfs.format.table import FORM_PLAIN, NO_FRAME
-from lazyfs.units import PAGE, MiB
+from lazyfs.units import PAGE, KiB, MiB
 
 MAX_CHUNK = 64 * MiB  # bytes; the formats' bound on a chunk, checked again because it becomes a buffer
+SMALL = 64 * KiB  # bytes that are hashed sooner than a thread begins
 _RUN_BYTES = 8 * MiB  # bytes of one write
 _RUN_PIECES = 500  # chunks of one write; with the padding in between below IOV_MAX (1024)
 _ZEROS = bytes(PAGE)
@@ -43,6 +44,8 @@ class Room(Protocol):
     """The bound on all layers together."""
 
     def admit(self, size: int) -> bool: ...
+    def admit_spare(self, size: int) -> bool: ...
+    def freed(self, size: int) -> None: ...
     def note_written(self, size: int) -> None: ...
 
 
@@ -75,6 +78,7 @@ class LayerStore:
         self._health = health
         self._release = release
         self._hole_chunks = hole_chunks(table)
+        self._read_pages = ReadPages()
 
     @property
     def digest(self) -> str:
@@ -139,6 +143,39 @@ class LayerStore:
         if data is not None:
             self._files.touch(chunk)
         return data
+
+    def read_now(self, chunk: int) -> bytes | None:
+        """Return a chunk's bytes, hashed just now, where that is quicker than to have a thread do it. Doesn't block.
+
+        None: it is larger than SMALL, a hole, not here, not in the page cache, or not right; `read` knows.
+        """
+        fd: OwnedFd | None = self._files.data
+        size, offset = self.table.chunk_size[chunk], self.table.chunk_data_offset[chunk]
+        if fd is None or not 0 < size <= SMALL or not self._files.flags[chunk] or chunk in self._hole_chunks:
+            return None
+        buffer = bytearray(size)
+        try:
+            if os.preadv(fd.number, [buffer], offset, os.RWF_NOWAIT) != size:
+                return None
+        except OSError:  # the disk would have to be asked
+            return None
+        data = self._checked(bytes(buffer), chunk)
+        if data is not None:
+            self._files.touch(chunk)
+            self._read_pages.add(offset, size)
+        return data
+
+    @property
+    def has_read_pages(self) -> bool:
+        """Whether `drop_read_pages` is due. Doesn't block."""
+        return self._read_pages.is_due
+
+    def drop_read_pages(self) -> None:
+        """Drop the pages that `read_now` has read: the reader's page cache has them. Blocking, some milliseconds."""
+        fd: OwnedFd | None = self._files.data
+        for offset, size in self._read_pages.take():
+            if fd is not None:
+                drop_pages(fd.number, offset, size)
 
     def read_in_order(self, chunks: Iterable[int]) -> Iterator[tuple[int, bytes | None]]:
         """Yield chunks and their bytes as `read` returns them, one behind; nothing is forgotten or counted here.
@@ -213,33 +250,47 @@ class LayerStore:
         """Keep one chunk. The caller has verified the bytes. False: not kept, the cache is full, failing or closed."""
         return self.write_run(chunk, [data]) == 1
 
-    def write_run(self, first: int, pieces: Sequence[bytes | memoryview]) -> int:
+    def write_run(self, first: int, pieces: Sequence[bytes | memoryview], spare: bool = False) -> int:
         """Keep the verified bytes of chunks `first`, `first` + 1, …; return how many of them are kept, from the first.
 
         Neighbours go out in one write, the gap up to the next file's page filled with zeros. A piece of the wrong size
-        is a ValueError: that is the caller's mistake.
+        is a ValueError: that is the caller's mistake. `spare`: nobody has asked for them yet. They push out nothing
+        that is in use, and count as not used yet.
         """
         for chunk, piece in enumerate(pieces, first):
             if len(piece) != self.table.chunk_size[chunk]:
                 raise ValueError(f"chunk {chunk} has {self.table.chunk_size[chunk]} bytes, not {len(piece)}")
         for start, last, offset, buffers in self._runs(first, pieces):
             if 0 not in self._files.flags[start:last]:
+                if not spare:
+                    self._files.touch_all(start, last)
                 continue
             size = sum(map(len, buffers))
-            if not self._room.admit(size) or not self._health.may_write():
+            if not (self._room.admit_spare(size) if spare else self._room.admit(size)):
                 return start - first
-            try:
-                with self._files.lock:
-                    self._files.write(start, last, offset, buffers)
-            except OSError as error:
-                self._health.failed(error)
+            if not self._write(start, last, offset, buffers):
+                if spare:
+                    self._room.freed(size)
                 return start - first
-            except StoreLocked:
-                return start - first
-            self._health.worked()
-            self._files.touch(start)
-            self._room.note_written(size)
+            if not spare:
+                self._files.touch_all(start, last)
+                self._room.note_written(size)
         return len(pieces)
+
+    def _write(self, start: int, last: int, offset: int, buffers: Sequence[bytes | memoryview]) -> bool:
+        """Write the bytes of chunks [start, last). False: the disk would not have them, or the layer is closed."""
+        if not self._health.may_write():
+            return False
+        try:
+            with self._files.lock:
+                self._files.write(start, last, offset, buffers)
+        except OSError as error:
+            self._health.failed(error)
+            return False
+        except StoreLocked:
+            return False
+        self._health.worked()
+        return True
 
     def _runs(
         self, first: int, pieces: Sequence[bytes | memoryview]

@@ -31,6 +31,8 @@ class Remote:
         on_error: Callable[[LazyfsError], None],
     ) -> None:
         self._scheduler = scheduler
+        self._nursery = nursery
+        self._limiter = trio.CapacityLimiter(2)
         self._timeout = read_timeout or _FOREVER
         self._flights = Flights(scheduler, nursery, self._timeout, on_error)
         self._windows = Windows(self._flights, scheduler)
@@ -62,12 +64,19 @@ class Remote:
             if not flight.done.is_set():
                 raise ReadDeadline(self._timeout, f"layer {layer.digest} from {layer.host}")
             if flight.error is None:
-                return flight.chunks[chunk]
+                data = flight.chunks[chunk]
+                if flight.fetch.spared and priority is Priority.DEMAND:
+                    self._nursery.start_soon(self._keep, layer, chunk, data)
+                return data
             # Who joined a flight of somebody else's has a time of its own, and perhaps another registry.
             other = flight.error.temporary or flight.fetch.repository is not layer.repository
             if not joined or not other or trio.current_time() >= give_up:
                 raise flight.error
             layer.ensure_readable()
+
+    async def _keep(self, layer: ServedLayer, chunk: int, data: bytes) -> None:
+        """Keep what somebody has read now and nobody had asked for when it came."""
+        await trio.to_thread.run_sync(layer.store.write, chunk, data, limiter=self._limiter)
 
     def note_read(self, layer: ServedLayer, chunk: int) -> None:
         """Tell that a reader took a chunk that was here already: a stream of reads may want its next window."""

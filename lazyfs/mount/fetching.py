@@ -128,6 +128,9 @@ class Fetcher:
                 reference.host, f"{reference} is not on this node", hint="lazyfs fetch, mount or pull it first"
             )
         digests = {layer.digest: layer.size for layer in manifest.layers}
+        # Looked at first: a layer whose fill has ended and that is not whole then has no room in the store.
+        resting = {digest for digest in digests if self._images.fillings.rests(digest)}
+        filled = digests.keys() - resting if self._settings.background else frozenset[str]()
         layers = [self._census.layer(digest) for digest in digests]
         for layer in layers:
             if layer.quarantine:
@@ -145,7 +148,7 @@ class Fetcher:
             "full": sum(layer.full or layer.size or digests[layer.digest] for layer in layers),
             "whole": not due,
             "coming": all(
-                layer.digest in preparing or (layer.used and (self._settings.background or layer.digest in fetched))
+                layer.digest in preparing or (layer.used and (layer.digest in filled or layer.digest in fetched))
                 for layer in due
             ),
             "preparing": bool(preparing),

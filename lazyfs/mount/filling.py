@@ -14,6 +14,7 @@ import trio
 from lazyfs.chunks.fill import Filler
 from lazyfs.chunks.layer import ServedLayer
 from lazyfs.chunks.read import Reader
+from lazyfs.chunks.schedule import STEP_BACK
 from lazyfs.config import Settings
 from lazyfs.errors import DaemonFault, ReadDeadline, StoreFull
 from lazyfs.mount.donors import Donors
@@ -25,7 +26,6 @@ log = logging.getLogger(__name__)
 _PATIENCE = 300.0  # seconds without a byte after which a wait fails, where reads wait for ever
 _PATIENCE_IN_TROUBLE = 30.0  # the same where the last request has failed
 _LOOK = 0.5  # seconds between looks at how far a layer is
-_TRACE = 60.0  # seconds that a layer's prefetch and fill let what a trace asks for go first
 _ROUNDS = 3  # fills of one layer after which its chunks don't stay
 
 
@@ -132,7 +132,7 @@ class Fillings:
 
     async def _let_traces_pass(self, layer: ServedLayer, filling: _Filling) -> None:
         """Wait while what a trace tells of is fetched, for a while, and not where somebody wants the layer complete."""
-        with trio.move_on_after(_TRACE) as scope:
+        with trio.move_on_after(STEP_BACK) as scope:
             async with trio.open_nursery() as nursery:
 
                 async def until_wanted() -> None:
@@ -152,6 +152,11 @@ class Fillings:
     async def _in_thread(self, job: Callable[[], None]) -> None:
         await trio.to_thread.run_sync(job, limiter=self._limiter)
 
+    def rests(self, digest: str) -> bool:
+        """Tell whether all is done that would be for a layer in use, its chunks kept or not. From any thread."""
+        filling = self._fillings.get(digest)
+        return filling is not None and filling.idle.is_set()
+
     # -- waiting
 
     async def until_checked(self, layer: ServedLayer) -> None:
@@ -165,7 +170,7 @@ class Fillings:
         while filling is not None and not filling.checked.is_set():
             before = sum(layer.bytes_by_priority)
             filling.wanted.set()
-            with trio.move_on_after(patience):
+            with trio.move_on_after(patience), self._filler.awaited(layer):
                 await filling.checked.wait()
             if not filling.checked.is_set() and sum(layer.bytes_by_priority) == before:
                 raise ReadDeadline(patience, f"the check of layer {layer.digest} does not go on")
@@ -176,6 +181,14 @@ class Fillings:
         Raise what keeps it from that: RegistryError, ReadDeadline, LayerQuarantined, or StoreFull when the chunks don't
         stay.
         """
+        layer.collected += 1
+        try:
+            with self._filler.awaited(layer):
+                await self._complete(layer)
+        finally:
+            layer.collected -= 1
+
+    async def _complete(self, layer: ServedLayer) -> None:
         for _ in range(_ROUNDS):
             layer.ensure_readable()
             if layer.verified and layer.store.complete:

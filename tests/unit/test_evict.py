@@ -5,7 +5,8 @@ from __future__ import annotations
 import itertools
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -56,6 +57,10 @@ def filled(store: Store, table: ChunkTable) -> LayerStore:
     assert layer.write_run(0, table.content) == table.chunk_count
     store.budget.bound = bound
     return layer
+
+
+def _ignore(job: Callable[[], int]) -> None:
+    job()
 
 
 def test_segments_cover_every_chunk_once() -> None:
@@ -237,6 +242,33 @@ def test_when_nothing_can_go_writes_are_passed_by_at_once(
         assert [layer.read(chunk) for chunk in range(7)] == table.content[:7]
     finally:
         store.close()
+
+
+def test_what_nobody_asked_for_pushes_out_what_nobody_uses_and_nothing_else(store: Store, clock: Clock) -> None:
+    store.budget.wake = partial(_ignore, store.evictor.run)
+    left, read, coming = table_of([MiB] * 6, seed=1), table_of([MiB] * 6, seed=2), table_of([MiB] * 24, seed=3)
+    demanded = filled(store, read)
+    clock.now += 1000
+    filled(store, left).close()  # used last, and nobody has it open
+    clock.now += 1000
+    layer = store.open_layer(coming.digest, coming)
+    kept = [layer.write_run(chunk, [coming.content[chunk]], spare=True) for chunk in range(24)]
+    assert demanded.complete and left.digest not in store.digests()
+    assert 10 <= sum(kept) == layer.present_bytes // MiB < 24
+    assert store.budget.used <= BOUND * 0.9
+    assert layer.write(23, coming.content[23]), "a reader's are kept"
+    assert demanded.complete
+
+
+def test_what_nobody_asked_for_goes_before_what_was_read_earlier(store: Store, clock: Clock) -> None:
+    table = table_of([MiB] * 16)
+    layer = store.open_layer(table.digest, table)
+    assert layer.write_run(8, table.content[8:]) == 8
+    clock.now += 10
+    assert layer.write_run(0, table.content[:8], spare=True) == 8
+    store.budget.bound = 12 * MiB
+    assert store.evictor.run() > 0
+    assert layer.missing(8, 16) == []
 
 
 def test_unknown_pins_mean_that_nothing_is_evicted(store: Store, catalog: Catalog) -> None:
