@@ -127,6 +127,11 @@ class Shaper:
         """Return the counters now. Any thread; does not block."""
         return Traffic(self._up.link.size, self._down.link.size, self._connections)
 
+    def change(self, mbit: float) -> None:
+        """Give the link another bandwidth, for what is not on it yet. Any thread; does not block."""
+        for direction in (self._up, self._down):
+            direction.link.bytes_per_second = mbit * 125_000
+
     def __enter__(self) -> Shaper:
         self._thread.start()
         self._ready.wait()
