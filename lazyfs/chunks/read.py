@@ -56,6 +56,8 @@ class Reader:
         self._donors = donors
         self._single: SingleFlight[tuple[int, int], bytes] = SingleFlight()
         self._ahead = VerifyAhead(memory, nursery, self._single.__contains__)
+        self._nursery = nursery
+        self._dropping = False
         self.counters = ReadCounters()
         # Apart from the disk's threads: a registry that stalls must not hold up reads of what is here.
         self._refills = trio.CapacityLimiter(_REFILLS)
@@ -167,6 +169,16 @@ class Reader:
                 self.counters.from_memory += len(data)
             self._remote.note_read(layer, chunk)
             return data
+        data = layer.store.read_now(chunk)
+        if data is not None:
+            layer.ensure_readable()
+            if not layer.dropped:
+                self._memory.put(key, data)
+            self.counters.from_store += len(data)
+            self._remote.note_read(layer, chunk)
+            if layer.store.has_read_pages:
+                self._nursery.start_soon(self._drop_pages, layer)
+            return data
         began = trio.current_time()
         absent = bool(layer.witnesses) and priority is Priority.DEMAND and not layer.store.has(chunk)
         while True:
@@ -235,6 +247,14 @@ class Reader:
             f"layer {layer.digest} was fetched again and is gone before it could be read",
             hint="the store is too small for it: raise store_size",
         )
+
+    async def _drop_pages(self, layer: ServedLayer) -> None:
+        if not self._dropping:
+            self._dropping = True
+            try:
+                await trio.to_thread.run_sync(layer.store.drop_read_pages, limiter=self.counters.limiter)
+            finally:
+                self._dropping = False
 
     def forget(self, layer: ServedLayer) -> None:
         """Drop what memory has of a layer."""

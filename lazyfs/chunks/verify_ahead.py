@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator
 import trio
 
 from lazyfs.chunks.layer import ServedLayer
+from lazyfs.chunks.layer_store import SMALL
 from lazyfs.chunks.memory import Key, MemoryCache
 from lazyfs.units import MiB
 
@@ -86,6 +87,8 @@ class VerifyAhead:
 
     def note(self, layer: ServedLayer, first: int, last: int) -> None:
         """Tell that somebody is about to read chunks `first` to `last`, before they are asked for. Doesn't wait."""
+        if first == last and _is_small_end(layer, last):
+            return  # most files of an image are one such chunk, and nothing follows it
         stream = self._stream(layer.serial, first, last)
         if stream.passed < _IN_ORDER or (stream.upto <= stream.next and self._is_crowded(stream)):
             return
@@ -178,3 +181,10 @@ class VerifyAhead:
         promise = self._promised.pop((serial, chunk), None)
         if promise is not None:
             promise.set()
+
+
+def _is_small_end(layer: ServedLayer, chunk: int) -> bool:
+    """Tell whether a chunk is read without a thread, and another file begins behind it."""
+    starts, size = layer.table.chunk_data_offset, layer.table.chunk_size[chunk]
+    after = chunk + 1
+    return size <= SMALL and (after >= layer.table.chunk_count or starts[chunk] + size != starts[after])
