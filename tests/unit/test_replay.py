@@ -133,9 +133,11 @@ async def test_no_gap_is_large_whatever_the_link_is_said_to_hold(scratch: Path, 
         layer = one.serve(ONE, registry)
         one.scheduler.observe(layer.host, 0.1, 0, 0.0)
         one.scheduler.link(layer.host).believe(300e6)  # 30 MB in a round trip
-        asked = await play(one, trace(layer, *reads(NAMES[0], NAMES[99])), layer)
-        assert present(layer) == {NAMES[0], NAMES[99]}
-        assert asked <= 3 * CHUNK
+        # More ranges than places, more than 1 MiB apart each.
+        told = trace(layer, *reads(NAMES[0], NAMES[40], NAMES[80]), Read(b"big", 0, 39 * CHUNK, CHUNK))
+        asked = await play(one, told, layer)
+        assert present(layer) == {NAMES[0], NAMES[40], NAMES[80]}
+        assert asked <= 5 * CHUNK
 
 
 async def test_background_goes_on_while_a_replay_waits_for_its_turn(scratch: Path, registry: FakeRegistry) -> None:
