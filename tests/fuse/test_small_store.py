@@ -50,3 +50,15 @@ def test_background_evicts_nothing_that_was_read(node: Node, registry: FakeRegis
     assert late.returncode != 0 and "is not whole, and nobody fetches it" in late.stderr
     sentence = node.refused(9, "fetch", image.reference)
     assert "takes 15.0 MB at least" in sentence and "store_size" in sentence
+
+
+def test_fetch_may_take_what_background_leaves_free(node: Node, registry: FakeRegistry) -> None:
+    node.settings |= {"STORE_SIZE": "3200000", "BACKGROUND": "1"}
+    tar = tar_of(*(file(name, FILES[name]) for name in list(FILES)[:6]))
+    image = add(registry, "one", zstd_chunked_layer(tar, chunk_size=1 << 16, frame_size=1 << 16))
+    node.mount(image)
+    until(lambda: node.layer()["verified"], "the whole check has ended")
+    assert not node.layer()["complete"]
+    done = node.lazyfs("fetch", image.reference)
+    assert done.returncode == 0, done.stderr
+    assert node.layer()["complete"]
