@@ -144,7 +144,13 @@ class _Host:
 
     @property
     def quiet(self) -> bool:
-        return not self.has_readers and not self.steps_back
+        return (self.is_near or not self.has_readers) and not self.steps_back
+
+    @property
+    def is_near(self) -> bool:
+        """Whether the host is so near that nothing is in a reader's way for long: bytes that were asked for are here
+        before he notices, and what he wants next comes sooner in large requests than when he asks for it."""
+        return 0 < self.link.round_trip < _NEAR
 
     @property
     def steps_back(self) -> bool:

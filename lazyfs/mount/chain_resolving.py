@@ -119,13 +119,15 @@ class ChainResolver:
         return _answer(source, found.image, found.config, found.outcomes)
 
     async def settle(self, digests: Set[str]) -> None:
-        """Wait until no image with one of these layers is being resolved any more. A checkpoint, 10 s at most.
+        """Wait until no image with one of these layers is being resolved, or fetched ahead of its container, any more.
+
+        A checkpoint, 10 s at most.
 
         Callers had their answers before; what comes behind them would be kept, and nobody would know of it.
         """
-        self._early.stop(digests)
         with trio.move_on_after(_SETTLE):
-            while any(found.names(digests) for found in self._running.values()):
+            # What ends being resolved begins to be fetched for its container: both, until there is neither.
+            while self._early.stop(digests) or any(found.names(digests) for found in self._running.values()):
                 await trio.sleep(_LOOK)
 
     async def _run(self, key: Hashable, found: Resolution, source: ChainSource) -> None:

@@ -49,11 +49,12 @@ class Early:
 
         self._apart.begin(run)
 
-    def stop(self, digests: Set[str]) -> None:
-        """End what holds one of these layers: they are about to be removed. Doesn't wait."""
-        for held, scope in self._running.values():
-            if held & digests:
-                scope.cancel()
+    def stop(self, digests: Set[str]) -> bool:
+        """End what holds one of these layers: they are about to be removed. Doesn't wait; tells whether any did."""
+        stopped = [scope for held, scope in self._running.values() if held & digests]
+        for scope in stopped:
+            scope.cancel()
+        return bool(stopped)
 
     async def _run(self, source: ChainSource, image: ChainImage, config: ImageConfig) -> None:
         layers = image.manifest.layers

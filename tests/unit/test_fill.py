@@ -278,6 +278,7 @@ async def test_background_asks_for_little_while_somebody_reads(
     monkeypatch.setattr(
         "lazyfs.chunks.schedule.QUIET", 60.0
     )  # the reader is one of just now, however slow this machine
+    registry.latency = 0.02  # of a near one nothing is in a reader's way
     async with node(scratch) as one:
         layer = one.serve(blob, registry)
         filler = Filler(one.scheduler, one.remote)

@@ -145,6 +145,19 @@ async def test_background_steps_back_while_demand_is_recent() -> None:
         await jobs.until(lambda: len(jobs.over) == 3)
 
 
+@pytest.mark.parametrize(("round_trip", "goes_on"), [(0.001, True), (0.02, False)])
+async def test_background_of_a_near_host_goes_on_beside_readers(round_trip: float, goes_on: bool) -> None:
+    """What it brings sooner than readers ask for it, they need not ask for."""
+    scheduler = Scheduler(8)
+    assert scheduler.is_quiet(HOST)
+    scheduler.note_demand(HOST)
+    assert not scheduler.is_quiet(HOST)  # nobody knows yet how far it is
+    scheduler.observe(HOST, round_trip, 1 << 20, 0.1)
+    assert scheduler.is_quiet(HOST) is goes_on
+    with scheduler.mount_waits(HOST):
+        assert not scheduler.is_quiet(HOST)
+
+
 async def test_background_steps_back_for_a_start_while_something_of_it_comes_and_not_for_ever() -> None:
     now = [0.0]
     scheduler = Scheduler(8, lambda: now[0])
