@@ -21,27 +21,20 @@ WINDOW = 4 * MiB  # compressed bytes of the largest read-ahead; two are under wa
 _IN_ORDER = 2  # round trips of bytes under way for a sequential reader: the link never waits for what he takes next
 _MOST_AHEAD = 32 * MiB  # compressed bytes of them at most: 2.5 round trips of 1 Gbit/s and 100 ms
 _FIRST_WINDOW = 512 * KiB  # compressed bytes of the first read-ahead after two reads in order
-# Requests in a row for what follows, whatever the file, from which on a reader is one who walks a tree and reads all of
-# it. It has the next files on their way, or each of its frames would cost a round trip.
-_WALKED = 2
 _SKIP = 32  # frames that a read-ahead steps over because they are here already
 _STREAMS = 64  # sequential readers remembered, node-wide
 _MARKS = 4 * _STREAMS  # windows whose middle somebody may come to
 
 
 class _Run:
-    """A reader in order: where its next read-ahead begins (a frame), where the last one ends, and its bytes.
+    """A reader in order: where its next read-ahead begins (a frame), where the last one ends, and its bytes."""
 
-    `walked`: how many of its requests followed each other.
-    """
+    __slots__ = ("first", "limit", "window")
 
-    __slots__ = ("first", "limit", "walked", "window")
-
-    def __init__(self, first: int, limit: int, window: int, walked: int) -> None:
+    def __init__(self, first: int, limit: int, window: int) -> None:
         self.first = first
         self.limit = limit
         self.window = window
-        self.walked = walked
 
 
 class Windows:
@@ -52,8 +45,8 @@ class Windows:
         self._scheduler = scheduler
         self._crowds = Crowds()
         self._strides = Strides()
-        # (layer, frame that continues the stream) -> compressed bytes of the next window, requests in a row
-        self._streams: OrderedDict[tuple[int, int], tuple[int, int]] = OrderedDict()
+        # (layer, frame that continues the stream) -> compressed bytes of the next window
+        self._streams: OrderedDict[tuple[int, int], int] = OrderedDict()
         # (layer, frame whose reading triggers more windows) -> whose they are
         self._marks: OrderedDict[tuple[int, int], _Run] = OrderedDict()
 
@@ -69,15 +62,12 @@ class Windows:
         first = frame
         while first > begin and self._flights.is_wanted(layer, first - 1):
             first -= 1
-        window, walked = self._streams.pop((layer.serial, first), (0, 0))
-        if priority is Priority.DEMAND and walked >= _WALKED:
-            limit = layer.table.frame_count
-            window = _FIRST_WINDOW if walked == _WALKED else window
+        window = self._streams.pop((layer.serial, first), 0)
         stop = self._reach(layer, first, window, limit, max(frame, through))
         if priority is Priority.DEMAND:
             stop = self._take_along(layer, frame, stop)
         fetch = self._flights.launch(layer, first, stop, priority)
-        self._remember(layer, first, stop, _Run(stop, limit, window, walked + 1))
+        self._remember(layer, first, stop, _Run(stop, limit, window))
         return fetch.flights[frame]
 
     def note_read(self, layer: ServedLayer, chunk: int) -> None:
@@ -146,7 +136,7 @@ class Windows:
         began = run.window > 0
         run.first = stop
         run.window = min(max(2 * run.window, _FIRST_WINDOW), WINDOW)
-        self._streams[layer.serial, stop] = run.window, run.walked
+        self._streams[layer.serial, stop] = run.window
         if began and first < run.limit:
             # Half-way through this window the next one departs, so that a sequential reader never waits for it.
             self._marks[layer.serial, (first + stop) // 2] = run
@@ -157,9 +147,9 @@ class Windows:
 
     def pass_over(self, layer: ServedLayer, frame: int) -> None:
         """Let a sequential reader keep its window over a frame that somebody else has fetched."""
-        stream = self._streams.pop((layer.serial, frame), None)
-        if stream is not None:
-            self._streams[layer.serial, frame + 1] = stream
+        window = self._streams.pop((layer.serial, frame), 0)
+        if window:
+            self._streams[layer.serial, frame + 1] = window
 
     def read_on(self, layer: ServedLayer, frame: int) -> None:
         """Where a sequential reader has come to the middle of a window, ask for the next one.

@@ -89,17 +89,3 @@ def test_memory_is_bounded_and_nothing_far_away_is_a_crowd(misses: list[tuple[in
         alone = all((layer, at) not in seen for at in range(stretch - 1, stretch + 2))
         assert not (crowds.note(layer, offset) and alone)
         seen.add((layer, stretch))
-
-
-async def test_who_reads_every_file_has_the_next_ones_on_their_way(scratch: Path, registry: FakeRegistry) -> None:
-    """Files that are larger than what is taken along for a crowd, one after another."""
-    files = {f"{number:04}".encode(): noise(f"w{number}", 700 << 10) for number in range(30)}
-    layer = zstd_chunked_layer(tar_of(*(file(name.decode(), data) for name, data in files.items())))
-    async with node(scratch) as one:
-        served = one.serve(layer, registry)
-        assert served.table.frame_count >= 15
-        registry.clear_log()
-        with trio.fail_after(30):
-            for name, data in files.items():
-                assert await one.read(served, name) == data
-        assert len(registry.matching("GET", "/blobs/")) <= 12
