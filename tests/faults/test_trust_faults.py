@@ -137,7 +137,7 @@ def test_diff_id_claimed_of_a_verified_layer(node: Node, registry: FakeRegistry)
 
 def test_plain_layer_with_a_false_diff_id(node: Node, registry: FakeRegistry) -> None:
     image = add(registry, "plain", TAR, rootfs={"type": "layers", "diff_ids": [of(b"another")]})
-    sentence = node.refused(6, "mount", image.reference, node.new_dir())
+    sentence = node.refused(6, "--quiet", "mount", image.reference, node.new_dir())
     assert "diff ID" in sentence
     assert node.shown() == []
 
