@@ -29,6 +29,7 @@ from lazyfs.units import MiB
 log = logging.getLogger(__name__)
 
 SEGMENT = 4 * MiB  # bytes of data space that are evicted together
+TOUCH_EVERY = 5  # seconds for which a use that was noted will do for who must not wait for the disk
 HEADER = 64  # bytes in front of `chunks` and `used`
 VERSION = 1
 MAX_CHUNKS = 1 << 28
@@ -131,6 +132,7 @@ class LayerFiles:
         self._closed = False
         self.flags = bytearray()
         self._used = array("I")
+        self._noted: dict[int, int] = {}  # segment → second in which this process noted a use of it
         self._open(create=shape is not None)
         self._hold()
         self._load()
@@ -202,6 +204,7 @@ class LayerFiles:
         self.flags = bytearray(shape.chunk_count)
         # What nobody has read yet counts as older than what is read this very second.
         self._used = array("I", [max(0, int(self._now()) - 1) & 0xFFFFFFFF]) * len(shape.first_chunk)
+        self._noted.clear()
         self.shape = shape
         segments = len(shape.first_chunk)
         # Written out in full, not left sparse: setting a flag must not need a new block on a full disk.
@@ -247,7 +250,10 @@ class LayerFiles:
             return
         segment = bisect_right(self.shape.first_chunk, chunk) - 1
         second = int(self._now()) & 0xFFFFFFFF
-        if segment < 0 or self._used[segment] == second:
+        if segment < 0:
+            return
+        self._noted[segment] = second
+        if self._used[segment] == second:
             return
         self._used[segment] = second
         if self._used_file is not None:
@@ -255,6 +261,13 @@ class LayerFiles:
                 os.pwrite(self._used_file.number, second.to_bytes(4, "little"), HEADER + segment * _RECORD.size)
             except OSError as error:  # a read must not count as a failed write, nor put off the next try
                 log.debug("the use of layer %s is not noted: %s", self.digest, error)
+
+    def is_touched(self, chunk: int) -> bool:
+        """Tell whether `touch` was called for a chunk's segment in the last TOUCH_EVERY seconds. Doesn't block."""
+        if self.shape is None:
+            return False
+        segment = bisect_right(self.shape.first_chunk, chunk) - 1
+        return 0 <= (int(self._now()) & 0xFFFFFFFF) - self._noted.get(segment, -TOUCH_EVERY) < TOUCH_EVERY
 
     def touch_all(self, first: int, last: int) -> None:
         """Note a use of chunks [first, last) now, as `touch`."""

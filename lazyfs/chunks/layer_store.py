@@ -147,11 +147,14 @@ class LayerStore:
     def read_now(self, chunk: int) -> bytes | None:
         """Return a chunk's bytes, hashed just now, where that is quicker than to have a thread do it. Doesn't block.
 
-        None: it is larger than SMALL, a hole, not here, not in the page cache, or not right; `read` knows.
+        None: it is larger than SMALL, a hole, not here, not in the page cache, or not right; `read` knows. Also where the
+        use is to be noted: that is a write, and a disk that hangs must not hold up the caller.
         """
         fd: OwnedFd | None = self._files.data
         size, offset = self.table.chunk_size[chunk], self.table.chunk_data_offset[chunk]
         if fd is None or not 0 < size <= SMALL or not self._files.flags[chunk] or chunk in self._hole_chunks:
+            return None
+        if not self._files.is_touched(chunk):
             return None
         buffer = bytearray(size)
         try:
@@ -161,7 +164,6 @@ class LayerStore:
             return None
         data = self._checked(bytes(buffer), chunk)
         if data is not None:
-            self._files.touch(chunk)
             self._read_pages.add(offset, size)
         return data
 

@@ -164,7 +164,13 @@ class Columns:
         if self._is_whole:
             return
         try:
-            found = file_checksum(self._fd, self._front, self._found.st_size)
+            fd = os.dup(self._fd)  # ours, should somebody close the columns meanwhile
+            try:
+                if not os.path.samestat(os.fstat(fd), self._found):
+                    raise TableInvalid(f"{self.path} is closed")
+                found = file_checksum(fd, self._front, self._found.st_size)
+            finally:
+                os.close(fd)
         except OSError as error:
             raise TableInvalid(f"{self.path} can't be read: {error.strerror}") from None
         if found != self._rest_sum:

@@ -73,6 +73,7 @@ def test_small_chunks_in_the_page_cache_are_read_at_once(opener: Opener, tmp_pat
     layer = opener().open_layer(table.digest, table)
     assert layer.read_now(0) is None  # not here
     fill(layer, table)
+    assert layer.read(0) == table.content[0]  # which notes the use of the segment
     assert [layer.read_now(chunk) for chunk in (0, 1, 3)] == [table.content[chunk] for chunk in (0, 1, 3)]
     assert layer.read_now(2) is None  # a thread's work
     assert layer.read_now(4) is None  # a hole: nothing to read
@@ -86,6 +87,29 @@ def test_small_chunks_in_the_page_cache_are_read_at_once(opener: Opener, tmp_pat
     assert layer.damaged == 1
     layer.close()
     assert layer.read_now(1) is None
+
+
+def test_who_reads_at_once_writes_nothing(tmp_path: Path) -> None:
+    """The use of a segment is noted by a thread, every five seconds."""
+    clock = [1000.0]
+    table = table_of([100])
+    catalog = Catalog(tmp_path / "catalog.db")
+    store = Store(tmp_path, 64 * MiB, catalog, now=lambda: clock[0])
+    layer = store.open_layer(table.digest, table)
+    fill(layer, table)
+    used = directory(tmp_path, table) / "used"
+    before = used.read_bytes()
+    clock[0] += 4
+    assert layer.read_now(0) == table.content[0]
+    assert used.read_bytes() == before
+    clock[0] += 4
+    assert layer.read_now(0) is None
+    assert layer.read(0) == table.content[0]
+    assert used.read_bytes() != before
+    assert layer.read_now(0) == table.content[0]
+    layer.close()
+    store.close()
+    catalog.close()
 
 
 def test_what_small_reads_have_had_leaves_the_page_cache(opener: Opener, tmp_path: Path) -> None:
