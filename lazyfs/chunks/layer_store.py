@@ -147,8 +147,8 @@ class LayerStore:
     def read_now(self, chunk: int) -> bytes | None:
         """Return a chunk's bytes, hashed just now, where that is quicker than to have a thread do it. Doesn't block.
 
-        None: it is larger than SMALL, a hole, not here, not in the page cache, or not right; `read` knows. Also where the
-        use is to be noted: that is a write, and a disk that hangs must not hold up the caller.
+        None: it is larger than SMALL, a hole, not here, not in the page cache, or not right; `read` knows. Also where
+        the use is to be noted: that is a write, and a disk that hangs must not hold up the caller.
         """
         fd: OwnedFd | None = self._files.data
         size, offset = self.table.chunk_size[chunk], self.table.chunk_data_offset[chunk]
