@@ -95,14 +95,17 @@ def test_warm_names_and_bytes_reach_no_daemon(node: Node, registry: FakeRegistry
     shown = mounts.top_at(os.fsencode(tree))
     assert shown is not None and shown.kind == "erofs"
     node.python(WALK, tree)
-    before: dict[str, int] = {}
-    later = node.fuse_calls()
-    while before != later:  # what the kernel read ahead may still be on its way
-        before = later
-        time.sleep(0.5)
+    for _ in range(5):  # other tests drop the machine's caches: what they took is not warm
+        before: dict[str, int] = {}
         later = node.fuse_calls()
-    node.python(WALK, tree)
-    assert node.fuse_calls() == before
+        while before != later:  # what the kernel read ahead may still be on its way
+            before = later
+            time.sleep(0.5)
+            later = node.fuse_calls()
+        node.python(WALK, tree)
+        if node.fuse_calls() == before:
+            return
+    pytest.fail("every walk over what was read just now had the daemon asked for something")
 
 
 def test_hundreds_of_readers_of_a_silent_registry_stop_no_other_image(node: Node, registry: FakeRegistry) -> None:
