@@ -446,6 +446,9 @@ async def test_what_is_brought_is_on_its_way_one_request_at_a_time(scratch: Path
         layer = one.serve(blob, source)  # type: ignore[arg-type]
         async with trio.open_nursery() as nursery:
             nursery.start_soon(one.remote.bring, layer, 0, 3 * MAX_FRAMES, Priority.PREFETCH)
+            with trio.fail_after(10):
+                while not source.asked:  # its thread may take long to begin
+                    await trio.sleep(0.01)
             await trio.testing.wait_all_tasks_blocked(0.01)
             assert one.remote.in_flight() == MAX_FRAMES
             assert len(source.asked) == 1
