@@ -302,7 +302,8 @@ class Node:
         assert mounts.below(os.fsencode(self.place)) == []
         assert self.sockets() == []
         left = [*self.run_dir.glob("attached/*"), *self.root.glob("rw/*")]
-        left += [path for path in self.root.rglob("*") if path.name.endswith((".new", ".tmp", ".again"))]
+        names = (Path(top, name) for top, _, names in os.walk(self.root) for name in names)  # some go while we look
+        left += [path for path in names if path.name.endswith((".new", ".tmp", ".again"))]
         assert left == [], left
         assert "Traceback" not in self.log(), self.log()[-6000:]
 

@@ -368,7 +368,7 @@ class PodNode:
         return {
             "mounts": shown,
             "snapshots": rows,
-            "directories": sorted(str(path) for path in self.root.glob("**/s/*")),
+            "directories": sorted(str(path) for top in ("", "snapshotter") for path in (self.root / top / "s").glob("*")),
             "layers": sorted(str(path) for path in self.root.glob("layers/sha256/*")),
             "trees": sorted(str(path) for path in self.root.glob("trees/*")),
         }
