@@ -206,7 +206,7 @@ class Filler:
         at, stop = max(first, 1), min(stop, layer.extents - 1)
 
         def wanted(extent: int) -> bool:
-            return extent >= check.next and not check.spool.has(extent) and is_spooled(layer, extent)
+            return extent >= check.next and not check.spool.had(extent) and is_spooled(layer, extent)
 
         while at < stop:
             end = at

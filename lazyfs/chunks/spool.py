@@ -48,6 +48,7 @@ class Spool:
         self._file: OwnedFd | None = None
         self._punches = True
         self._taken = (0, 0)  # blob offsets of what was taken in a row and still lies on the disk
+        self._next = 0  # extents before this one need not come any more: the check has taken them
         self.works = True  # False: something could not be kept, and there is no use in bringing more here
         try:
             with tempfile.TemporaryFile(dir=directory) as handle:
@@ -87,11 +88,18 @@ class Spool:
     def has(self, extent: int) -> bool:
         return extent in self._extents
 
+    def had(self, extent: int) -> bool:
+        """Tell whether an extent is here or was taken: the check is busy with it, or behind it."""
+        with self._lock:
+            return extent < self._next or extent in self._extents
+
     def take(self, extent: int) -> bytes | None:
         """Return an extent and give its place on disk back. None: it is not here, or not as it was."""
         file = self._file
         with self._lock:
             place = self._extents.pop(extent, None)
+            if place is not None:
+                self._next = extent + 1
         if place is None or file is None:
             return None
         try:
@@ -125,6 +133,7 @@ class Spool:
         with self._lock:
             self._extents.clear()
             self._taken = (0, 0)
+            self._next = 0
 
     def close(self) -> None:
         """Drop everything. Further calls find nothing."""

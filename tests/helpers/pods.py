@@ -359,16 +359,17 @@ class PodNode:
         """Return all that lazyfs holds on disk and in mounts for snapshots and images."""
         shown = [path for path in real.mounts_below(self.place) if path != str(self.run_dir / "mnt")]
         rows: list[str] = []
+        own = self.root / "snapshotter"
         database = self.root / "snapshots.db"
         if not database.exists():
-            database = self.root / "snapshotter" / "snapshots.db"
+            database = own / "snapshots.db"
         if database.exists():
             with contextlib.closing(sqlite3.connect(f"file:{database}?mode=ro", uri=True, timeout=10)) as handle:
                 rows = [str(row[0]) for row in handle.execute("SELECT key FROM snapshots")]
         return {
             "mounts": shown,
             "snapshots": rows,
-            "directories": sorted(str(path) for top in ("", "snapshotter") for path in (self.root / top / "s").glob("*")),
+            "directories": sorted(str(path) for top in (self.root, own) for path in (top / "s").glob("*")),
             "layers": sorted(str(path) for path in self.root.glob("layers/sha256/*")),
             "trees": sorted(str(path) for path in self.root.glob("trees/*")),
         }

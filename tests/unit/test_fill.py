@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import random
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -163,6 +164,25 @@ async def test_what_was_read_before_the_fill_is_not_fetched_again(
     async with node(scratch) as one:
         layer = one.serve(blob, registry)
         assert await one.read(layer, b"last") == noise("last", 3000)
+        assert await one.read(layer, b"big") == BIG
+        assert await run_fill(one, layer) == ""
+        assert registry.bytes_sent("/blobs/") == len(blob.blob)
+
+
+async def test_what_the_check_is_busy_with_is_not_fetched_again(
+    scratch: Path, registry: FakeRegistry, blob: LayerBlob, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The spool has given it away, and the check has not passed it yet, when background looks for what to bring next."""
+    real = fill_module.feed_frames
+
+    def slow(*arguments: Any) -> bytes:
+        time.sleep(0.02)
+        return real(*arguments)
+
+    monkeypatch.setattr(fill_module, "feed_frames", slow)
+    monkeypatch.setattr(Filler, "_until_welcome", lambda *_: trio.sleep(0.005))
+    async with node(scratch) as one:
+        layer = one.serve(blob, registry)
         assert await one.read(layer, b"big") == BIG
         assert await run_fill(one, layer) == ""
         assert registry.bytes_sent("/blobs/") == len(blob.blob)
