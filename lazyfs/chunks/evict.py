@@ -107,8 +107,7 @@ class Budget:
                     self.used += size
                     return True
                 now = self._monotonic()
-                hopeless = now < max(self._spare_hopeless_until, self._hopeless_until)
-                if not self.bound or now >= deadline or hopeless:
+                if not self.bound or now >= deadline or self._is_hopeless(now):
                     self.passed_by += 1
                     return False
                 if asked:
@@ -117,6 +116,14 @@ class Budget:
                 self._spare_asked = size
             asked = True
             self.wake()
+
+    @property
+    def takes_spare(self) -> bool:
+        """Whether what is spare is likely to be kept: there is room, or an eviction may make it."""
+        return self.bound > 0 and (self.used < self.spare_bound or not self._is_hopeless(self._monotonic()))
+
+    def _is_hopeless(self, now: float) -> bool:
+        return now < max(self._spare_hopeless_until, self._hopeless_until)
 
     def take_spare_asked(self) -> int:
         """Return how many bytes a spare write waits for, once; 0: none does."""

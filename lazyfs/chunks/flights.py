@@ -43,6 +43,7 @@ class Fetch:
         "head",
         "hurry",
         "in_pieces",
+        "is_guess",
         "landed",
         "moves",
         "over",
@@ -55,8 +56,11 @@ class Fetch:
         "ticket",
     )
 
-    def __init__(self, layer: ServedLayer, first: int, stop: int, priority: Priority, ticket: Ticket) -> None:
+    def __init__(
+        self, layer: ServedLayer, first: int, stop: int, priority: Priority, ticket: Ticket, is_guess: bool
+    ) -> None:
         self.priority = priority
+        self.is_guess = is_guess  # most of it was not asked for, whatever the priority
         self.ticket = ticket  # of the try that waits or runs
         self.repository: Repository = layer.repository
         self.began = 0.0  # when the last try left (time.monotonic)
@@ -134,9 +138,12 @@ class Flights:
         """Tell whether a frame is neither in the store nor on its way."""
         return (layer.serial, frame) not in self._flights and layer.frame_missing(frame)
 
-    def launch(self, layer: ServedLayer, first: int, stop: int, priority: Priority) -> Fetch:
-        """Ask for frames [first, stop) with one request. None of them may be on its way. Never blocks."""
-        fetch = Fetch(layer, first, stop, priority, self._scheduler.ticket(layer.host, priority))
+    def launch(self, layer: ServedLayer, first: int, stop: int, priority: Priority, *, is_guess: bool = False) -> Fetch:
+        """Ask for frames [first, stop) with one request. None of them may be on its way. Never blocks.
+
+        `is_guess`: nobody has asked for most of them yet, and they may push nothing out of the store.
+        """
+        fetch = Fetch(layer, first, stop, priority, self._scheduler.ticket(layer.host, priority), is_guess)
         for frame, flight in fetch.flights.items():
             self._flights[layer.serial, frame] = flight
         self._nursery.start_soon(self._fly, layer, fetch)
@@ -281,7 +288,7 @@ class Flights:
             token.run_sync_soon(self._arrive, layer, fetch, arrived, size, ticket)
 
         def is_spare() -> bool:
-            spare = fetch.priority is not Priority.DEMAND and not layer.collected
+            spare = (fetch.is_guess or fetch.priority is not Priority.DEMAND) and not layer.collected
             fetch.spared = fetch.spared or spare
             return spare
 

@@ -45,6 +45,8 @@ class Room(Protocol):
 
     def admit(self, size: int) -> bool: ...
     def admit_spare(self, size: int) -> bool: ...
+    @property
+    def takes_spare(self) -> bool: ...
     def freed(self, size: int) -> None: ...
     def note_written(self, size: int) -> None: ...
 
@@ -251,6 +253,11 @@ class LayerStore:
     def write(self, chunk: int, data: bytes | memoryview) -> bool:
         """Keep one chunk. The caller has verified the bytes. False: not kept, the cache is full, failing or closed."""
         return self.write_run(chunk, [data]) == 1
+
+    @property
+    def takes_spare(self) -> bool:
+        """Whether what nobody has asked for yet is likely to be kept, see `write_run`. Doesn't block."""
+        return not self._health.reason and self._room.takes_spare
 
     def write_run(self, first: int, pieces: Sequence[bytes | memoryview], spare: bool = False) -> int:
         """Keep the verified bytes of chunks `first`, `first` + 1, …; return how many of them are kept, from the first.

@@ -21,20 +21,28 @@ WINDOW = 4 * MiB  # compressed bytes of the largest read-ahead; two are under wa
 _IN_ORDER = 2  # round trips of bytes under way for a sequential reader: the link never waits for what he takes next
 _MOST_AHEAD = 32 * MiB  # compressed bytes of them at most: 2.5 round trips of 1 Gbit/s and 100 ms
 _FIRST_WINDOW = 512 * KiB  # compressed bytes of the first read-ahead after two reads in order
+# Files that a reader has gone on from to what lies behind, from which on he is taken for one who walks a tree and reads
+# all of it. He has the next files on their way, or each of their frames would cost a round trip.
+_WALKED = 2
 _SKIP = 32  # frames that a read-ahead steps over because they are here already
 _STREAMS = 64  # sequential readers remembered, node-wide
 _MARKS = 4 * _STREAMS  # windows whose middle somebody may come to
 
 
 class _Run:
-    """A reader in order: where its next read-ahead begins (a frame), where the last one ends, and its bytes."""
+    """A reader in order: where its next read-ahead begins (a frame), where the last one ends, and its bytes.
 
-    __slots__ = ("first", "limit", "window")
+    `walked`: how many files he has gone on from; `walks`: what he is sent goes over their ends.
+    """
 
-    def __init__(self, first: int, limit: int, window: int) -> None:
+    __slots__ = ("first", "limit", "walked", "walks", "window")
+
+    def __init__(self, first: int, limit: int, window: int, walked: int, walks: bool) -> None:
         self.first = first
         self.limit = limit
         self.window = window
+        self.walked = walked
+        self.walks = walks
 
 
 class Windows:
@@ -45,8 +53,8 @@ class Windows:
         self._scheduler = scheduler
         self._crowds = Crowds()
         self._strides = Strides()
-        # (layer, frame that continues the stream) -> compressed bytes of the next window
-        self._streams: OrderedDict[tuple[int, int], int] = OrderedDict()
+        # (layer, frame that continues the stream) -> whose it is
+        self._streams: OrderedDict[tuple[int, int], _Run] = OrderedDict()
         # (layer, frame whose reading triggers more windows) -> whose they are
         self._marks: OrderedDict[tuple[int, int], _Run] = OrderedDict()
 
@@ -62,13 +70,29 @@ class Windows:
         first = frame
         while first > begin and self._flights.is_wanted(layer, first - 1):
             first -= 1
-        window = self._streams.pop((layer.serial, first), 0)
-        stop = self._reach(layer, first, window, limit, max(frame, through))
+        run = self._follow(layer, first, limit, priority)
+        stop = self._reach(layer, first, run.window, run.limit, max(frame, through))
         if priority is Priority.DEMAND:
             stop = self._take_along(layer, frame, stop)
-        fetch = self._flights.launch(layer, first, stop, priority)
-        self._remember(layer, first, stop, _Run(stop, limit, window))
+        fetch = self._flights.launch(layer, first, stop, priority, is_guess=run.walks)
+        self._remember(layer, first, stop, run)
         return fetch.flights[frame]
+
+    def _follow(self, layer: ServedLayer, first: int, limit: int, priority: Priority) -> _Run:
+        """Return whose request begins at frame `first`: of the reader whose last one ended there, or of a new one.
+
+        `limit`: the frame behind the file that is read.
+        """
+        last = self._streams.pop((layer.serial, first), None)
+        if last is None:
+            return _Run(first, limit, 0, 0, False)
+        walked = last.walked + (first >= last.limit)
+        # What nobody has asked for yet pushes nothing out of a full store, and then there is no use in fetching it.
+        walks = priority is Priority.DEMAND and walked >= _WALKED and layer.store.takes_spare
+        if walks:
+            limit = layer.table.frame_count
+        window = last.window if last.walks or not walks else _FIRST_WINDOW
+        return _Run(first, limit, window, walked, walks)
 
     def note_read(self, layer: ServedLayer, chunk: int) -> None:
         """Tell that a reader took a chunk that was here already: a stream of reads may want its next window."""
@@ -136,7 +160,7 @@ class Windows:
         began = run.window > 0
         run.first = stop
         run.window = min(max(2 * run.window, _FIRST_WINDOW), WINDOW)
-        self._streams[layer.serial, stop] = run.window
+        self._streams[layer.serial, stop] = run
         if began and first < run.limit:
             # Half-way through this window the next one departs, so that a sequential reader never waits for it.
             self._marks[layer.serial, (first + stop) // 2] = run
@@ -147,9 +171,9 @@ class Windows:
 
     def pass_over(self, layer: ServedLayer, frame: int) -> None:
         """Let a sequential reader keep its window over a frame that somebody else has fetched."""
-        window = self._streams.pop((layer.serial, frame), 0)
-        if window:
-            self._streams[layer.serial, frame + 1] = window
+        stream = self._streams.pop((layer.serial, frame), None)
+        if stream is not None:
+            self._streams[layer.serial, frame + 1] = stream
 
     def read_on(self, layer: ServedLayer, frame: int) -> None:
         """Where a sequential reader has come to the middle of a window, ask for the next one.
@@ -166,7 +190,7 @@ class Windows:
         while room and self._next_wanted(layer, run) and starts[run.first] < reach:
             self._streams.pop((layer.serial, run.first), None)
             first, stop = run.first, self._reach(layer, run.first, run.window, run.limit, run.first)
-            self._flights.launch(layer, first, stop, Priority.DEMAND)
+            self._flights.launch(layer, first, stop, Priority.DEMAND, is_guess=run.walks)
             self._remember(layer, first, stop, run)
             room -= 1
         if room == most and run.first < run.limit and (frame + run.first) // 2 > frame:

@@ -124,12 +124,16 @@ async def node(
 ) -> AsyncIterator[Node]:
     """Run a node in `root`. What is under way at the end is abandoned."""
     root.mkdir(mode=0o700, exist_ok=True)
-    async with trio.open_nursery() as nursery:
-        one = Node(root, nursery, read_timeout=read_timeout, memory=memory, connections=connections)
-        try:
-            yield one
-        finally:
-            nursery.cancel_scope.cancel()
+    one: Node | None = None
+    try:
+        async with trio.open_nursery() as nursery:
+            one = Node(root, nursery, read_timeout=read_timeout, memory=memory, connections=connections)
+            try:
+                yield one
+            finally:
+                nursery.cancel_scope.cancel()
+    finally:
+        if one is not None:
             one.close()
 
 

@@ -172,7 +172,7 @@ async def test_what_was_read_before_the_fill_is_not_fetched_again(
 async def test_what_the_check_is_busy_with_is_not_fetched_again(
     scratch: Path, registry: FakeRegistry, blob: LayerBlob, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The spool has given it away, and the check has not passed it yet, when background looks for what to bring next."""
+    """The spool has given it away, and the check has not passed it, when background looks for what to bring next."""
     real = fill_module.feed_frames
 
     def slow(*arguments: Any) -> bytes:
