@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import random
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from typing import TypeVar
 
 import trio
@@ -31,6 +31,7 @@ _PIECE = 128 * KiB  # compressed bytes of a piece of a frame at least: 20 ms at 
 _BACKOFF = (0.2, 0.5, 1.0, 2.0, 5.0)  # seconds between tries, with jitter
 _DAMAGED_TRIES = 2  # wrong bytes are fetched again once, and once from each other source; then they are real
 _LONGEST_TRY = 300.0  # seconds of one request; frames that came before its end stay
+_LANDING = 2  # threads that take apart what came before its layer's table: the machine's cores, about
 _LATE = 1.0  # seconds beyond twice the time that a piece takes, after which a reader waits for it no longer
 
 
@@ -126,6 +127,7 @@ class Flights:
         self._on_error = on_error
         self._slow = SlowRanges(scheduler, nursery)
         self._flights: dict[tuple[int, int], Flight] = {}  # by the layer's serial and frame
+        self._landing = trio.CapacityLimiter(_LANDING)
 
     def __len__(self) -> int:
         return len(self._flights)
@@ -143,10 +145,36 @@ class Flights:
 
         `is_guess`: nobody has asked for most of them yet, and they may push nothing out of the store.
         """
+        return self._begin(layer, first, stop, priority, is_guess, None)
+
+    def land(
+        self,
+        layer: ServedLayer,
+        first: int,
+        stop: int,
+        priority: Priority,
+        given: Callable[[], Awaitable[bytes | None]],
+    ) -> None:
+        """Let frames [first, stop) land whose compressed bytes somebody has asked for already. Never blocks.
+
+        None of them may be on its way. `given` waits for the bytes; None: they don't come. Then, and where they are
+        wrong, the frames are asked for like others.
+        """
+        self._begin(layer, first, stop, priority, False, given)
+
+    def _begin(
+        self,
+        layer: ServedLayer,
+        first: int,
+        stop: int,
+        priority: Priority,
+        is_guess: bool,
+        given: Callable[[], Awaitable[bytes | None]] | None,
+    ) -> Fetch:
         fetch = Fetch(layer, first, stop, priority, self._scheduler.ticket(layer.host, priority), is_guess)
         for frame, flight in fetch.flights.items():
             self._flights[layer.serial, frame] = flight
-        self._nursery.start_soon(self._fly, layer, fetch)
+        self._nursery.start_soon(self._fly, layer, fetch, given)
         return fetch
 
     def drop(self, layer: ServedLayer) -> None:
@@ -155,10 +183,12 @@ class Flights:
             fetch.ticket.flow.dropped = True  # its thread ends with the next bytes, if any come
             fetch.scope.cancel()
 
-    async def _fly(self, layer: ServedLayer, fetch: Fetch) -> None:
+    async def _fly(self, layer: ServedLayer, fetch: Fetch, given: Callable[[], Awaitable[bytes | None]] | None) -> None:
         error: LazyfsError = ReadDeadline(self._timeout)
         try:
             with fetch.scope:
+                if given is not None:
+                    await self._land(layer, fetch, given)
                 error = await self._try(layer, fetch) or error
             if layer.dropped:
                 error = LazyfsError(f"layer {layer.digest} is not in use any more")
@@ -173,6 +203,22 @@ class Flights:
                 self._forget(layer, fetch, frame)
                 flight.done.set()
             fetch.over.set()
+
+    async def _land(self, layer: ServedLayer, fetch: Fetch, given: Callable[[], Awaitable[bytes | None]]) -> None:
+        """Take what is given apart. What is wrong with it is left to a request."""
+        left = fetch.missing()
+        data = await given()
+        if data is None or left is None or layer.dropped:
+            return
+        try:
+            layer.ensure_readable()
+            job = self._job(layer, fetch, left, time.monotonic() + self._timeout, data)
+            fetched = await trio.to_thread.run_sync(job, limiter=self._landing, abandon_on_cancel=True)
+        except LazyfsError as error:
+            log.info("what came early does not land: layer=%s error=%s", layer.digest, error)
+            return
+        for wrong in fetched.damaged.values():
+            self._on_error(wrong)
 
     async def _try(self, layer: ServedLayer, fetch: Fetch) -> LazyfsError | None:
         """Fetch until all flights have landed. Return why some did not: an error that another try won't mend."""

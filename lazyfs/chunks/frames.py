@@ -15,7 +15,7 @@ from lazyfs.errors import DigestMismatch, FrameInvalid, RegistryTimeout
 from lazyfs.format.codec import FrameDecoder
 from lazyfs.format.members import MemberDecoder
 from lazyfs.format.table import FORM_ESTARGZ, LayerTable
-from lazyfs.registry.repository import ByteStream
+from lazyfs.registry.repository import ByteStream, Repository
 from lazyfs.units import MiB
 
 _READ = 1 * MiB  # bytes of one read from a stream
@@ -142,6 +142,16 @@ def needed(table: LayerTable, frame: int) -> int:
     return min(int(table.frame_blob_end[frame] - table.frame_blob_offset[frame]), bound + (bound >> 7) + _READ)
 
 
+class _Nothing(ByteStream):
+    """What is left where all is here."""
+
+    def read(self, size: int) -> bytes:
+        return b""
+
+    def close(self) -> None:
+        """There is nothing to close."""
+
+
 class _Counted(ByteStream):
     """A stream whose bytes are counted as they come, in pieces small enough to tell a slow one soon."""
 
@@ -200,6 +210,8 @@ def fetch_frames(
 ) -> Fetched:
     """Fetch frames [first, stop) with one range request; call `deliver` with the chunks by frame as they are verified.
 
+    No request is made where `head` is all of it.
+
     Blocking, to be run in a worker thread; `deadline` is a `time.monotonic()` value. Chunks are delivered before they
     are written to the store, so that no reader waits for the disk; at the next delivery, or when this returns, they are
     written. A frame with wrong bytes is passed over: its neighbours are no worse for it. `flow` counts the bytes;
@@ -236,7 +248,9 @@ def fetch_frames(
 
     began = time.monotonic()
     left = size - len(head)
-    with layer.repository.fetch(layer.digest, start + len(head), left, deadline=deadline) as stream:
+    with (
+        layer.repository.fetch(layer.digest, start + len(head), left, deadline=deadline) if left else _Nothing()
+    ) as stream:
         first_byte = time.monotonic() - began
         flow.answered = True
         body = _Body(stream, left, hand_over, flow, head)
@@ -268,9 +282,16 @@ def fetch_frames(
 def fetch_piece(
     layer: ServedLayer, blob_offset: int, size: int, deadline: float | None, flow: Flow
 ) -> tuple[bytes, Sample]:
+    """Fetch some bytes of a layer's blob, see `fetch_bytes`."""
+    return fetch_bytes(layer.repository, layer.digest, blob_offset, size, deadline, flow)
+
+
+def fetch_bytes(
+    repository: Repository, digest: str, blob_offset: int, size: int, deadline: float | None, flow: Flow
+) -> tuple[bytes, Sample]:
     """Fetch some bytes of a blob, and tell how that went. Blocking, for worker threads. Raise RegistryError."""
     began = time.monotonic()
-    with layer.repository.fetch(layer.digest, blob_offset, size, deadline=deadline) as stream:
+    with repository.fetch(digest, blob_offset, size, deadline=deadline) as stream:
         first_byte = time.monotonic() - began
         flow.answered = True
         data = read_exactly(_Counted(stream, flow), size)

@@ -100,8 +100,7 @@ class ServedLayer:
     @property
     def host(self) -> str:
         """The host that the next fetch goes to: that of a mirror while one is well."""
-        repository = self.repository
-        return repository.link if isinstance(repository, MirroredRepository) else repository.host
+        return host_of(self.repository)
 
     # -- sources: mirrors and the origin
 
@@ -188,3 +187,8 @@ class ServedLayer:
 
     def __repr__(self) -> str:
         return f"<ServedLayer {self.number} {self.digest[:19]}>"
+
+
+def host_of(repository: Repository) -> str:
+    """Return the host that a repository's next request goes to: that of a mirror while one is well."""
+    return repository.link if isinstance(repository, MirroredRepository) else repository.host

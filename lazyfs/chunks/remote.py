@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
+from functools import partial
 
 import trio
 
 from lazyfs.chunks.flights import MAX_FRAMES, Flight, Flights
+from lazyfs.chunks.frames import needed
 from lazyfs.chunks.layer import ServedLayer
 from lazyfs.chunks.schedule import Priority, Scheduler
 from lazyfs.chunks.windows import Windows
@@ -121,6 +123,35 @@ class Remote:
                 raise flight.error
             if not waiting or waiting[0].fetch is not flight.fetch:
                 await flight.fetch.over.wait()
+
+    def land(
+        self,
+        layer: ServedLayer,
+        first: int,
+        stop: int,
+        priority: Priority,
+        given: Callable[[], Awaitable[bytes | None]],
+    ) -> None:
+        """Let frames [first, stop) land whose bytes are here or under way, except those that are here or on flights.
+
+        `given` waits for the compressed bytes from the first frame's to the last one's. Never blocks.
+        """
+        table = layer.table
+        base = table.frame_blob_offset[first]
+
+        async def part(begin: int, end: int) -> bytes | None:
+            data = await given()
+            return None if data is None else data[begin - base : end - base]
+
+        while first < stop:
+            end = first
+            while end < min(stop, first + MAX_FRAMES) and self._flights.is_wanted(layer, end):
+                end += 1
+            if end > first:
+                last = int(table.frame_blob_offset[end - 1]) + needed(table, end - 1)
+                given_part = partial(part, int(table.frame_blob_offset[first]), last)
+                self._flights.land(layer, first, end, priority, given_part)
+            first = max(end, first + 1)
 
     def drop(self, layer: ServedLayer) -> None:
         """End what is on its way for a layer that nobody holds any more."""

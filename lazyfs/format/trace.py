@@ -7,10 +7,11 @@ As a file it is a zstd frame around one JSON object:
 
     {"version": 1, "manifest": "sha256:…", "layers": ["sha256:…"], "ready": MS, "command": ["…"],
      "paths": ["usr/bin/python3.11"], "reads": [[PATH, LAYER, OFFSET, SIZE, AT, WAITED]],
-     "requests": [[LAYER, BLOB_OFFSET, SIZE, PRIORITY, BEGAN, FIRST, ENDED]]}
+     "requests": [[LAYER, BLOB_OFFSET, SIZE, PRIORITY, BEGAN, FIRST, ENDED]], "spans": [[LAYER, BLOB_OFFSET, SIZE]]}
 
 PATH and LAYER are places in the lists; offsets and sizes are bytes (in the file; in blob space), times milliseconds
-behind the beginning of the start. `requests` are told by whoever recorded it on its node and are not passed on.
+behind the beginning of the start. `requests` are told by whoever recorded it on its node and are not passed on. `spans`
+are where the first of the reads lie in the blobs: they can be fetched before the layers' TOCs are here.
 """
 
 from __future__ import annotations
@@ -35,13 +36,14 @@ VERSION = 1
 MAX_TRACE = 1 * MiB  # bytes of the frame
 MAX_READS = 50_000
 MAX_REQUESTS = 50_000
+MAX_SPANS = 256
 MAX_LAYERS = 1024
 MAX_COMMAND = 1000  # words
 # bytes: as many reads and requests as there may be, with numbers as large as real ones and a file of 64 bytes for each.
 _MAX_JSON = 8 * MiB
 # What takes the interpreter's time is how many things there are: so these are counted before any is made. Few names
 # have a bracket or a quote in them.
-_MAX_BRACKETS = MAX_READS + MAX_REQUESTS + 16
+_MAX_BRACKETS = MAX_READS + MAX_REQUESTS + MAX_SPANS + 16
 _MAX_QUOTES = 2 * (MAX_READS + MAX_LAYERS + MAX_COMMAND + 16)
 _MAX_NUMBER = (1 << 62) - 1
 _MAX_TIME = 1 << 40  # milliseconds
@@ -81,6 +83,15 @@ class Request:
 
 
 @dataclass(frozen=True, slots=True)
+class Span:
+    """Neighbouring compressed bytes of a layer (its place in the image), in blob space."""
+
+    layer: int
+    blob_offset: int
+    size: int
+
+
+@dataclass(frozen=True, slots=True)
 class Trace:
     """A start of the image whose manifest has the digest `manifest`. `reads` are in order, each chunk once."""
 
@@ -90,12 +101,14 @@ class Trace:
     requests: tuple[Request, ...] = ()
     ready: float = 0.0  # seconds until it was ready
     command: tuple[str, ...] = field(default=())
+    spans: tuple[Span, ...] = ()  # what was read first, in about its order
 
 
 _Number = Annotated[int, Meta(ge=0, le=_MAX_NUMBER)]
 _Time = Annotated[int, Meta(ge=0, le=_MAX_TIME)]
 _Read = tuple[_Number, _Number, _Number, _Number, _Time, _Time]
 _Request = tuple[_Number, _Number, _Number, _Number, _Time, _Time, _Time]
+_Span = tuple[_Number, _Number, _Number]
 
 
 class _Document(msgspec.Struct):
@@ -107,6 +120,7 @@ class _Document(msgspec.Struct):
     requests: Annotated[list[_Request], Meta(max_length=MAX_REQUESTS)] = []
     ready: _Time = 0
     command: Annotated[list[str], Meta(max_length=MAX_COMMAND)] = []
+    spans: Annotated[list[_Span], Meta(max_length=MAX_SPANS)] = []
 
 
 _DECODER = msgspec.json.Decoder(_Document)  # made here, where one thread imports: see toc.py
@@ -148,6 +162,7 @@ def _json(trace: Trace) -> bytes:
                 "paths": [_text(path) for path in places],
                 "reads": reads,
                 "requests": requests,
+                "spans": [(one.layer, one.blob_offset, one.size) for one in trace.spans],
             }
         )
     except (ValueError, OverflowError) as error:  # half a surrogate pair, or no number
@@ -201,6 +216,7 @@ def _parsed(text: bytes) -> Trace:
         max(map(itemgetter(0), found.reads), default=-1) >= len(paths)
         or max(map(itemgetter(1), found.reads), default=-1) >= len(found.layers)
         or max(map(itemgetter(0), found.requests), default=-1) >= len(found.layers)
+        or max(map(itemgetter(0), found.spans), default=-1) >= len(found.layers)
     ):
         raise TraceInvalid("the trace tells of a file or layer that it does not name")
     return Trace(
@@ -210,6 +226,7 @@ def _parsed(text: bytes) -> Trace:
         tuple(Request(a, b, c, d, e / 1000, f / 1000, g / 1000) for a, b, c, d, e, f, g in found.requests),
         found.ready / 1000,
         tuple(os.fsdecode(_bytes(word)) for word in found.command),
+        tuple(Span(a, b, c) for a, b, c in found.spans),
     )
 
 
@@ -230,7 +247,8 @@ def fitting(trace: Trace, first: Trace | None = None) -> Trace:
     """Return as much of a trace as a file takes.
 
     What goes: its last requests, its command, the last of the reads that `first` does not tell of, and in the end the
-    last of all. Blocking, about a second for the largest. Raise TraceInvalid where not even a trace without reads fits.
+    last of all; spans are few and stay. Blocking, about a second for the largest. Raise TraceInvalid where not even a
+    trace without reads fits.
     """
     own = None if first is None else {_key(read) for read in first.reads}
     mine: list[int] = []  # places of reads
@@ -274,16 +292,16 @@ def merged(traces: Iterable[Trace]) -> Trace | None:
     """Return the trace of all that these starts of one image read, in the order of the earliest demand; None of none.
 
     Those of another image than the first one's are left out. An earlier one counts for more: where they tell of more
-    than MAX_READS chunks, its reads stay, and what it says of a chunk but when.
+    than MAX_READS chunks, its reads stay, and what it says of a chunk but when. Spans are those of the first that has
+    some.
     """
     given = list(traces)
     if not given:
         return None
     first = given[0]
     found: dict[tuple[int, bytes, int], Read] = {}
+    given = [trace for trace in given if (trace.manifest, trace.layers) == (first.manifest, first.layers)]
     for trace in given:
-        if (trace.manifest, trace.layers) != (first.manifest, first.layers):
-            continue
         for read in trace.reads:
             key = _key(read)
             known = found.get(key)
@@ -294,7 +312,8 @@ def merged(traces: Iterable[Trace]) -> Trace | None:
                 found[key] = replace(known, at=read.at)
     reads = sorted(found.values(), key=lambda read: read.at)
     ready = max(trace.ready for trace in given)
-    return Trace(first.manifest, first.layers, tuple(reads), (), ready)
+    spans = next((trace.spans for trace in given if trace.spans), ())
+    return Trace(first.manifest, first.layers, tuple(reads), (), ready, spans=spans)
 
 
 def _key(read: Read) -> tuple[int, bytes, int]:

@@ -271,13 +271,16 @@ class ChainLayers:
 
     async def _fetch_parts(self, source: ChainSource, descriptor: Descriptor) -> TocParts | str:
         """Return what holds a layer's TOC, or why it can't be lazy."""
-        claims = _claims(descriptor)
-        reason = self._preparer.why_not_lazy(descriptor) or self._refused.get(claims, "")
+        reason = self.why_not_lazy(descriptor)
         if reason:
             return reason
         repository = source.repository
         request = partial(self._preparer.fetch_parts, repository, descriptor, source.deadline)
-        return await self._links.share(self._tails, (repository.host, claims), repository.host, request)
+        return await self._links.share(self._tails, (repository.host, _claims(descriptor)), repository.host, request)
+
+    def why_not_lazy(self, descriptor: Descriptor) -> str:
+        """Return why a layer can't be lazy, as far as that is known without a request; "" when it may be."""
+        return self._preparer.why_not_lazy(descriptor) or self._refused.get(_claims(descriptor), "")
 
 
 def _claims(descriptor: Descriptor) -> tuple[object, ...]:

@@ -136,6 +136,7 @@ class ChainResolver:
                 image = await self._documents.image(source.repository, source.reference, source.deadline)
             found.outcomes = [Outcome() for _ in image.manifest.layers]
             found.image = image
+            self._early.expect(source, image)
             config = await self._ready(source, image, found)
             if any(one.ready for one in found.outcomes):  # else nothing of it stays here, and nobody would remove it
                 await self._documents.remember(image, config)

@@ -29,6 +29,15 @@ class Early:
         self._apart = apart
         self._running: dict[str, tuple[frozenset[str], trio.CancelScope]] = {}  # by manifest digest
 
+    def expect(self, source: ChainSource, image: ChainImage) -> None:
+        """Ask what is known of starts of an image whose layers are being looked at. Doesn't wait; failures are logged.
+
+        A round trip before `begin`, which has the answer then.
+        """
+        layers = image.manifest.layers
+        if self._layers.trusts(source) and not any(map(self._layers.why_not_lazy, layers)):
+            self._starts.ask(source.repository, image.manifest.digest, [layer.digest for layer in layers])
+
     def begin(self, source: ChainSource, image: ChainImage, config: ImageConfig) -> None:
         """Fetch what a start of this image will read, once its layers are here. Doesn't wait; failures are logged.
 

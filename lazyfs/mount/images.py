@@ -183,7 +183,7 @@ class Images:
         with contextlib.ExitStack() as undo:
             try:
                 tails = self._preparer.begin_tails(repository, manifest, self._pool)
-                start = self._begin_start(repository, manifest, undo) if follow else None
+                start = self._begin_start(repository, reference.origin, manifest, undo) if follow else None
                 config = await self._in_thread(resolved.config.result)
                 prepared = await self._prepare_all(repository, reference.origin, manifest, config, tails, say)
             except RegistryError as error:
@@ -224,12 +224,15 @@ class Images:
             said = (*remarks, *limits.remarks)
             return MountedImage(reference, wanted_platform, manifest, config, planted, facts, said, start)
 
-    def _begin_start(self, repository: Repository, manifest: Manifest, undo: contextlib.ExitStack) -> Start | None:
+    def _begin_start(
+        self, repository: Repository, origin: str, manifest: Manifest, undo: contextlib.ExitStack
+    ) -> Start | None:
         """Begin to look for a trace, behind the requests that the mount needs; None where no layer is lazy."""
         if not any(map(self._preparer.is_lazy, manifest.layers)):
             return None
         digests = [layer.digest for layer in manifest.layers]
-        start = self.starts.begin(repository, manifest.digest, digests, whole=True)
+        trusted = self.fillings.trusts(origin)
+        start = self.starts.begin(repository, manifest.digest, digests, whole=True, trusted=trusted)
         undo.callback(self.starts.end, start)
         return start
 

@@ -44,10 +44,13 @@ class _Found:
 class Plan:
     """A trace's frames, from the first to the last. One thread at a time; looks at the local disk's records alone."""
 
-    def __init__(self, trace: Trace, layers: Iterable[ServedLayer]) -> None:
+    def __init__(self, trace: Trace, layers: Iterable[ServedLayer], coming: Iterable[Range] = ()) -> None:
+        """`coming`: frames that need not be asked for any more."""
         lazy = {layer.digest: layer for layer in layers if not layer.is_plain}
         self._layers = [lazy.get(digest) for digest in trace.layers]
         self._seen = [bytearray(0 if layer is None else layer.table.frame_count) for layer in self._layers]
+        for one in coming:
+            self._mark(one)
         self._rows: dict[tuple[int, bytes], int | None] = {}
         self._frames = self._in_order(trace.reads)
         self.over = False  # there is no further window
@@ -117,17 +120,17 @@ class Plan:
         out: list[Range] = []
         for number, one in enumerate(ranges):
             if out and number - 1 in merged:
-                self._mark(out[-1].stop, one)
+                self._mark(Range(one.layer, out[-1].stop, one.first))
                 out[-1] = Range(one.layer, out[-1].first, one.stop)
             else:
                 out.append(one)
         return [part for one in out for part in _pieces(one, piece)]
 
-    def _mark(self, first: int, behind: Range) -> None:
-        """Note that the frames of a gap before `behind` are asked for: the trace may want them later."""
+    def _mark(self, one: Range) -> None:
+        """Note that frames are asked for: the trace may want them later."""
         for place, layer in enumerate(self._layers):
-            if layer is behind.layer:
-                self._seen[place][first : behind.first] = b"\1" * (behind.first - first)
+            if layer is one.layer:
+                self._seen[place][one.first : one.stop] = b"\1" * (one.stop - one.first)
 
 
 def credible(trace: Trace, layers: Iterable[ServedLayer]) -> Trace:

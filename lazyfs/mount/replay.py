@@ -33,7 +33,8 @@ _WELCOME = 5.0  # seconds between looks while a host wants to be left alone
 class Replay:
     """One trace, fetched for the layers of one image. `asked` hears of the compressed bytes of each request.
 
-    `room`: uncompressed bytes that may be brought; where the store is small more would push out what is read.
+    `room`: uncompressed bytes that may be brought; where the store is small more would push out what is read. `coming`:
+    what is on its way already; it is waited for.
     """
 
     def __init__(
@@ -44,10 +45,12 @@ class Replay:
         layers: Sequence[ServedLayer],
         room: int,
         asked: Callable[[int], None],
+        coming: Sequence[Range] = (),
     ) -> None:
         self._remote = remote
         self._scheduler = scheduler
-        self._plan = Plan(trace, layers)
+        self._plan = Plan(trace, layers, coming)
+        self._coming = coming
         self._hosts = {layer.host: layer for layer in layers}
         self._room = room
         self._asked = asked
@@ -74,6 +77,9 @@ class Replay:
                         await self._until_welcome(one.layer)
                         await self._until_wanted(host)
                         nursery.start_soon(self._bring, one)
+                for one in self._coming:
+                    self._under_way += 1
+                    await self._bring(one)
 
     def _window(self, host: str) -> tuple[int, int]:
         """Return the bytes of the next window, and of a gap in it that costs as much as one of several requests."""

@@ -12,20 +12,22 @@ from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from typing import TypeVar
 
 import trio
 
 from lazyfs.chunks.census import Census
-from lazyfs.chunks.layer import ServedLayer
+from lazyfs.chunks.layer import ServedLayer, host_of
 from lazyfs.chunks.remote import Remote
 from lazyfs.chunks.schedule import Scheduler
 from lazyfs.chunks.trace_files import TraceFiles
 from lazyfs.config import Settings
 from lazyfs.errors import LazyfsError
 from lazyfs.format.trace import Trace, fitting, merged, stripped
+from lazyfs.mount.advance import Advance
 from lazyfs.mount.answers import Answers, Find
 from lazyfs.mount.filling import guard
-from lazyfs.mount.plan import credible
+from lazyfs.mount.plan import Range, credible
 from lazyfs.mount.replay import Replay
 from lazyfs.mount.tracing import Recorder
 from lazyfs.registry.offline import OfflineRepository
@@ -33,11 +35,14 @@ from lazyfs.registry.repository import Repository
 
 log = logging.getLogger(__name__)
 
+T = TypeVar("T")
+
 NODE, REGISTRY, NONE = "node", "registry", "none"  # where a mount's trace came from
 _QUIET = 10.0  # seconds without a first demand after which a start is over
 _LONGEST = 60.0  # seconds of one that are noted at most
 _LOOK = 0.5  # seconds between looks at that
 _PULLED = 64
+_ADVANCES = 8  # at a time: each may have some megabytes in memory
 _LAST_WORDS = 3.0  # seconds that the end of the daemon waits for what was learned
 
 
@@ -47,6 +52,9 @@ class Asked:
 
     size: int = 0
 
+    def add(self, size: int) -> None:
+        self.size += size
+
 
 @dataclass(eq=False, slots=True)
 class Start:
@@ -55,6 +63,7 @@ class Start:
     manifest: str  # "": nothing is known of the image, so nothing is done
     digests: tuple[str, ...]  # of its layers, base first
     whole: bool  # these are all of its layers
+    trusted: bool = True  # layers are read before they were checked whole
     source: str = NONE  # where the trace came from
     asked: Asked = field(default_factory=Asked)  # because of it, since the pull
     trace: Trace | None = None  # the registry's, until what is learned was merged with it
@@ -96,18 +105,42 @@ class Starts:
         self._pulled: OrderedDict[str, Asked] = OrderedDict()  # by manifest digest, of pulls whose mount is to come
         self._disk = trio.CapacityLimiter(2)
         self._saving = 0
+        self._advances = 0
 
     # -- a mount's life
 
+    def ask(self, repository: Repository, manifest: str, digests: Sequence[str]) -> None:
+        """Ask the registry what it knows of an image's starts, for a `begin` soon. Doesn't wait.
+
+        Only where `begin` would: the node knows nothing, and some of the layers `digests` (all of the image's) are
+        surely missing.
+        """
+
+        async def run() -> None:
+            known, absent = await self._in_thread(partial(self._known, Start(manifest, tuple(digests), True)))
+            if known is None and absent:
+                await self._answers.ask(repository, manifest, tuple(digests))
+
+        if self._replays:
+            self._nursery.start_soon(guard, "trace", run)
+
     def begin(
-        self, repository: Repository, manifest: str, digests: Sequence[str], *, whole: bool, early: bool = False
+        self,
+        repository: Repository,
+        manifest: str,
+        digests: Sequence[str],
+        *,
+        whole: bool,
+        early: bool = False,
+        trusted: bool = True,
     ) -> Start:
         """Begin to look for what is known of an image's starts. Doesn't wait. `early`: it is pulled, and no mount yet.
 
+        Where its repository is not `trusted` nothing is fetched before the layers were checked whole.
         `digests`: the layers that are shown, base first; `whole`: all of the image's. Each call is paired with one
         `end`.
         """
-        start = Start(manifest, tuple(digests), whole)
+        start = Start(manifest, tuple(digests), whole, trusted)
         if early:
             self._pulled[manifest] = start.asked
             while len(self._pulled) > _PULLED:
@@ -176,27 +209,32 @@ class Starts:
     async def _run(self, start: Start, repository: Repository) -> None:
         try:
             with start.scope:
-                known, cold = await trio.to_thread.run_sync(partial(self._known, start), limiter=self._disk)
+                known, absent = await self._in_thread(partial(self._known, start))
                 start.kept = known is not None
                 if not self._replays:
                     return
                 if known is None:
                     start.idle.set()  # nothing waits for a registry
-                    if not cold:
+                    if not absent:
                         await start.mounted.wait()  # all may be here
                     layers = start.digests if start.whole else None
                     known = await self._answers.ask(repository, start.manifest, layers)
                     start.trace = known if self._settings.learn else None
                 if known is not None:
                     start.source = NODE if start.kept else REGISTRY
-                    await start.mounted.wait()
-                    await self._replay(start, known)
+                    async with trio.open_nursery() as nursery:
+                        advance = self._advance(start, repository, known, absent)
+                        if advance is not None:
+                            nursery.start_soon(self._run_advance, advance)
+                        await start.mounted.wait()
+                        coming = [] if advance is None else advance.land(self._remote, start.layers)
+                        await self._replay(start, known, coming)
         finally:
             start.idle.set()
             start.over.set()
 
-    def _known(self, start: Start) -> tuple[Trace | None, bool]:
-        """Return the node's trace of an image, and whether something of the image is surely missing. Blocking."""
+    def _known(self, start: Start) -> tuple[Trace | None, list[str]]:
+        """Return the node's trace of an image, and the layers that it has no table of. Blocking."""
         manifest = None if start.whole else self._census.manifest(start.manifest)
         if manifest is not None:
             all_layers = tuple(layer.digest for layer in manifest.layers)
@@ -206,21 +244,39 @@ class Starts:
         if trace is not None and not set(trace.layers) & set(start.digests):
             self._files.drop(start.manifest)
             trace = None
-        return trace, any(not self._census.store.table_path(digest).exists() for digest in start.digests)
+        return trace, [digest for digest in start.digests if not self._census.store.table_path(digest).exists()]
 
-    async def _replay(self, start: Start, trace: Trace) -> None:
-        def asked(size: int) -> None:
-            start.asked.size += size
+    def _advance(self, start: Start, repository: Repository, trace: Trace, absent: Sequence[str]) -> Advance | None:
+        """Return what can be fetched before the layers are here, of those that the node has no table of."""
+        if start.mounted.is_set() or self._advances >= _ADVANCES:
+            return None
+        if not (trace.spans and start.trusted) or isinstance(repository, OfflineRepository):
+            return None
+        others = (each for each in self._starts if each is not start and each.manifest == start.manifest)
+        if any(not each.over.is_set() for each in others):  # the pull's, say: it has asked for them
+            return None
+        return Advance(self._scheduler, repository, host_of(repository), trace, absent, start.asked.add)
 
+    async def _run_advance(self, advance: Advance) -> None:
+        self._advances += 1
+        try:
+            await advance.run()
+        finally:
+            self._advances -= 1
+
+    async def _replay(self, start: Start, trace: Trace, coming: Sequence[Range]) -> None:
         if start.idle.is_set():  # else somebody waits for it
             start.idle = trio.Event()
         began = time.monotonic()
         room = self._settings.store_size // 2
-        await Replay(self._remote, self._scheduler, trace, start.layers, room, asked).run()
+        await Replay(self._remote, self._scheduler, trace, start.layers, room, start.asked.add, coming).run()
         log.info(
             "trace of %s fetched: from=%s bytes=%d seconds=%.2f",
             start.manifest, start.source, start.asked.size, time.monotonic() - began,
         )  # fmt: skip
+
+    async def _in_thread(self, job: Callable[[], T]) -> T:
+        return await trio.to_thread.run_sync(job, limiter=self._disk)
 
     # -- what is learned
 
@@ -237,7 +293,7 @@ class Starts:
             if len(recorder):
                 with trio.CancelScope(shield=True):
                     save = partial(self._save, start, recorder)
-                    await trio.to_thread.run_sync(save, limiter=self._disk)
+                    await self._in_thread(save)
         finally:
             recorder.detach()
             start.trace = None

@@ -8,12 +8,13 @@ from __future__ import annotations
 import time
 from bisect import bisect_right
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 from lazyfs.chunks.layer import ServedLayer
 from lazyfs.format.entry import Kind
-from lazyfs.format.table import LayerTable
+from lazyfs.format.table import NO_FRAME, LayerTable
 from lazyfs.format.trace import MAX_LAYERS, MAX_READS, MAX_REQUESTS, Read, Request, Trace
+from lazyfs.mount.advance import spans_of
 
 
 class Recorder:
@@ -90,12 +91,25 @@ class Recorder:
                 path = paths[layer, row] = table.path_of(row)
             offset = table.chunk_data_offset[chunk] - table.data_offset[row]
             reads.append(Read(path, place_of[layer], offset, table.chunk_size[chunk], at - self.began, waited))
+        spans = spans_of(self._first_frames(place_of))
         requests = [
             Request(place_of[layer], offset, size, priority, *(at - self.began for at in times))
             for layer, offset, size, priority, *times in sorted(self._requests, key=lambda each: each[4])
             if layer in place_of
         ]
-        return Trace(manifest, named, tuple(reads), tuple(requests), ready, command)
+        return Trace(manifest, named, tuple(reads), tuple(requests), ready, command, spans)
+
+    def _first_frames(self, place_of: dict[int, int]) -> Iterator[tuple[int, LayerTable, int]]:
+        """Yield the frames of what was demanded in its order, each once, with the place and table of their layer."""
+        seen: set[tuple[int, int]] = set()
+        for layer, chunk in sorted(self._reads, key=lambda each: self._reads[each][0]):
+            table = self._layers[layer].table
+            if layer not in place_of or self._layers[layer].is_plain:
+                continue
+            frame = int(table.chunk_frame[chunk])
+            if frame != NO_FRAME and (layer, frame) not in seen:
+                seen.add((layer, frame))
+                yield place_of[layer], table, frame
 
 
 def rows_of(table: LayerTable, chunks: Iterable[int]) -> dict[int, int]:

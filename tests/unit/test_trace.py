@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from lazyfs.errors import TraceInvalid
 from lazyfs.format import trace as traces
-from lazyfs.format.trace import Read, Request, Trace, decode, encode, fitting, merged, stripped
+from lazyfs.format.trace import Read, Request, Span, Trace, decode, encode, fitting, merged, stripped
 
 MANIFEST, OTHER = "sha256:" + "a" * 64, "sha256:" + "b" * 64
 LAYERS = ("sha256:" + "1" * 64, "sha256:" + "2" * 64)
@@ -25,6 +25,7 @@ numbers = st.integers(0, 1 << 40)
 times = st.integers(0, 10**7).map(lambda ms: ms / 1000)
 reads = st.builds(Read, paths, st.integers(0, 1), numbers, numbers, times, times)
 requests = st.builds(Request, st.integers(0, 1), numbers, numbers, st.integers(0, 2), times, times, times)
+spans = st.builds(Span, st.integers(0, 1), numbers, numbers)
 every = st.builds(
     Trace,
     st.just(MANIFEST),
@@ -33,6 +34,7 @@ every = st.builds(
     st.lists(requests, max_size=4).map(tuple),
     times,
     st.lists(st.text(st.characters(min_codepoint=1, max_codepoint=0xD7FF)), max_size=3).map(tuple),
+    st.lists(spans, max_size=4).map(tuple),
 )
 
 
@@ -48,6 +50,7 @@ def test_a_merged_trace_has_the_earliest_demand_of_each_chunk_in_order(one: Trac
     both = (*one.reads, *other.reads)
     assert {(r.layer, r.path, r.offset) for r in found.reads} == {(r.layer, r.path, r.offset) for r in both}
     assert [r.at for r in found.reads] == sorted(r.at for r in found.reads)
+    assert found.spans == (one.spans or other.spans)
     for read in found.reads:
         key = read.layer, read.path, read.offset
         assert read.at == min(r.at for r in both if (r.layer, r.path, r.offset) == key)
@@ -103,6 +106,9 @@ def test_the_plain_document_is_read() -> None:
         ({"reads": [[0, 0, 0, 1 << 62, 0, 0]]}, "int. <= "),
         ({"reads": [[0, 0, 0, 1, 1 << 41, 0]]}, "int. <= "),
         ({"requests": [[2, 0, 0, 0, 0, 0, 0]]}, "does not name"),
+        ({"spans": [[2, 0, 0]]}, "does not name"),
+        ({"spans": [[0, -1, 0]]}, ">= 0"),
+        ({"spans": [[0, 0, 1]] * 257}, "length <= 256"),
         ({"ready": -1}, ">= 0"),
         ({"reads": [[0, 0, 0, 1, 0]]}, "can't be decoded"),
         ({"reads": [[0, 0, 0, 1, 0, 0]] * 50_001}, "length <= 50000"),

@@ -1,0 +1,254 @@
+"""What a trace says a start wants first is fetched before the layers' tables are here, once, and lands as if read."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import cast
+
+import pytest
+import trio
+import trio.testing
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from lazyfs.chunks.census import Census
+from lazyfs.chunks.frames import needed
+from lazyfs.chunks.layer import ServedLayer
+from lazyfs.chunks.trace_files import TraceFiles
+from lazyfs.config import Settings
+from lazyfs.format.table import LayerTable
+from lazyfs.format.trace import MAX_SPANS, Span, Trace, stripped
+from lazyfs.mount.advance import LARGEST, MOST, Advance, spans_of
+from lazyfs.mount.starts import Start, Starts
+from lazyfs.mount.tracing import Recorder
+from tests.helpers.blobs import flipped, zstd_chunked_layer
+from tests.helpers.chunk_tables import noise
+from tests.helpers.fake_registry import FakeRegistry, Fault
+from tests.helpers.served import Node, build_layer_table, node
+from tests.helpers.tars import file, tar_of
+
+CHUNK = 64 << 10
+FILES = {b"f%02d" % number: noise(f"a{number}", 3 * CHUNK) for number in range(40)}
+BLOB = zstd_chunked_layer(
+    tar_of(*(file(name.decode(), data) for name, data in FILES.items())), chunk_size=CHUNK, frame_size=CHUNK
+)
+MANIFEST, OTHER = "sha256:" + "a" * 64, "sha256:" + "b" * 64
+WANTED = [b"f05", b"f06", b"f30", b"f11"]
+DEADLINE = 10  # seconds
+
+
+async def recorded(one: Node, layer: ServedLayer, *names: bytes) -> Trace:
+    """Return the trace of a start that reads these files."""
+    recorder = Recorder()
+    recorder.attach([layer])
+    for name in names:
+        assert await one.read(layer, name) == FILES[name]
+    recorder.detach()
+    return stripped(recorder.trace(MANIFEST, [layer.digest], 0.0))
+
+
+def starts_of(one: Node, root: Path, trace: Trace | None) -> Starts:
+    nothing = cast(Census, SimpleNamespace(store=SimpleNamespace(table_path=lambda digest: root / "none")))
+    config = Settings(root, root / "run", learn=False)
+    files = TraceFiles(root)
+    return Starts(config, files, nothing, one.remote, one.scheduler, one.nursery, lambda *_: trace, one.errors.append)
+
+
+async def until_asked(start: Start) -> None:
+    with trio.fail_after(DEADLINE):
+        while not start.asked.size:
+            await trio.sleep(0.005)
+
+
+@pytest.fixture
+async def told(scratch: Path, registry: FakeRegistry) -> Trace:
+    async with node(scratch / "before") as one:
+        return await recorded(one, one.serve(BLOB, registry, check=False), *WANTED)
+
+
+async def test_spans_are_where_the_reads_lie(told: Trace, scratch: Path, registry: FakeRegistry) -> None:
+    assert sum(span.size for span in told.spans) >= 12 * CHUNK
+    async with node(scratch) as one:
+        table = one.serve(BLOB, registry, check=False).table
+        for name in WANTED:
+            row = table.find(name)
+            assert row is not None
+            for chunk in table.file_chunks(row):
+                frame = table.chunk_frame[chunk]
+                begin, end = table.frame_blob_offset[frame], table.frame_blob_offset[frame] + needed(table, frame)
+                assert any(span.blob_offset <= begin and end <= span.blob_offset + span.size for span in told.spans)
+
+
+async def test_it_comes_before_the_layers_are_known_and_once(
+    told: Trace, scratch: Path, registry: FakeRegistry
+) -> None:
+    async with node(scratch) as one:
+        layer = one.serve(BLOB, registry)
+        registry.clear_log()
+        starts = starts_of(one, scratch, told)
+        start = starts.begin(layer.repository, MANIFEST, [layer.digest], whole=True)
+        size = sum(span.size for span in told.spans)
+        with trio.fail_after(DEADLINE):
+            while registry.bytes_sent("/blobs/") < size:  # nobody has told of a layer so far
+                await trio.sleep(0.005)
+        starts.mounted(start, [layer])
+        for name in WANTED:
+            assert await one.read(layer, name) == FILES[name]
+        with trio.fail_after(DEADLINE):
+            await start.over.wait()
+            while one.remote.in_flight():
+                await trio.sleep(0.005)
+        assert registry.bytes_sent("/blobs/") == start.asked.size == size
+        assert layer.store.has(layer.table.file_chunks(layer.table.find(b"f30") or 0)[0])
+        with trio.fail_after(DEADLINE):
+            assert await one.filler.fill(layer) == ""  # what landed is not fetched again for the check, but for gaps
+        assert registry.bytes_sent("/blobs/") <= len(BLOB.blob) + CHUNK
+
+
+async def test_a_reader_joins_what_is_under_way(told: Trace, scratch: Path, registry: FakeRegistry) -> None:
+    async with node(scratch) as one:
+        layer = one.serve(BLOB, registry)
+        registry.clear_log()
+        registry.rate = 1_000_000
+        start = starts_of(one, scratch, told)
+        begun = start.begin(layer.repository, MANIFEST, [layer.digest], whole=True)
+        await until_asked(begun)
+        start.mounted(begun, [layer])
+        await trio.testing.wait_all_tasks_blocked()
+        with trio.fail_after(DEADLINE):
+            assert await one.read(layer, WANTED[0]) == FILES[WANTED[0]]
+            await begun.over.wait()
+        assert registry.bytes_sent("/blobs/") <= sum(span.size for span in told.spans)
+
+
+async def test_a_second_start_beside_the_first_asks_for_nothing(
+    told: Trace, scratch: Path, registry: FakeRegistry
+) -> None:
+    """The pull of an image, and its container: both know the trace before the layers are there."""
+    async with node(scratch) as one:
+        layer = one.serve(BLOB, registry)
+        registry.clear_log()
+        registry.rate = 2_000_000
+        starts = starts_of(one, scratch, told)
+        pull = starts.begin(layer.repository, MANIFEST, [layer.digest], whole=True, early=True)
+        await until_asked(pull)
+        mount = starts.begin(layer.repository, MANIFEST, [layer.digest], whole=True)
+        await trio.testing.wait_all_tasks_blocked()
+        for start in (pull, mount):
+            starts.mounted(start, [layer])
+        with trio.fail_after(DEADLINE):
+            await pull.over.wait()
+            await mount.over.wait()
+        assert registry.bytes_sent("/blobs/") == sum(span.size for span in told.spans)
+
+
+async def test_nothing_comes_early_where_layers_are_checked_whole_first(
+    told: Trace, scratch: Path, registry: FakeRegistry
+) -> None:
+    async with node(scratch) as one:
+        layer = one.serve(BLOB, registry)
+        registry.clear_log()
+        starts = starts_of(one, scratch, told)
+        start = starts.begin(layer.repository, MANIFEST, [layer.digest], whole=True, trusted=False)
+        await trio.testing.wait_all_tasks_blocked(0.05)
+        starts.mounted(start, [layer], trusted=False)
+        with trio.fail_after(DEADLINE):
+            await start.over.wait()
+        assert registry.bytes_sent("/blobs/") == 0
+
+
+@pytest.mark.parametrize("how", ["flip", "refuse", "other_blob"])
+async def test_what_comes_wrong_is_fetched_again(told: Trace, scratch: Path, registry: FakeRegistry, how: str) -> None:
+    async with node(scratch) as one:
+        layer = one.serve(BLOB, registry)
+        if how == "refuse":
+            registry.fault(Fault.STATUS, path="/blobs/", status=404, times=len(told.spans))
+        elif how == "flip":
+            registry.fault(Fault.FLIP, path="/blobs/", times=len(told.spans))
+        else:
+            registry.blobs[BLOB.digest] = flipped(BLOB, BLOB.frames[15][0] + 100).blob
+        starts = starts_of(one, scratch, told)
+        start = starts.begin(layer.repository, MANIFEST, [layer.digest], whole=True)
+        await until_asked(start)
+        starts.mounted(start, [layer])
+        if how == "other_blob":
+            registry.blobs[BLOB.digest] = BLOB.blob
+        for name in WANTED:
+            with trio.fail_after(DEADLINE):
+                assert await one.read(layer, name) == FILES[name]
+
+
+@pytest.mark.parametrize("way", ["ended", "whole"])
+async def test_a_start_that_ends_leaves_nothing(told: Trace, scratch: Path, registry: FakeRegistry, way: str) -> None:
+    async with node(scratch) as one:
+        layer = one.serve(BLOB, registry)
+        registry.rate = 100_000
+        starts = starts_of(one, scratch, told)
+        start = starts.begin(layer.repository, MANIFEST, [layer.digest], whole=True)
+        await until_asked(start)
+        if way == "whole":
+            starts.mounted(start, [layer], trusted=False)
+        else:
+            starts.mounted(start, [layer])
+            starts.end(start)
+        registry.rate = 0
+        with trio.fail_after(DEADLINE):
+            await start.over.wait()
+            assert await one.read(layer, WANTED[0]) == FILES[WANTED[0]]
+            while one.remote.in_flight():
+                await trio.sleep(0.005)
+
+
+HOSTILE = st.lists(
+    st.builds(
+        Span,
+        st.integers(0, 1),
+        st.one_of(st.integers(0, len(BLOB.blob)), st.just(1 << 61)),
+        st.one_of(st.integers(0, 3 * CHUNK), st.just(LARGEST + 1), st.just(1 << 61)),
+    ),
+    max_size=12,
+)
+
+
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(spans=HOSTILE)
+async def test_no_trace_makes_a_wrong_byte_or_much_traffic(
+    scratch: Path, registry: FakeRegistry, spans: list[Span]
+) -> None:
+    async with node(scratch / str(len(os.listdir(scratch))), connections=4) as one:
+        layer = one.serve(BLOB, registry, check=False)
+        layer.store.forget()
+        registry.clear_log()
+        asked: list[int] = []
+        trace = Trace(MANIFEST, (layer.digest, OTHER), (), spans=tuple(spans))
+        advance = Advance(one.scheduler, layer.repository, layer.host, trace, [layer.digest], asked.append)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(advance.run)
+            await trio.sleep(0.01)
+            advance.land(one.remote, [layer])
+        assert sum(asked) <= MOST and max(asked, default=0) <= LARGEST
+        with trio.fail_after(DEADLINE):
+            for name in WANTED[:2]:
+                assert await one.read(layer, name) == FILES[name]
+
+
+@settings(max_examples=40, deadline=None)
+@given(order=st.lists(st.integers(0, 119), unique=True, max_size=120))
+def test_what_is_told_covers_what_was_read_and_has_a_bound(table: LayerTable, order: list[int]) -> None:
+    order = [frame for frame in order if frame < table.frame_count]
+    spans = spans_of((0, table, frame) for frame in order)
+    assert len(spans) <= MAX_SPANS and all(0 < span.size <= LARGEST for span in spans)
+    for frame in order:
+        begin, end = table.frame_blob_offset[frame], table.frame_blob_offset[frame] + needed(table, frame)
+        assert any(span.blob_offset <= begin and end <= span.blob_offset + span.size for span in spans)
+    assert sum(span.size for span in spans) <= len(BLOB.blob)
+
+
+@pytest.fixture(scope="module")
+def table(module_scratch: Path) -> Iterator[LayerTable]:
+    found = build_layer_table(module_scratch / "table", BLOB)
+    yield found
+    found.close()
