@@ -104,6 +104,7 @@ class Advance:
         except LazyfsError as error:
             log.info("what a trace asks for early is left to readers: layer=%s error=%s", coming.digest, error)
         finally:
+            ticket.flow.dropped = True  # where it was cancelled, its thread ends with the next bytes
             coming.over.set()
             release()
 

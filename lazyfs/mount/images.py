@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -183,7 +183,7 @@ class Images:
         with contextlib.ExitStack() as undo:
             try:
                 tails = self._preparer.begin_tails(repository, manifest, self._pool)
-                start = self._begin_start(repository, reference.origin, manifest, undo) if follow else None
+                start = self._begin_start(repository, reference.origin, manifest, tails, undo) if follow else None
                 config = await self._in_thread(resolved.config.result)
                 prepared = await self._prepare_all(repository, reference.origin, manifest, config, tails, say)
             except RegistryError as error:
@@ -225,7 +225,12 @@ class Images:
             return MountedImage(reference, wanted_platform, manifest, config, planted, facts, said, start)
 
     def _begin_start(
-        self, repository: Repository, origin: str, manifest: Manifest, undo: contextlib.ExitStack
+        self,
+        repository: Repository,
+        origin: str,
+        manifest: Manifest,
+        tails: dict[str, Future[bytes]],
+        undo: contextlib.ExitStack,
     ) -> Start | None:
         """Begin to look for a trace, behind the requests that the mount needs; None where no layer is lazy."""
         if not any(map(self._preparer.is_lazy, manifest.layers)):
@@ -234,7 +239,26 @@ class Images:
         trusted = self.fillings.trusts(origin)
         start = self.starts.begin(repository, manifest.digest, digests, whole=True, trusted=trusted)
         undo.callback(self.starts.end, start)
+        if {layer.digest for layer in manifest.layers} == tails.keys():  # else some come another way
+            self._when_done(tails.values(), partial(self.starts.clear, start))
         return start
+
+    @staticmethod
+    def _when_done(futures: Iterable[Future[bytes]], job: Callable[[], None]) -> None:
+        """Have the loop do a job once these are all done. Doesn't wait."""
+        token = trio.lowlevel.current_trio_token()
+        left = list(futures)
+
+        def look() -> None:
+            if all(future.done() for future in left):
+                job()
+
+        def told(_: object) -> None:
+            with contextlib.suppress(trio.RunFinishedError):
+                token.run_sync_soon(look, idempotent=True)
+
+        for future in left:
+            future.add_done_callback(told)
 
     def open(
         self,

@@ -70,6 +70,7 @@ class Start:
     layers: tuple[ServedLayer, ...] = ()
     scope: trio.CancelScope = field(default_factory=trio.CancelScope)  # of the search and the replay
     learning: trio.CancelScope = field(default_factory=trio.CancelScope)
+    clear: trio.Event = field(default_factory=trio.Event)  # nothing that a mount waits for is on its way any more
     mounted: trio.Event = field(default_factory=trio.Event)  # the layers are known
     idle: trio.Event = field(default_factory=trio.Event)  # nothing is fetched, or known to be fetched soon
     over: trio.Event = field(default_factory=trio.Event)  # the search and the replay, whatever came of them
@@ -134,7 +135,9 @@ class Starts:
         early: bool = False,
         trusted: bool = True,
     ) -> Start:
-        """Begin to look for what is known of an image's starts. Doesn't wait. `early`: it is pulled, and no mount yet.
+        """Begin to look for what is known of an image's starts. Doesn't wait.
+
+        `early`: it is pulled, its TOCs have come, and there is no mount yet.
 
         Where its repository is not `trusted` nothing is fetched before the layers were checked whole.
         `digests`: the layers that are shown, base first; `whole`: all of the image's. Each call is paired with one
@@ -142,6 +145,7 @@ class Starts:
         """
         start = Start(manifest, tuple(digests), whole, trusted)
         if early:
+            start.clear.set()
             self._pulled[manifest] = start.asked
             while len(self._pulled) > _PULLED:
                 self._pulled.popitem(last=False)
@@ -155,6 +159,10 @@ class Starts:
             start.over.set()
         return start
 
+    def clear(self, start: Start) -> None:
+        """Tell that the TOCs of a mount have come: what they are made into takes time in which the link is free."""
+        start.clear.set()
+
     def mounted(
         self, start: Start, layers: Sequence[ServedLayer], *, trusted: bool = True, learns: bool = True
     ) -> None:
@@ -163,6 +171,7 @@ class Starts:
         `learns`: somebody is about to read them.
         """
         start.layers = tuple(dict.fromkeys(layers))
+        start.clear.set()
         lazy = [layer for layer in start.layers if not layer.is_plain]
         due = [layer for layer in lazy if not isinstance(layer.repository, OfflineRepository)]
         if not start.manifest or all(layer.store.complete for layer in due):
@@ -225,7 +234,7 @@ class Starts:
                     async with trio.open_nursery() as nursery:
                         advance = self._advance(start, repository, known, absent)
                         if advance is not None:
-                            nursery.start_soon(self._run_advance, advance)
+                            nursery.start_soon(self._run_advance, start, advance)
                         await start.mounted.wait()
                         coming = [] if advance is None else advance.land(self._remote, start.layers)
                         await self._replay(start, known, coming)
@@ -257,7 +266,8 @@ class Starts:
             return None
         return Advance(self._scheduler, repository, host_of(repository), trace, absent, start.asked.add)
 
-    async def _run_advance(self, advance: Advance) -> None:
+    async def _run_advance(self, start: Start, advance: Advance) -> None:
+        await start.clear.wait()
         self._advances += 1
         try:
             await advance.run()

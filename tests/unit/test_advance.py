@@ -89,7 +89,7 @@ async def test_it_comes_before_the_layers_are_known_and_once(
         layer = one.serve(BLOB, registry)
         registry.clear_log()
         starts = starts_of(one, scratch, told)
-        start = starts.begin(layer.repository, MANIFEST, [layer.digest], whole=True)
+        start = starts.begin(layer.repository, MANIFEST, [layer.digest], whole=True, early=True)
         size = sum(span.size for span in told.spans)
         with trio.fail_after(DEADLINE):
             while registry.bytes_sent("/blobs/") < size:  # nobody has told of a layer so far
@@ -114,7 +114,7 @@ async def test_a_reader_joins_what_is_under_way(told: Trace, scratch: Path, regi
         registry.clear_log()
         registry.rate = 1_000_000
         start = starts_of(one, scratch, told)
-        begun = start.begin(layer.repository, MANIFEST, [layer.digest], whole=True)
+        begun = start.begin(layer.repository, MANIFEST, [layer.digest], whole=True, early=True)
         await until_asked(begun)
         start.mounted(begun, [layer])
         await trio.testing.wait_all_tasks_blocked()
@@ -136,6 +136,7 @@ async def test_a_second_start_beside_the_first_asks_for_nothing(
         pull = starts.begin(layer.repository, MANIFEST, [layer.digest], whole=True, early=True)
         await until_asked(pull)
         mount = starts.begin(layer.repository, MANIFEST, [layer.digest], whole=True)
+        starts.clear(mount)
         await trio.testing.wait_all_tasks_blocked()
         for start in (pull, mount):
             starts.mounted(start, [layer])
@@ -143,6 +144,20 @@ async def test_a_second_start_beside_the_first_asks_for_nothing(
             await pull.over.wait()
             await mount.over.wait()
         assert registry.bytes_sent("/blobs/") == sum(span.size for span in told.spans)
+
+
+async def test_nothing_is_in_the_way_of_what_a_mount_waits_for(
+    told: Trace, scratch: Path, registry: FakeRegistry
+) -> None:
+    async with node(scratch) as one:
+        layer = one.serve(BLOB, registry)
+        registry.clear_log()
+        starts = starts_of(one, scratch, told)
+        start = starts.begin(layer.repository, MANIFEST, [layer.digest], whole=True)
+        await trio.testing.wait_all_tasks_blocked(0.05)
+        assert registry.bytes_sent("/blobs/") == start.asked.size == 0
+        starts.clear(start)  # its TOCs have come
+        await until_asked(start)
 
 
 async def test_nothing_comes_early_where_layers_are_checked_whole_first(
@@ -153,6 +168,7 @@ async def test_nothing_comes_early_where_layers_are_checked_whole_first(
         registry.clear_log()
         starts = starts_of(one, scratch, told)
         start = starts.begin(layer.repository, MANIFEST, [layer.digest], whole=True, trusted=False)
+        starts.clear(start)
         await trio.testing.wait_all_tasks_blocked(0.05)
         starts.mounted(start, [layer], trusted=False)
         with trio.fail_after(DEADLINE):
@@ -171,7 +187,7 @@ async def test_what_comes_wrong_is_fetched_again(told: Trace, scratch: Path, reg
         else:
             registry.blobs[BLOB.digest] = flipped(BLOB, BLOB.frames[15][0] + 100).blob
         starts = starts_of(one, scratch, told)
-        start = starts.begin(layer.repository, MANIFEST, [layer.digest], whole=True)
+        start = starts.begin(layer.repository, MANIFEST, [layer.digest], whole=True, early=True)
         await until_asked(start)
         starts.mounted(start, [layer])
         if how == "other_blob":
@@ -187,7 +203,7 @@ async def test_a_start_that_ends_leaves_nothing(told: Trace, scratch: Path, regi
         layer = one.serve(BLOB, registry)
         registry.rate = 100_000
         starts = starts_of(one, scratch, told)
-        start = starts.begin(layer.repository, MANIFEST, [layer.digest], whole=True)
+        start = starts.begin(layer.repository, MANIFEST, [layer.digest], whole=True, early=True)
         await until_asked(start)
         if way == "whole":
             starts.mounted(start, [layer], trusted=False)
