@@ -205,10 +205,18 @@ class Flights:
             fetch.over.set()
 
     async def _land(self, layer: ServedLayer, fetch: Fetch, given: Callable[[], Awaitable[bytes | None]]) -> None:
-        """Take what is given apart. What is wrong with it is left to a request."""
+        """Take what is given apart. What is wrong with it, or late for a reader, is left to a request."""
         left = fetch.missing()
-        data = await given()
-        if data is None or left is None or layer.dropped:
+        if left is None:
+            return
+        size = layer.table.frame_blob_end[left[1] - 1] - layer.table.frame_blob_offset[left[0]]
+        data: bytes | None = None
+        async with trio.open_nursery() as nursery:
+            with trio.CancelScope() as scope:
+                nursery.start_soon(self._hasten, fetch, scope, self._patience(layer, size))
+                data = await given()
+            nursery.cancel_scope.cancel()
+        if data is None or layer.dropped:
             return
         try:
             layer.ensure_readable()
@@ -219,6 +227,18 @@ class Flights:
             return
         for wrong in fetched.damaged.values():
             self._on_error(wrong)
+
+    @staticmethod
+    async def _hasten(fetch: Fetch, scope: trio.CancelScope, patience: float) -> None:
+        """End a wait `patience` seconds after somebody has come to want the frames now."""
+        await fetch.hurry.wait()
+        scope.deadline = trio.current_time() + patience
+
+    def _patience(self, layer: ServedLayer, size: int) -> float:
+        """Return the seconds that a reader waits for bytes that are under way for somebody else."""
+        link = self._scheduler.link(layer.host)
+        late = _LATE + 2 * (link.round_trip + size / link.rate) if link.rate else self._timeout
+        return min(self._timeout / 2, late)
 
     async def _try(self, layer: ServedLayer, fetch: Fetch) -> LazyfsError | None:
         """Fetch until all flights have landed. Return why some did not: an error that another try won't mend."""
@@ -301,10 +321,8 @@ class Flights:
 
     async def _piece(self, layer: ServedLayer, fetch: Fetch, blob_offset: int, size: int) -> bytes | None:
         """Fetch a piece. None: somebody has come to want the frame, and the piece was late. Raise RegistryError."""
-        link, ticket = self._scheduler.link(layer.host), fetch.ticket
-        fetch.patience = self._timeout / 2
-        if link.rate:
-            fetch.patience = min(fetch.patience, _LATE + 2 * (link.round_trip + size / link.rate))
+        ticket = fetch.ticket
+        fetch.patience = self._patience(layer, size)
 
         def job() -> tuple[bytes, Sample]:
             fetch.began = time.monotonic()

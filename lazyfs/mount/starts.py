@@ -257,9 +257,8 @@ class Starts:
 
     def _advance(self, start: Start, repository: Repository, trace: Trace, absent: Sequence[str]) -> Advance | None:
         """Return what can be fetched before the layers are here, of those that the node has no table of."""
-        if start.mounted.is_set() or self._advances >= _ADVANCES:
-            return None
-        if not (trace.spans and start.trusted) or isinstance(repository, OfflineRepository):
+        asks = trace.spans and start.trusted and not start.mounted.is_set()
+        if not asks or isinstance(repository, OfflineRepository):
             return None
         others = (each for each in self._starts if each is not start and each.manifest == start.manifest)
         if any(not each.over.is_set() for each in others):  # the pull's, say: it has asked for them
@@ -268,6 +267,8 @@ class Starts:
 
     async def _run_advance(self, start: Start, advance: Advance) -> None:
         await start.clear.wait()
+        if self._advances >= _ADVANCES:
+            return
         self._advances += 1
         try:
             await advance.run()

@@ -176,6 +176,21 @@ async def test_nothing_comes_early_where_layers_are_checked_whole_first(
         assert registry.bytes_sent("/blobs/") == 0
 
 
+async def test_a_reader_does_not_wait_for_what_crawls(told: Trace, scratch: Path, registry: FakeRegistry) -> None:
+    async with node(scratch) as one:
+        layer = one.serve(BLOB, registry)
+        registry.fault(Fault.DRIP, path="/blobs/", times=len(told.spans))
+        starts = starts_of(one, scratch, told)
+        start = starts.begin(layer.repository, MANIFEST, [layer.digest], whole=True, early=True)
+        await until_asked(start)
+        starts.mounted(start, [layer])
+        await trio.testing.wait_all_tasks_blocked()
+        assert one.remote.in_flight()
+        with trio.fail_after(DEADLINE):
+            assert await one.read(layer, WANTED[0]) == FILES[WANTED[0]]
+        assert not start.over.is_set()  # what crawls does so still
+
+
 @pytest.mark.parametrize("how", ["flip", "refuse", "other_blob"])
 async def test_what_comes_wrong_is_fetched_again(told: Trace, scratch: Path, registry: FakeRegistry, how: str) -> None:
     async with node(scratch) as one:
