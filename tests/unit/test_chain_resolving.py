@@ -42,6 +42,13 @@ class Late:
         return oci.parse_config(_json(raw))
 
 
+class Nobody:
+    """Fetches nothing ahead of a container."""
+
+    def expect(self, *_: object) -> None:
+        """Ask nobody."""
+
+
 class Slow:
     async def promise(self, *_: object) -> Any:
         await trio.sleep_forever()
@@ -63,7 +70,7 @@ def test_documents_that_come_with_the_deadline_leave_layers_that_are_not_ready()
     async def resolve() -> dict[str, Any]:
         async with trio.open_nursery() as nursery:
             documents, layers = cast(ChainDocuments, Late()), cast(ChainLayers, Slow())
-            resolver = ChainResolver(documents, layers, cast(Keeping, None), Apart(nursery), cast(Early, None))
+            resolver = ChainResolver(documents, layers, cast(Keeping, None), Apart(nursery), cast(Early, Nobody()))
             return await resolver.resolve(source)
 
     answer = trio.run(resolve)
