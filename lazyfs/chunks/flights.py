@@ -25,6 +25,7 @@ from lazyfs.units import KiB
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
+Given = Callable[[], Awaitable[bytes | None]]  # waits for bytes that are under way; None: they don't come
 
 MAX_FRAMES = 512  # of one request: tiny frames must not hold up the loop, nor pile up as flights
 _PIECE = 128 * KiB  # compressed bytes of a piece of a frame at least: 20 ms at 50 Mbit/s
@@ -147,14 +148,7 @@ class Flights:
         """
         return self._begin(layer, first, stop, priority, is_guess, None)
 
-    def land(
-        self,
-        layer: ServedLayer,
-        first: int,
-        stop: int,
-        priority: Priority,
-        given: Callable[[], Awaitable[bytes | None]],
-    ) -> None:
+    def land(self, layer: ServedLayer, first: int, stop: int, priority: Priority, given: Given) -> None:
         """Let frames [first, stop) land whose compressed bytes somebody has asked for already. Never blocks.
 
         None of them may be on its way. `given` waits for the bytes; None: they don't come. Then, and where they are
@@ -169,7 +163,7 @@ class Flights:
         stop: int,
         priority: Priority,
         is_guess: bool,
-        given: Callable[[], Awaitable[bytes | None]] | None,
+        given: Given | None,
     ) -> Fetch:
         fetch = Fetch(layer, first, stop, priority, self._scheduler.ticket(layer.host, priority), is_guess)
         for frame, flight in fetch.flights.items():
@@ -183,7 +177,7 @@ class Flights:
             fetch.ticket.flow.dropped = True  # its thread ends with the next bytes, if any come
             fetch.scope.cancel()
 
-    async def _fly(self, layer: ServedLayer, fetch: Fetch, given: Callable[[], Awaitable[bytes | None]] | None) -> None:
+    async def _fly(self, layer: ServedLayer, fetch: Fetch, given: Given | None) -> None:
         error: LazyfsError = ReadDeadline(self._timeout)
         try:
             with fetch.scope:
@@ -204,7 +198,7 @@ class Flights:
                 flight.done.set()
             fetch.over.set()
 
-    async def _land(self, layer: ServedLayer, fetch: Fetch, given: Callable[[], Awaitable[bytes | None]]) -> None:
+    async def _land(self, layer: ServedLayer, fetch: Fetch, given: Given) -> None:
         """Take what is given apart. What is wrong with it, or late for a reader, is left to a request."""
         left = fetch.missing()
         if left is None:

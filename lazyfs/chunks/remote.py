@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from functools import partial
 
 import trio
 
-from lazyfs.chunks.flights import MAX_FRAMES, Flight, Flights
+from lazyfs.chunks.flights import MAX_FRAMES, Flight, Flights, Given
 from lazyfs.chunks.frames import needed
 from lazyfs.chunks.layer import ServedLayer
 from lazyfs.chunks.schedule import Priority, Scheduler
@@ -124,14 +124,7 @@ class Remote:
             if not waiting or waiting[0].fetch is not flight.fetch:
                 await flight.fetch.over.wait()
 
-    def land(
-        self,
-        layer: ServedLayer,
-        first: int,
-        stop: int,
-        priority: Priority,
-        given: Callable[[], Awaitable[bytes | None]],
-    ) -> None:
+    def land(self, layer: ServedLayer, first: int, stop: int, priority: Priority, given: Given) -> None:
         """Let frames [first, stop) land whose bytes are here or under way, except those that are here or on flights.
 
         `given` waits for the compressed bytes from the first frame's to the last one's. Never blocks.
