@@ -13,6 +13,7 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
+from lazyfs import private
 from lazyfs.errors import UsageError
 from lazyfs.units import GiB, KiB, MiB, parse_size
 
@@ -178,5 +179,7 @@ def _coerce_all(document: Mapping[str, Any], where: str) -> dict[str, Any]:
 def _complete(values: dict[str, Any], euid: int) -> Settings:
     root = values.pop("root", None) or _default_root(euid)
     run = values.pop("run", None) or _default_run(euid, root)
+    if (link := private.find_foreign_link(run)) is not None:
+        raise UsageError(f"{link}, on the way to {run}, is another user's symbolic link", hint="set LAZYFS_RUN")
     # As the mount table has it: /var/run is a symlink on many machines, and no mount below one would be found there.
     return replace(Settings(root, Path(os.path.realpath(run))), **values)

@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from lazyfs import private
 from lazyfs.answer import decode_error
 from lazyfs.config import Settings
 from lazyfs.errors import DaemonFault, DaemonUnreachable, FuseUnavailable, LazyfsError, StoreLocked
@@ -236,23 +237,16 @@ def prepare_run(settings: Settings) -> None:
         raise DaemonUnreachable(f"{settings.run} can't be made: {error.strerror}", hint="set LAZYFS_RUN") from None
     if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.geteuid():
         raise DaemonUnreachable(f"{settings.run} belongs to somebody else", hint="remove it, or set LAZYFS_RUN")
-    for above in settings.run.parents:
-        if not _keeps_names(above):
-            raise DaemonUnreachable(
-                f"{above}, where {settings.run} lies, is in other users' hands", hint="set LAZYFS_RUN"
-            )
-    if found.st_mode & 0o077:
-        os.chmod(settings.run, 0o700)
-
-
-def _keeps_names(directory: Path) -> bool:
-    """Tell whether nobody but root and us can rename what lies in `directory`, or replace it if it is a symlink."""
+    if (above := private.find_loose(settings.run)) is not None:
+        raise DaemonUnreachable(f"{above}, where {settings.run} lies, is in other users' hands", hint="set LAZYFS_RUN")
     try:
-        found = os.lstat(directory)
-    except OSError:
-        return False
-    loose = found.st_mode & stat.S_IWOTH and not found.st_mode & stat.S_ISVTX and stat.S_ISDIR(found.st_mode)
-    return found.st_uid in (0, os.geteuid()) and not loose
+        if found.st_mode & 0o077:
+            os.chmod(settings.run, 0o700)
+        links = [entry.path for entry in os.scandir(settings.run) if entry.is_symlink()]
+    except OSError as error:
+        raise DaemonUnreachable(f"{settings.run} can't be used: {error.strerror}", hint="set LAZYFS_RUN") from None
+    if links:
+        raise DaemonUnreachable(f"{links[0]} is a symbolic link, and lazyfs follows none there", hint="remove it")
 
 
 @contextlib.contextmanager
@@ -302,7 +296,7 @@ def _start(settings: Settings, solo: Path | None, deadline: float, store_only: b
     _bound_log(settings.run / "lazyfsd.log")
     ready, theirs = os.pipe()
     try:
-        with open(settings.run / "lazyfsd.log", "ab", opener=_private) as log:
+        with open(settings.run / "lazyfsd.log", "ab", opener=private.opened) as log:
             process = subprocess.Popen(
                 [*command, "--ready-fd", str(theirs)],
                 stdin=subprocess.DEVNULL,
@@ -347,10 +341,6 @@ def _bound_log(path: Path) -> None:
     with contextlib.suppress(OSError):  # none yet, or one that somebody else just moved
         if os.lstat(path).st_size > MAX_LOG:
             os.replace(path, path.with_name("lazyfsd.log.1"))
-
-
-def _private(path: str, flags: int) -> int:
-    return os.open(path, flags | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
 
 
 def _read_line(fd: int, deadline: float) -> bytes:

@@ -45,10 +45,17 @@ def translate(error: sqlite3.Error, what: str, *, damaged: str) -> StoreError:
 def check_file(path: Path, what: str, *, make: bool) -> int:
     """Return the file's size; with `make` it is made with its mode (0600) before SQLite would. Blocking.
 
-    Raise StoreFull, and StoreBroken for anything but a regular file of ours under that name.
+    Raise StoreFull, and StoreBroken for anything but a regular file of ours under that name, in a directory where
+    nobody else could put another one in its place meanwhile.
     """
     flags = os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
     try:
+        around = os.stat(path.parent)
+        if around.st_uid != os.geteuid() or around.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+            raise StoreBroken(
+                f"{path.parent}, where {what} lies, belongs to another user or can be written by others",
+                hint=f"chmod 700 {path.parent}",
+            )
         fd = os.open(path, flags | os.O_CREAT if make else flags, 0o600)
         try:
             found = os.fstat(fd)

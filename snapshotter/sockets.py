@@ -9,6 +9,7 @@ import socket
 import stat
 from pathlib import Path
 
+from lazyfs import private
 from lazyfs.errors import StoreBroken, StoreFull, StoreLocked, UsageError
 
 _MAX_PATH = 107  # bytes of a Unix socket's path
@@ -57,6 +58,12 @@ def make_room(address: Path) -> Lock:
     if directory.st_uid != os.geteuid() or directory.st_mode & 0o022:
         raise UsageError(
             f"the socket's directory {address.parent} belongs to another user or can be written by others",
+            hint="whoever listens there gives containers their files: use a directory of your own",
+        )
+    loose = private.find_loose(address.parent.resolve()) or private.find_foreign_link(address.parent)
+    if loose is not None:
+        raise UsageError(
+            f"{loose}, where the socket's directory {address.parent} lies, is in other users' hands",
             hint="whoever listens there gives containers their files: use a directory of your own",
         )
     lock = Lock(address.with_name(address.name + ".lock"), f"the socket {address}")

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from lazyfs import private
 from lazyfs.database import BUSY_TIMEOUT, DAMAGED, NO_ROOM, check_file, code_of, translate
 from lazyfs.errors import StoreBroken
 
@@ -90,7 +91,7 @@ def _marker(path: Path) -> Path:
 
 def _mark_damaged(path: Path) -> None:
     try:
-        _marker(path).touch(mode=0o600)
+        private.write_text(_marker(path), "")
     except OSError as error:
         log.warning("the damaged catalog %s can't be marked: %s", path, error)
 

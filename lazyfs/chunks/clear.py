@@ -8,11 +8,11 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 from lazyfs import digest as digests
-from lazyfs import oci
+from lazyfs import oci, private
 from lazyfs import reference as references
 from lazyfs.chunks.census import Census, HeldImage, HeldLayer
 from lazyfs.chunks.trace_files import TraceFiles
-from lazyfs.errors import LazyfsError, ManifestMissing, StoreFull, UsageError
+from lazyfs.errors import LazyfsError, ManifestMissing, StoreBroken, StoreFull, UsageError
 
 log = logging.getLogger(__name__)
 
@@ -258,15 +258,17 @@ class Clearing:
     def _clear_trees(self, done: Cleared) -> None:
         """Remove merged trees that nobody is served: they are made again from the tables of their layers."""
         used = self._census.uses.trees()
+        directory = self._store.root / "trees"
         try:
-            for path in (self._store.root / "trees").iterdir():
+            private.check_directory(directory)
+            for path in directory.iterdir():
                 key, _, image = path.name.partition(".")  # an image for the erofs driver is its tree's
                 if key not in used:
                     path.unlink()
                     done.trees += not image
         except FileNotFoundError:
             return
-        except OSError as error:
+        except (OSError, StoreBroken) as error:
             log.warning("trees are not removed: %s", error)
 
 

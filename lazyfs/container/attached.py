@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from lazyfs import private
 from lazyfs.config import Settings
 from lazyfs.errors import StoreBroken, StoreFull
 
@@ -51,9 +52,9 @@ def remember(settings: Settings, attached: Attached) -> None:
     """Write a mount down, in one step. Blocking. Raise StoreFull or StoreBroken."""
     path = _path(settings, attached.dir)
     with _disk(path.parent):
-        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        private.make_directory(path.parent)
         fresh = path.with_suffix(".new")
-        fresh.write_text(json.dumps(asdict(attached)))
+        private.write_text(fresh, json.dumps(asdict(attached)))
         fresh.replace(path)
 
 
@@ -73,17 +74,22 @@ def new_state(settings: Settings) -> Path:
     """Make the directory of a writable layer. Blocking. Raise StoreFull or StoreBroken."""
     path = settings.root / "rw" / os.urandom(8).hex()
     with _disk(path.parent):
-        path.mkdir(mode=0o700, parents=True)
+        private.make_directory(path.parent)
+        path.mkdir(mode=0o700)
         for part in ("upper", "work"):
             (path / part).mkdir(mode=0o755)
-        (path / "boot").write_text(boot_id())
+        private.write_text(path / "boot", boot_id())
     return path
 
 
 def stale_states(settings: Settings) -> list[Path]:
-    """Return the writable layers of earlier boots: nothing can be mounted on them any more. Blocking."""
+    """Return the writable layers of earlier boots: nothing can be mounted on them any more. Blocking.
+
+    Raise StoreBroken when they lie in a directory that is not ours.
+    """
     base = settings.root / "rw"
     try:
+        private.check_directory(base)
         entries = [Path(entry.path) for entry in os.scandir(base) if entry.is_dir(follow_symlinks=False)]
     except OSError:
         return []
@@ -93,7 +99,7 @@ def stale_states(settings: Settings) -> list[Path]:
 
 def _boot_of(state: Path) -> str:
     try:
-        with open(state / "boot", encoding="ascii", errors="replace") as handle:
+        with open(state / "boot", encoding="ascii", errors="replace", opener=private.opened) as handle:
             return handle.read(64).strip()
     except OSError:
         return ""
@@ -105,7 +111,7 @@ def _path(settings: Settings, directory: str) -> Path:
 
 def _read(path: Path) -> Attached | None:
     try:
-        with open(path, encoding="utf-8") as handle:
+        with open(path, encoding="utf-8", opener=private.opened) as handle:
             value = json.loads(handle.read(_MAX_FILE))
         found = Attached(**{name: str(value[name]) for name in Attached.__slots__})
     except (OSError, ValueError, TypeError, KeyError):

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lazyfs import private
 from lazyfs.config import Settings
 from lazyfs.container import mounts
 from lazyfs.errors import ContainerFailed, StoreBroken, StoreFull, StoreLocked, UsageError
@@ -41,7 +42,7 @@ def home(settings: Settings) -> Path:
 
     Runtimes refuse a root file system behind one, and a store that was moved to a larger disk often is.
     """
-    return Path(os.path.realpath(settings.root / "containers"))
+    return Path(os.path.realpath(settings.root), "containers")
 
 
 def create(settings: Settings, name: str) -> ContainerDir:
@@ -52,7 +53,7 @@ def create(settings: Settings, name: str) -> ContainerDir:
     base = home(settings)
     identity = name or os.urandom(8).hex()
     with _disk(base):
-        base.mkdir(mode=0o700, parents=True, exist_ok=True)
+        private.make_directory(base)
         with _gate(base):
             path = base / identity
             try:
@@ -79,11 +80,15 @@ def any_left(settings: Settings) -> bool:
 
 
 def leftovers(settings: Settings) -> Iterator[ContainerDir]:
-    """Yield the directories that nobody holds any more, each locked by us; the caller removes them. Never waits."""
+    """Yield the directories that nobody holds any more, each locked by us; the caller removes them. Never waits.
+
+    Raise StoreBroken, also when they lie in a directory that is not ours.
+    """
     base = home(settings)
     if not base.is_dir():
         return
     with _disk(base):
+        private.check_directory(base)
         try:
             with _gate(base, wait=False):
                 found = [

@@ -6,6 +6,7 @@ import contextlib
 import os
 from pathlib import Path
 
+from lazyfs import private
 from lazyfs.config import Settings
 from lazyfs.container import directory as directories
 from lazyfs.container import namespaces
@@ -20,7 +21,7 @@ _RUNTIME_FILE = "runtime"
 def note_runtime(found: ContainerDir, runtime: Runtime) -> None:
     """Write down which runtime has the container, for the sweep after a crash. Raise StoreBroken."""
     try:
-        found.at(_RUNTIME_FILE).write_text(runtime.path)
+        private.write_text(found.at(_RUNTIME_FILE), runtime.path)
     except OSError as error:
         raise StoreBroken(f"{found.path} can't be written: {error.strerror}") from None
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, Protocol
 
+from lazyfs import private
 from lazyfs.config import Settings
 from lazyfs.container import bundle, discard, host, namespaces, rootfs, supervisor, users
 from lazyfs.container.directory import ContainerDir
@@ -134,8 +135,8 @@ def run(
 
 def _write_bundle(path: Path, config: dict[str, Any], runtime: Runtime) -> None:
     try:
-        Path(runtime.state).mkdir(mode=0o700, parents=True, exist_ok=True)
-        (path / "config.json").write_text(json.dumps(config))
+        private.make_directory(Path(runtime.state))
+        private.write_text(path / "config.json", json.dumps(config))
     except OSError as error:
         raise StoreBroken(f"the container's bundle can't be written to {path}: {error.strerror}") from None
 

@@ -21,11 +21,14 @@ def sweep(settings: Settings) -> int:
     Cheap when there is nothing to do: one directory listing and a flock for each container that runs.
     """
     count = 0
-    for state in attached.stale_states(settings):
-        try:
-            directories.remove_tree(state)
-        except LazyfsError as error:
-            log.warning("the writable layer of a mount before the last boot stays: %s", error)
+    try:
+        for state in attached.stale_states(settings):
+            try:
+                directories.remove_tree(state)
+            except LazyfsError as error:
+                log.warning("the writable layer of a mount before the last boot stays: %s", error)
+    except LazyfsError as error:
+        log.warning("writable layers of earlier mounts can't be swept: %s", error)
     try:
         for found in directories.leftovers(settings):
             try:

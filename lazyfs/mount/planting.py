@@ -11,6 +11,7 @@ from pathlib import Path
 
 import trio
 
+from lazyfs import private
 from lazyfs.chunks.layer import ServedLayer
 from lazyfs.chunks.schedule import Scheduler
 from lazyfs.chunks.single_flight import SingleFlight
@@ -161,7 +162,7 @@ class Planting:
 def _make_room(directory: Path) -> None:
     """Make the directory of trees, and drop the oldest files beyond two bounds: they are made again from tables."""
     try:
-        directory.mkdir(mode=0o700, exist_ok=True)
+        private.make_directory(directory)
         files = sorted(_sizes(directory), reverse=True)
         total = 0
         for number, (_, size, path) in enumerate(files):

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 
 import trio
 
+from lazyfs import private
 from lazyfs.config import Settings
 from lazyfs.container import mounts
 from lazyfs.errors import LazyfsError, MountFailed, UsageError
@@ -237,7 +238,8 @@ class Showing:
             return  # somebody else's, still there
         image, layers = self._ensure_image(planted)
         try:
-            target.mkdir(mode=0o700, parents=True, exist_ok=True)
+            private.make_directory(self._settings.shown)
+            private.make_directory(target)
         except OSError as error:
             raise MountFailed(f"{target} can't be made: {error.strerror}") from None
         erofs_mount.mount(image, [self._device(str(number)) for number in layers], target, method)

@@ -11,7 +11,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 VALUES = (
     "errors", "answer", "digest", "units", "oci", "reference", "config", "log", "notify", "stats", "scrape",
-    "exposition", "process",
+    "exposition", "process", "private",
 )  # fmt: skip
 PACKAGES = ("format", "containerd", "registry", "chunks", "mount", "container", "deploy", "cli")
 MODULES = ("tree", "child", "control_client", "database")
