@@ -40,7 +40,7 @@ class ReferenceInvalid(LazyfsError):
     """An image reference that cannot be parsed."""
 
     def __init__(self, reference: str, reason: str, *, hint: str = "") -> None:
-        super().__init__(f"image reference {reference!r} is malformed: {reason}", hint=hint)
+        super().__init__(f"image reference {reference[:1000]!r} is malformed: {reason}", hint=hint)
         self.reference = reference
 
 
