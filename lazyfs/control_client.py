@@ -153,7 +153,7 @@ class Daemon:
         line, _, self._buffer = self._buffer.partition(b"\n")
         try:
             message = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             message = None
         if not isinstance(message, dict):
             raise DaemonFault("lazyfsd sent something that is no JSON object")
@@ -323,6 +323,12 @@ def _start(settings: Settings, solo: Path | None, deadline: float, store_only: b
     message = json.loads(answer)
     if "error" in message:
         raise decode_error(message["error"], DaemonUnreachable)
+
+
+def holder_words(settings: Settings, *, until_idle: bool) -> list[str]:
+    """Return the arguments of a daemon that serves the node's session, as its holder hands them on."""
+    words = ["--root", os.fspath(settings.root), "--run", os.fspath(settings.run)]
+    return [*words, "--until-idle"] if until_idle else words
 
 
 def _check_extra() -> None:

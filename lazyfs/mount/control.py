@@ -27,6 +27,7 @@ PROTOCOL = 1
 MAX_LINE = 1 << 20  # bytes of one message
 MAX_CLIENTS = 256
 _SEND_TIMEOUT = 30.0  # seconds that a client may take to read an answer
+_MAX_ID = 100  # characters of a request's number
 _UCRED = struct.Struct("3i")  # pid, uid, gid
 
 
@@ -42,6 +43,14 @@ class Calls(Protocol):
     async def handle(self, name: str, args: dict[str, Any], connection: object, say: Say) -> dict[str, Any]: ...
 
     async def hung_up(self, connection: object) -> None: ...
+
+
+def caller_of(connection: object) -> int:
+    """Return the process at the other end of a connection, in our pid namespace; 0: none that is known."""
+    if not isinstance(connection, trio.SocketStream):
+        return 0
+    credentials = connection.socket.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size)
+    return int(_UCRED.unpack(credentials)[0])
 
 
 class ControlServer:
@@ -151,10 +160,16 @@ def _parse(line: bytes) -> dict[str, Any]:
         not isinstance(request, dict)
         or not isinstance(request.get("call"), str)
         or not isinstance(request.get("args", {}), dict)
+        or not _is_id(request.get("id"))
     ):
-        raise UsageError("a control request is an object with id, call and args")
+        raise UsageError("a control request is an object with id (a number), call and args")
     request.setdefault("args", {})
     return request
+
+
+def _is_id(value: object) -> bool:
+    """Tell whether a request may be called that: it is repeated in each answer, so it is nothing large or deep."""
+    return value is None or (isinstance(value, int | float | str) and len(str(value)) <= _MAX_ID)
 
 
 async def _read_lines(

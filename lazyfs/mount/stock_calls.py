@@ -17,6 +17,7 @@ from lazyfs.mount.resolving import Pull
 from lazyfs.registry.config import access as accesses
 
 T = TypeVar("T")
+_MOST = 1 << 62  # bytes or seconds that a call may name; more is no size of a store, nor fits where it is compared
 
 
 class StockCalls:
@@ -93,6 +94,6 @@ def _wanted(args: dict[str, Any]) -> Wanted:
 
 def _number(args: dict[str, Any], key: str) -> float | None:
     value = args.get(key)
-    if value is None or (isinstance(value, int | float) and not isinstance(value, bool) and value >= 0):
+    if value is None or (isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < _MOST):
         return value
-    raise UsageError(f"{key} is a number, not {value!r}")
+    raise UsageError(f"{key} is a number below {_MOST}, not {str(value)[:100]!r}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import socket
 from typing import Any
@@ -92,13 +93,16 @@ class _Calls:
     """The daemon's calls with nobody behind them."""
 
     def __init__(self) -> None:
-        nobody: Any = _Nobody()
-        images: Any = _Images()
-        chains: Any = _Chains()
-        self._mounted = Mounted(
-            Settings(root=place(), run=place()), images, nobody, nobody, _refuse, _refuse, _stop,
-            chains, nobody,
-        )  # fmt: skip
+        known: dict[str, Any] = {
+            "settings": Settings(root=place(), run=place()),
+            "images": _Images(),
+            "chains": _Chains(),
+            "status": _refuse,
+            "metrics": _refuse,
+            "stop": _stop,
+        }
+        needed = inspect.signature(Mounted).parameters
+        self._mounted = Mounted(**{name: known.get(name, _Nobody()) for name in needed})
 
     async def handle(self, name: str, args: dict[str, Any], connection: object, say: Say) -> dict[str, Any]:
         say("x", done=1, total=2)
