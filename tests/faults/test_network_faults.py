@@ -1,4 +1,4 @@
-"""Registries that fail, at the mount and in mid-read: right bytes or EIO in bounded time, no wrong byte, no hang."""
+"""Registries that fail at the mount, and those that come back. In mid-read: test_network_matrix."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import time
 
 import pytest
 
+from tests.faults.cases import ERROR, NOTHING_SHOWN, RIGHT, Area, Case, shows
 from tests.helpers.blobs import LayerBlob, zstd_chunked_layer
 from tests.helpers.daemon import Node, add, pattern
 from tests.helpers.fake_registry import AddedImage, FakeRegistry, Fault
@@ -25,68 +26,6 @@ def image_of(registry: FakeRegistry) -> AddedImage:
     return add(registry, "image", layer())
 
 
-# name -> (faults to set on the layer's blob, seconds)
-BROKEN: dict[str, dict[str, object]] = {
-    "refused": {"kind": Fault.REFUSE},
-    "black hole": {"kind": Fault.BLACK_HOLE},
-    "401": {"kind": Fault.STATUS, "status": 401},
-    "403": {"kind": Fault.STATUS, "status": 403},
-    "404": {"kind": Fault.STATUS, "status": 404},
-    "429": {"kind": Fault.STATUS, "status": 429, "retry_after": "1"},
-    "429 for a year": {"kind": Fault.STATUS, "status": 429, "retry_after": "31536000"},
-    "500": {"kind": Fault.STATUS, "status": 500},
-    "503": {"kind": Fault.STATUS, "status": 503},
-    "truncated": {"kind": Fault.TRUNCATE},
-    "reset": {"kind": Fault.RESET},
-    "stalled": {"kind": Fault.STALL},
-    "wrong bytes": {"kind": Fault.FLIP},
-    "200 for a range": {"kind": Fault.IGNORE_RANGE},
-    "wrong range": {"kind": Fault.WRONG_RANGE},
-    "short range": {"kind": Fault.SHORT_RANGE},
-    "redirects in a circle": {"kind": Fault.REDIRECT_LOOP},
-    "dripping": {"kind": Fault.DRIP, "rate": 2000},
-    "header that drips": {"kind": Fault.DRIP_HEADERS, "rate": 10},
-}
-
-
-@pytest.mark.parametrize("name", BROKEN)
-def test_mid_read(node: Node, registry: FakeRegistry, name: str) -> None:
-    node.settings["READ_TIMEOUT"] = "2"
-    image = image_of(registry)
-    other = add(registry, "other", zstd_chunked_layer(tar_of(file("f", b"other"))))
-    trees = [node.mount(image, "--driver", driver) for driver in ("fuse", "erofs")]
-    beside = node.mount(other)
-    registry.fault(path=f"/blobs/{image.layers[0]}", **BROKEN[name])  # type: ignore[arg-type]
-    began = time.monotonic()
-    readers = [node.spawn(["cat", str(tree / "data")]) for tree in trees]
-    assert node.read(beside / "f") == b"other"  # while the first ones wait
-    found = [node.finish(reader, BOUND + 5) for reader in readers]
-    assert time.monotonic() - began < BOUND
-    for done in found:
-        if done.returncode == 0:
-            assert name == "200 for a range" and done.stdout == DATA
-        else:
-            assert EIO in done.stderr.decode()
-            assert DATA.startswith(done.stdout)  # what came before the error is right
-    registry.clear_faults()
-    for tree in trees:
-        assert node.read(tree / "data") == DATA  # an error is not remembered
-        assert node.read(tree / "small") == SMALL
-
-
-LASTING = {"401", "403", "404", "429 for a year", "dripping", "header that drips"}
-
-
-@pytest.mark.parametrize("name", [name for name in BROKEN if name not in LASTING])
-def test_mid_read_that_heals(node: Node, registry: FakeRegistry, name: str) -> None:
-    node.settings["READ_TIMEOUT"] = "15"
-    image = image_of(registry)
-    tree = node.mount(image)
-    registry.fault(path=f"/blobs/{image.layers[0]}", times=1, **BROKEN[name])  # type: ignore[arg-type]
-    assert node.read(tree / "data") == DATA
-    assert node.read(tree / "small") == SMALL
-
-
 # name -> (fault, exit code, words of the sentence)
 AT_MOUNT: dict[str, tuple[dict[str, object], int, str]] = {
     "refused": ({"kind": Fault.REFUSE}, 5, ""),
@@ -100,6 +39,65 @@ AT_MOUNT: dict[str, tuple[dict[str, object], int, str]] = {
 }
 
 
+@shows(
+    Case(
+        "network-mount-refused",
+        Area.NETWORK,
+        "at the mount: connection reset before an answer",
+        NOTHING_SHOWN,
+        "exit 5, one sentence with the host",
+        param="refused",
+    ),
+    Case(
+        "network-mount-401",
+        Area.NETWORK,
+        "at the mount: 401",
+        NOTHING_SHOWN,
+        "exit 4, one sentence with the host",
+        param="401",
+    ),
+    Case(
+        "network-mount-403",
+        Area.NETWORK,
+        "at the mount: 403",
+        NOTHING_SHOWN,
+        "exit 4, one sentence with the host",
+        param="403",
+    ),
+    Case(
+        "network-mount-404",
+        Area.NETWORK,
+        "at the mount: 404",
+        NOTHING_SHOWN,
+        "exit 3, one sentence with the host",
+        param="404",
+    ),
+    Case(
+        "network-mount-429",
+        Area.NETWORK,
+        "at the mount: 429",
+        NOTHING_SHOWN,
+        "exit 5: “try again in …”",
+        param="429",
+    ),
+    Case("network-mount-500", Area.NETWORK, "at the mount: 500", NOTHING_SHOWN, "exit 5, with the status", param="500"),
+    Case(
+        "network-mount-truncated",
+        Area.NETWORK,
+        "at the mount: documents and TOCs cut short",
+        NOTHING_SHOWN,
+        "exit 5, one sentence with the host",
+        param="truncated",
+    ),
+    Case(
+        "network-mount-black-hole",
+        Area.NETWORK,
+        "at the mount: no answer",
+        NOTHING_SHOWN,
+        "exit 5 in bounded time, one sentence with the host",
+        param="black hole",
+    ),
+)
 @pytest.mark.parametrize("what", ["/manifests/", "/blobs/sha256:"])
 @pytest.mark.parametrize("name", AT_MOUNT)
 def test_at_the_mount(node: Node, registry: FakeRegistry, name: str, what: str) -> None:
@@ -117,6 +115,15 @@ def test_at_the_mount(node: Node, registry: FakeRegistry, name: str, what: str) 
     assert node.read(node.mount(image, at=directory) / "small") == SMALL
 
 
+@shows(
+    Case(
+        "network-manifest-wrong",
+        Area.NETWORK,
+        "the manifest is another one than its digest says",
+        NOTHING_SHOWN,
+        "exit 6: “damaged or tampered with”",
+    ),
+)
 def test_wrong_bytes_of_a_manifest(node: Node, registry: FakeRegistry) -> None:
     image = image_of(registry)
     registry.fault(Fault.FLIP, path="/manifests/")
@@ -124,6 +131,9 @@ def test_wrong_bytes_of_a_manifest(node: Node, registry: FakeRegistry) -> None:
     assert "tampered" in node.refused(6, "mount", by_digest, node.new_dir())
 
 
+@shows(
+    Case("network-mount-nobody", Area.NETWORK, "at the mount: nobody listens", NOTHING_SHOWN, "exit 5, names the host"),
+)
 def test_nobody_listens(node: Node, registry: FakeRegistry) -> None:
     image = image_of(registry)
     registry.stop_listening()
@@ -131,12 +141,24 @@ def test_nobody_listens(node: Node, registry: FakeRegistry) -> None:
     assert registry.host in sentence
 
 
+@shows(
+    Case("network-no-tag", Area.NETWORK, "the tag does not exist", NOTHING_SHOWN, "exit 3, names it"),
+)
 def test_no_such_tag(node: Node, registry: FakeRegistry) -> None:
     image_of(registry)
     sentence = node.refused(3, "mount", f"{registry.host}/image:absent", node.new_dir())
     assert "absent" in sentence
 
 
+@shows(
+    Case(
+        "network-no-platform",
+        Area.NETWORK,
+        "the image has no such platform",
+        NOTHING_SHOWN,
+        "exit 3, lists those that it has",
+    ),
+)
 def test_other_platform(node: Node, registry: FakeRegistry) -> None:
     image = image_of(registry)
     sentence = node.refused(3, "mount", "--platform", "linux/s390x", image.reference, node.new_dir())
@@ -150,6 +172,16 @@ def test_malformed_reference(node: Node) -> None:
     assert "malformed" in sentence
 
 
+@shows(
+    Case(
+        "network-comes-back",
+        Area.NETWORK,
+        "the registry goes down under a mount, and comes back",
+        ERROR,
+        "`status`: errors RegistryUnreachable",
+        '`errors_total{class="RegistryUnreachable"}`',
+    ),
+)
 def test_registry_goes_down_under_a_mount_and_comes_back(node: Node, registry: FakeRegistry) -> None:
     image = image_of(registry)
     tree = node.mount(image)
@@ -160,6 +192,15 @@ def test_registry_goes_down_under_a_mount_and_comes_back(node: Node, registry: F
     assert node.read(tree / "small") == SMALL
 
 
+@shows(
+    Case(
+        "network-renewed-url",
+        Area.NETWORK,
+        "signed URLs expire under a mount",
+        RIGHT,
+        "nothing: a new one is asked for",
+    ),
+)
 def test_expired_signatures_are_renewed(node: Node) -> None:
     with FakeRegistry(redirect=True) as registry:
         image = image_of(registry)
@@ -169,6 +210,15 @@ def test_expired_signatures_are_renewed(node: Node) -> None:
         assert node.read(tree / "data") == DATA
 
 
+@shows(
+    Case(
+        "network-renewed-token",
+        Area.NETWORK,
+        "tokens are revoked under a mount",
+        RIGHT,
+        "nothing: a new one is asked for",
+    ),
+)
 def test_revoked_tokens_are_renewed(node: Node) -> None:
     with FakeRegistry(auth="bearer", anonymous=True) as registry:
         image = image_of(registry)
@@ -178,6 +228,9 @@ def test_revoked_tokens_are_renewed(node: Node) -> None:
         assert node.read(tree / "data") == DATA
 
 
+@shows(
+    Case("network-many-readers", Area.NETWORK, "40 readers wait for a black hole", ERROR, "log: host and blob"),
+)
 def test_many_readers_of_a_black_hole_do_not_stop_another_image(node: Node, registry: FakeRegistry) -> None:
     names = [f"f{i}" for i in range(40)]
     image = add(registry, "image", zstd_chunked_layer(tar_of(*(file(n, pattern(50_000)) for n in names)), frame_size=0))
@@ -193,6 +246,15 @@ def test_many_readers_of_a_black_hole_do_not_stop_another_image(node: Node, regi
         assert all(EIO in node.finish(reader, BOUND + 5).stderr.decode() for reader in readers)
 
 
+@shows(
+    Case(
+        "network-limit-told",
+        Area.NETWORK,
+        "at the mount: 429 once",
+        RIGHT,
+        "the command says that the host limits, and waits",
+    ),
+)
 def test_a_rate_limit_is_told_while_the_mount_waits(node: Node, registry: FakeRegistry) -> None:
     image = image_of(registry)
     registry.fault(Fault.STATUS, path="/manifests/", status=429, retry_after="1", times=1)
