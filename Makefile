@@ -10,16 +10,18 @@ PYTEST_ARGS ?= -n 4 --dist loadfile --no-loadscope-reorder tests/faults tests/fu
 UNITS_ARGS ?= -n 2 --dist loadfile -p no:cacheprovider tests/unit
 PYTEST = $(SUDO) env "PATH=$$PATH" CI=true $(1) .venv/bin/python -m pytest -q
 SUDO := $(shell [ "$$(id -u)" = 0 ] || echo sudo)
+PIP = .venv/bin/python -m pip install --quiet --disable-pip-version-check
 PATH := $(PATH):/usr/sbin:/sbin
 export PATH
 
-.PHONY: demo test pytest units lint bytecode venv debs clean help
+.PHONY: demo test pytest units lint bytecode venv debs dist sbom clean help
 
 help:
 	@echo 'make demo    start a real image lazily and by a full pull, behind a slow link, and compare (IMAGE=… for another one)'
 	@echo 'make test    types, lint and every test'
 	@echo 'make lint    types and lint alone'
 	@echo 'make venv    the virtual environment alone    make debs    the Debian packages alone'
+	@echo 'make dist    a wheel and its bill of materials, in dist/   make sbom    the bill of materials alone (CycloneDX)'
 	@echo 'make clean   remove what the others made'
 
 demo: bytecode
@@ -41,22 +43,33 @@ bytecode: venv
 	.venv/bin/python -m compileall -q lazyfs indexer snapshotter tests perf
 
 lint: venv
-	.venv/bin/ruff check lazyfs indexer snapshotter tests perf
-	.venv/bin/ruff format --check lazyfs indexer snapshotter tests perf
+	.venv/bin/ruff check lazyfs indexer snapshotter tests perf .ci/sbom.py
+	.venv/bin/ruff format --check lazyfs indexer snapshotter tests perf .ci/sbom.py
 	nice -n 5 .venv/bin/mypy -p lazyfs -p indexer -p snapshotter -p perf
+	nice -n 5 .venv/bin/mypy .ci/sbom.py
 
 venv: debs .venv/stamp
 
 debs:
 	@SUDO="$(SUDO)" PYTHON="$(PYTHON)" .ci/debs
 
-.venv/stamp: pyproject.toml
+# Nothing comes from an index that .ci/lock has not pinned with its hashes: first what builds, then what is needed, then
+# this tree itself, which fetches nothing any more. pip is the one that Python brings along.
+.venv/stamp: pyproject.toml .ci/build-requirements.txt .ci/requirements.txt
 	@command -v $(PYTHON) >/dev/null || { echo "lazyfs needs Python 3.11 or newer, and $(PYTHON) is not installed: set PYTHON=…" >&2; exit 1; }
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	  { echo "lazyfs needs Python 3.11 or newer, and $(PYTHON) is $$($(PYTHON) -V 2>&1): set PYTHON=python3.11 or newer" >&2; exit 1; }
 	$(PYTHON) -m venv .venv
-	.venv/bin/python -m pip install --quiet --disable-pip-version-check -e '.[test]'
+	$(PIP) --require-hashes --only-binary :all: --report .venv/build-report.json -r .ci/build-requirements.txt
+	$(PIP) --require-hashes --no-build-isolation --report .venv/report.json -r .ci/requirements.txt
+	$(PIP) --no-deps --no-build-isolation -e .
 	@touch $@
+
+sbom: venv
+	.venv/bin/python .ci/sbom.py dist/lazyfs.cdx.json
+
+dist: sbom
+	.venv/bin/python -m pip wheel --quiet --disable-pip-version-check --no-deps --no-build-isolation -w dist .
 
 clean:
 	$(SUDO) rm -rf .venv .demo .pytest_cache .hypothesis .mypy_cache .ruff_cache build dist *.egg-info
