@@ -1,14 +1,12 @@
-"""What the daemon and the snapshotter do to their own process before they do anything else."""
+"""What the daemon, the snapshotter and the commands do to their own process before they do anything else."""
 
 from __future__ import annotations
 
-import logging
 import os
 import resource
 
-log = logging.getLogger(__name__)
-
 _FILES = 65536  # open files wanted: about four a layer, one a connection
+_began_with: tuple[int, int] | None = None  # the limits of a core dump, before they were changed
 
 
 def harden() -> None:
@@ -18,9 +16,24 @@ def harden() -> None:
     try:
         resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
     except (ValueError, OSError) as error:
-        log.info("the limit of open files stays: %s", error)
-    _, hard = resource.getrlimit(resource.RLIMIT_CORE)
+        import logging  # only now: a command starts in milliseconds, and comes here too
+
+        logging.getLogger(__name__).info("the limit of open files stays: %s", error)
+    keep_no_core()
+    os.umask(0o077)
+
+
+def keep_no_core() -> None:
+    """Have no core of this process kept, nor of what it starts. Doesn't block."""
+    global _began_with
+    limits = resource.getrlimit(resource.RLIMIT_CORE)
+    if _began_with is None:
+        _began_with = limits
     # Logins are in memory, and go to no disk. 1 byte holds no core either, and unlike 0 it also keeps the kernel from
     # sending one to a program of core_pattern's.
-    resource.setrlimit(resource.RLIMIT_CORE, (1 if hard else 0, hard))
-    os.umask(0o077)
+    resource.setrlimit(resource.RLIMIT_CORE, (1 if limits[1] else 0, limits[1]))
+
+
+def core_limits() -> tuple[int, int]:
+    """Return the limits (soft, hard; bytes, -1 for none) that this process was started with: a container gets them."""
+    return _began_with if _began_with is not None else resource.getrlimit(resource.RLIMIT_CORE)

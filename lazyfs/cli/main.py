@@ -23,6 +23,7 @@ from lazyfs import __version__
 from lazyfs.cli import exit_codes
 from lazyfs.cli.output import Output
 from lazyfs.errors import LazyfsError, UsageError
+from lazyfs.process import keep_no_core
 
 COMMANDS: dict[str, str] = {
     "convert": "make an image startable at once: seekable layers with a table of contents",
@@ -66,6 +67,7 @@ class Parser(argparse.ArgumentParser):
 def entry() -> None:
     """Run the command line as this process: the console script. Never returns."""
     signal.signal(signal.SIGTERM, _on_term)
+    keep_no_core()
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # a terminal that lacks a character is no reason to fail

@@ -16,6 +16,7 @@ _MASKED = [
     "/proc/sched_debug", "/proc/timer_list", "/proc/timer_stats", "/sys/devices/virtual/powercap", "/sys/firmware",
 ]  # fmt: skip
 _READ_ONLY = ["/proc/bus", "/proc/fs", "/proc/irq", "/proc/sys", "/proc/sysrq-trigger"]
+_NO_LIMIT = 0xFFFFFFFFFFFFFFFF  # as the runtime writes it, where it is -1 here
 _TTY_GID = 5  # the group of terminals on every distribution; devpts wants the number
 
 
@@ -60,6 +61,8 @@ def build(
         "cwd": workdir if workdir.startswith("/") else "/" + workdir,
         "capabilities": {kind: list(host.capabilities) for kind in ("bounding", "effective", "permitted")},
         "noNewPrivileges": False,
+        # Cores of the image's programs are the user's affair; ours are kept nowhere, and that would be inherited.
+        "rlimits": [{"type": "RLIMIT_CORE", "soft": host.core[0] & _NO_LIMIT, "hard": host.core[1] & _NO_LIMIT}],
     }
     return {
         "ociVersion": "1.0.2",

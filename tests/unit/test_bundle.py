@@ -195,3 +195,8 @@ def test_names() -> None:
             check_name(bad)
         with pytest.raises(UsageError):
             check_hostname(bad)
+
+
+def test_cores_are_limited_as_they_are_for_whoever_starts_it() -> None:
+    built = build(RunOptions(command=("sh",)), image(), machine=Host((), "v1", 0, "machine", core=(1 << 20, -1)))
+    assert built["process"]["rlimits"] == [{"type": "RLIMIT_CORE", "soft": 1 << 20, "hard": 2**64 - 1}]
