@@ -146,7 +146,11 @@ class Mounted:
             shown = [mount for mount in self._mounts.values() if mount.dir and mount.kind != "container"]
             if not shown:
                 continue
-            table = await trio.to_thread.run_sync(mounts.mount_table, limiter=self._limiter)
+            try:
+                table = await trio.to_thread.run_sync(mounts.mount_table, limiter=self._limiter)
+            except OSError as error:  # too many files are open, most likely: no reason to take everybody's mounts away
+                log.warning("it can't be seen which mounts there are: %s", error.strerror)
+                continue
             there = {entry.dir for entry in table}
             for mount in shown:
                 if os.fsencode(mount.dir) not in there and mount.id in self._mounts:
