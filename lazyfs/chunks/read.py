@@ -5,9 +5,10 @@ Each step is asked only for what the one before did not have, and each chunk by 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Coroutine, Iterable
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Any
 
 import trio
 
@@ -23,6 +24,8 @@ from lazyfs.format.table import NO_FRAME, Place
 _TASKS = 64  # chunks of one read looked for side by side: a layer may have chunks of one byte
 _REFILL_TRIES = 2  # fetches of one, for one read
 _REFILLS = 2  # plain layers fetched again at a time
+Data = bytes | bytearray | memoryview
+Rest = Coroutine[Any, Any, Data]  # what a read still has to wait for
 _DISK_THREADS = 8  # reads and hashes of the store side by side; the disk and two cores want no more
 
 
@@ -62,10 +65,17 @@ class Reader:
         # Apart from the disk's threads: a registry that stalls must not hold up reads of what is here.
         self._refills = trio.CapacityLimiter(_REFILLS)
 
-    async def read(self, layer: ServedLayer, row: int, offset: int, size: int) -> bytes | memoryview:
+    async def read(self, layer: ServedLayer, row: int, offset: int, size: int) -> Data:
         """Return bytes [offset, offset + size) of regular file `row`, cut at its end. All of them verified.
 
         A checkpoint unless all is in memory. Raise a LazyfsError: never a short read inside the file.
+        """
+        return await _whole(self.begin(layer, row, offset, size))
+
+    def begin(self, layer: ServedLayer, row: int, offset: int, size: int) -> Data | Rest:
+        """Do what `read` does as far as nothing has to be waited for: return the bytes, or what will have them.
+
+        What is returned in their place must be awaited. Never blocks.
         """
         layer.ensure_readable()
         places = list(layer.table.places(row, offset, size))
@@ -77,49 +87,71 @@ class Reader:
         chunks = layer.table.file_chunks(row)
         last = chunks[-1]
         self._remote.note_piece(layer, places[0], places[-1], last, chunks[0])
-        if len(places) == 1:
-            place = places[0]
-            data = await self.chunk(layer, place.chunk, Priority.DEMAND, last)
-            if place.size == len(data):
-                return data
-            return memoryview(data)[place.offset : place.offset + place.size]
-        parts: list[bytes | memoryview] = []
-        for at in range(0, len(places), _TASKS):
-            parts += await self._side_by_side(layer, places[at : at + _TASKS], last)
-        return b"".join(parts)
+        here = self._those_here(layer, places)
+        if len(here) < len(places):
+            return self._rest(layer, places, here, last, _join)
+        return _join(here)
 
-    async def read_data(self, layer: ServedLayer, data_offset: int, size: int) -> bytes | bytearray | memoryview:
+    async def read_data(self, layer: ServedLayer, data_offset: int, size: int) -> Data:
         """Return exactly `size` bytes of a layer's data space, verified; zeros between files and behind the last.
 
         Chunks that are here are taken from here, whatever else the range has. A checkpoint unless all is in memory.
         Raise a LazyfsError: one chunk that can't be had fails the whole range.
         """
+        return await _whole(self.begin_data(layer, data_offset, size))
+
+    def begin_data(self, layer: ServedLayer, data_offset: int, size: int) -> Data | Rest:
+        """Do what `read_data` does as far as nothing has to be waited for, as `begin` does."""
         layer.ensure_readable()
         found = list(layer.table.data_places(data_offset, size))
         if not found:
             return bytes(size)
         last = found[-1][1].chunk
         self._ahead.note(layer, found[0][1].chunk, last)
+        places = [place for _, place in found]
         if layer.witnesses:
-            _tell(layer, (place for _, place in found))
-        if not all(layer.store.has(place.chunk) for _, place in found):
+            _tell(layer, places)
+        if not all(layer.store.has(place.chunk) for place in places):
             last = layer.table.run_end(last)  # wanted by fetches alone, and it takes longer than all else here
-        self._remote.note_piece(layer, found[0][1], found[-1][1], last)
-        if len(found) == 1:
-            at, place = found[0]
-            data = memoryview(await self.chunk(layer, place.chunk, Priority.DEMAND, last))
-            if place.size == size:
-                return data[place.offset : place.offset + size]
-            out = bytearray(size)
-            out[at : at + place.size] = data[place.offset : place.offset + place.size]
+        self._remote.note_piece(layer, places[0], places[-1], last)
+
+        def spread(parts: list[memoryview]) -> Data:
+            if len(parts) == 1 and len(parts[0]) == size:
+                return parts[0]
+            out = bytearray(size)  # not before: a thousand reads may wait for a registry
+            for (at, place), part in zip(found, parts, strict=True):
+                out[at : at + place.size] = part
             return out
-        parts: list[memoryview] = []
-        for first in range(0, len(found), _TASKS):
-            parts += await self._side_by_side(layer, [place for _, place in found[first : first + _TASKS]], last)
-        out = bytearray(size)  # not before: a thousand reads may wait for a registry
-        for (at, place), part in zip(found, parts, strict=True):
-            out[at : at + place.size] = part
-        return out
+
+        here = self._those_here(layer, places)
+        if len(here) < len(places):
+            return self._rest(layer, places, here, last, spread)
+        return spread(here)
+
+    def _those_here(self, layer: ServedLayer, places: list[Place]) -> list[memoryview]:
+        """Return the parts that can be had without waiting, up to the first that can't."""
+        here = []
+        for place in places:
+            data = self._here(layer, place.chunk)
+            if data is None:
+                break
+            here.append(_cut(data, place))
+        return here
+
+    async def _rest(
+        self,
+        layer: ServedLayer,
+        places: list[Place],
+        here: list[memoryview],
+        last: int,
+        finish: Callable[[list[memoryview]], Data],
+    ) -> Data:
+        if len(places) == 1:
+            return finish([_cut(await self._absent(layer, places[0].chunk, Priority.DEMAND, last), places[0])])
+        parts = list(here)
+        for first in range(len(here), len(places), _TASKS):
+            parts += await self._side_by_side(layer, places[first : first + _TASKS], last)
+        return finish(parts)
 
     async def _side_by_side(self, layer: ServedLayer, places: list[Place], last: int) -> list[memoryview]:
         if all((layer.serial, place.chunk) in self._ahead for place in places):
@@ -148,8 +180,7 @@ class Reader:
     async def _part(
         self, layer: ServedLayer, place: Place, last: int, read: tuple[int, int] | None = None
     ) -> memoryview:
-        data = await self.chunk(layer, place.chunk, Priority.DEMAND, last, read)
-        return memoryview(data)[place.offset : place.offset + place.size]
+        return _cut(await self.chunk(layer, place.chunk, Priority.DEMAND, last, read), place)
 
     async def chunk(
         self, layer: ServedLayer, chunk: int, priority: Priority, last_chunk: int, read: tuple[int, int] | None = None
@@ -158,10 +189,13 @@ class Reader:
 
         `read`: first and last chunk of the read that this one is part of, see `Remote.get`.
         """
+        data = self._here(layer, chunk)
+        return await self._absent(layer, chunk, priority, last_chunk, read) if data is None else data
+
+    def _here(self, layer: ServedLayer, chunk: int) -> bytes | None:
+        """Return a chunk that is in memory, or in the store and at hand. Doesn't block."""
         key = layer.serial, chunk
         data = self._memory.get(key)
-        if data is None and await self._ahead.wait(key):
-            data = self._memory.get(key)
         if data is not None:
             if self._ahead.take(key):
                 self.counters.from_store += len(data)
@@ -169,16 +203,29 @@ class Reader:
                 self.counters.from_memory += len(data)
             self._remote.note_read(layer, chunk)
             return data
+        if key in self._ahead:
+            return None
         data = layer.store.read_now(chunk)
-        if data is not None:
-            layer.ensure_readable()
-            if not layer.dropped:
-                self._memory.put(key, data)
-            self.counters.from_store += len(data)
-            self._remote.note_read(layer, chunk)
-            if layer.store.has_read_pages:
-                self._nursery.start_soon(self._drop_pages, layer)
-            return data
+        if data is None:
+            return None
+        layer.ensure_readable()
+        if not layer.dropped:
+            self._memory.put(key, data)
+        self.counters.from_store += len(data)
+        self._remote.note_read(layer, chunk)
+        if layer.store.has_read_pages:
+            self._nursery.start_soon(self._drop_pages, layer)
+        return data
+
+    async def _absent(
+        self, layer: ServedLayer, chunk: int, priority: Priority, last_chunk: int, read: tuple[int, int] | None = None
+    ) -> bytes:
+        """Return a chunk that `_here` did not have."""
+        key = layer.serial, chunk
+        if await self._ahead.wait(key):
+            data = self._here(layer, chunk)
+            if data is not None:
+                return data
         began = trio.current_time()
         absent = bool(layer.witnesses) and priority is Priority.DEMAND and not layer.store.has(chunk)
         while True:
@@ -281,3 +328,15 @@ def _tell(layer: ServedLayer, places: Iterable[Place]) -> None:
     for place in places:
         for witness in layer.witnesses:
             witness.demanded(layer.number, place.chunk)
+
+
+def _cut(chunk: bytes, place: Place) -> memoryview:
+    return memoryview(chunk)[place.offset : place.offset + place.size]
+
+
+def _join(parts: list[memoryview]) -> Data:
+    return parts[0] if len(parts) == 1 else b"".join(parts)
+
+
+async def _whole(begun: Data | Rest) -> Data:
+    return begun if isinstance(begun, (bytes, bytearray, memoryview)) else await begun

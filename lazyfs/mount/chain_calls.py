@@ -95,7 +95,7 @@ class ChainCalls:
         access = args.get("access")
         given = None if access is None else accesses.from_json(access)
         repository = await self._in_thread(partial(self._open, reference, given))
-        return ChainSource(reference, repository, began + _seconds(args), largest)
+        return ChainSource(reference, repository, began + _seconds(args), largest, access)
 
     def _shown(self, chain: Chain) -> dict[str, Any]:
         root = self._chains.root(chain)

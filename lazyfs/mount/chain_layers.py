@@ -6,7 +6,7 @@ from collections import Counter, OrderedDict
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import trio
 
@@ -47,6 +47,7 @@ class ChainSource:
     repository: Repository
     deadline: float
     largest: int | None = None  # bytes of a layer without TOC that may be fetched in full; None: any
+    access: dict[str, Any] | None = None  # the caller's, as it was said: secrets
 
     def wanted(self, descriptor: Descriptor, diff_id: str) -> Wanted:
         """Return one of the layers, as the preparer wants to have it told."""

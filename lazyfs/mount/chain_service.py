@@ -19,6 +19,7 @@ from lazyfs.mount.donors import Donors
 from lazyfs.mount.early import Early
 from lazyfs.mount.forest import Forest
 from lazyfs.mount.images import Images
+from lazyfs.mount.inheritance import Inheritance
 from lazyfs.mount.keeping import Keeping
 from lazyfs.mount.preparing import Preparer
 from lazyfs.mount.reachable import Reachable
@@ -48,6 +49,7 @@ def serve_chains(
     nursery: trio.Nursery,
     showing: Showing,
     rest: Next,
+    inheritance: Inheritance,
 ) -> ChainService:
     """Return the service; `rest` answers the calls that are none of its own. `showing` may refuse with UsageError."""
     apart, links = Apart(nursery), Links()
@@ -55,7 +57,7 @@ def serve_chains(
     layers = ChainLayers(images.layers, images.fillings, preparer, keeping, apart, links)
     documents = ChainDocuments(census.catalog, images.resolver, links)
     reachable = Reachable(links, census)
-    chains = Chains(layers, keeping, reachable, images.planting, forest, apart, showing, images.starts)
+    chains = Chains(layers, keeping, reachable, images.planting, forest, apart, showing, images.starts, inheritance)
     clearing = Clearing(census, release=donors.close)
 
     def open_repository(reference: Reference, access: Access | None) -> Repository:

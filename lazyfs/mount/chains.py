@@ -7,15 +7,19 @@ import logging
 import time
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import trio
 
 from lazyfs.errors import RegistryTimeout, UsageError
 from lazyfs.log import fields
+from lazyfs.mount import claims
 from lazyfs.mount.apart import Apart
 from lazyfs.mount.chain_layers import ChainLayers, ChainSource
+from lazyfs.mount.claims import Claim
 from lazyfs.mount.forest import SHIFT, Attributes, Forest, Planted
 from lazyfs.mount.images import LayerFacts
+from lazyfs.mount.inheritance import Inheritance
 from lazyfs.mount.keeping import Keeping
 from lazyfs.mount.planting import Planting
 from lazyfs.mount.preparing import Prepared
@@ -25,6 +29,8 @@ from lazyfs.mount.starts import Start, Starts
 from lazyfs.oci import Descriptor
 
 log = logging.getLogger(__name__)
+
+PREFIX = "chain:"  # of what is left to the next daemon
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,6 +82,7 @@ class Chains:
         apart: Apart,
         showing: Showing,
         starts: Starts,
+        inheritance: Inheritance,
     ) -> None:
         self._layers = layers
         self._keeping = keeping
@@ -85,6 +92,7 @@ class Chains:
         self._apart = apart
         self._showing = showing
         self._starts = starts
+        self._inheritance = inheritance
         self._chains: dict[str, Chain] = {}
 
     def __len__(self) -> int:
@@ -126,6 +134,7 @@ class Chains:
             shown = await self._show(planted)
             chain = Chain(planted.name.decode(), str(source.reference), manifest_digest, shown, planted, facts, start)
             known = await self._record(chain)
+            self._leave(known, source.access)
             if known is chain:
                 undo.pop_all()
             return known
@@ -133,9 +142,25 @@ class Chains:
         host = source.reference.host
         raise RegistryTimeout(host, f"the layers of {source.reference} could not be shown in time", hint="try again")
 
+    def _leave(self, chain: Chain, access: dict[str, Any] | None) -> None:
+        """Tell the next daemon of a chain."""
+        layers = claims.layers_of(chain.layers)
+        claim = Claim(chain.image, chain.manifest_digest, None, access, layers, chain.shown)
+        self._inheritance.put(PREFIX + chain.id, claim.to_json())
+
+    def regain(self, claim: Claim, planted: Planted, layers: tuple[LayerFacts, ...]) -> None:
+        """Take over a chain that a daemon before us showed, with its tree."""
+        self._showing.regain(planted, claim.shown)
+        key = planted.name.decode()
+        start = Start("", (), whole=False)
+        self._chains[key] = Chain(
+            key, claim.reference, claim.manifest_digest, claim.shown, planted, layers, start
+        )  # fmt: skip
+
     async def unmount(self, chain_id: str) -> None:
         """Let a chain go; readers of it get errors. One that isn't there is no error. A checkpoint."""
         chain = self._chains.pop(chain_id, None)
+        self._inheritance.remove(PREFIX + chain_id)
         if chain is not None:
             log.info("chain let go", extra=fields(chain=chain.id, image=chain.image))
             self._starts.end(chain.start)

@@ -36,7 +36,7 @@ from lazyfs.chunks.store import Store
 from lazyfs.chunks.trace_files import TraceFiles
 from lazyfs.config import Settings
 from lazyfs.container import sweep
-from lazyfs.control_client import prepare_run, socket_of
+from lazyfs.control_client import holder_words, prepare_run, socket_of
 from lazyfs.errors import DaemonFault, LazyfsError, UsageError, first_of
 from lazyfs.mount import heap
 from lazyfs.mount.ahead import Ahead
@@ -45,8 +45,10 @@ from lazyfs.mount.control import ControlServer
 from lazyfs.mount.donors import Donors
 from lazyfs.mount.fetching import Fetcher
 from lazyfs.mount.filling import Fillings
-from lazyfs.mount.forest import Forest, Owner, Planted
+from lazyfs.mount.forest import SHIFT, Forest, Owner, Planted
+from lazyfs.mount.held import Leash, Order
 from lazyfs.mount.images import Images
+from lazyfs.mount.inheritance import Inheritance
 from lazyfs.mount.mounted import Mounted
 from lazyfs.mount.node_uses import NodeUses
 from lazyfs.mount.operations import Operations
@@ -57,6 +59,7 @@ from lazyfs.mount.showing import Showing
 from lazyfs.mount.starts import Starts
 from lazyfs.mount.status import RequestCounters, StatusReport
 from lazyfs.mount.stock_calls import StockCalls
+from lazyfs.mount.succession import Succession
 from lazyfs.oci import Descriptor
 
 if TYPE_CHECKING:
@@ -77,13 +80,23 @@ class Daemon:
     """One data plane. `ready_fd`: where to write one line once it listens, or why it can't; -1 for nowhere."""
 
     def __init__(
-        self, settings: Settings, solo: Path | None, *, until_idle: bool, ready_fd: int, store_only: bool = False
+        self,
+        settings: Settings,
+        solo: Path | None,
+        *,
+        until_idle: bool,
+        ready_fd: int,
+        store_only: bool = False,
+        leash: Leash | None = None,
+        order: Order | None = None,
     ) -> None:
         self._settings = settings
         self._solo = solo
         self._store_only = store_only
         self._until_idle = until_idle
         self._ready_fd = ready_fd
+        self._leash = leash
+        self._order = order
         self._scope = trio.CancelScope()
         self._stop = trio.Event()  # a client asked for the end
         self._signalled = False
@@ -160,7 +173,17 @@ class Daemon:
             images.planting.with_images = lambda: showing.wants_images
             operations = Operations(forest, reader)
             mountpoint = self._solo or settings.session
-            session = None if self._store_only else Session(operations, mountpoint, allow_other=os.geteuid() == 0)
+            inheritance = Inheritance(None if self._order is None else self._order.estate)
+            session = None
+            if not self._store_only:
+                session = Session(
+                    operations,
+                    mountpoint,
+                    allow_other=os.geteuid() == 0,
+                    held=self._order,
+                    board=inheritance,
+                    on_guilty=partial(_accuse, images, forest),
+                )
             report = StatusReport(
                 settings,
                 forest,
@@ -177,7 +200,9 @@ class Daemon:
             )
             fetcher = Fetcher(settings, images, census, store, catalog)
             stock = StockCalls(Stock(census, release=donors.close), fetcher)
-            service = serve_chains(settings, images, preparer, forest, census, donors, nursery, showing, stock)
+            service = serve_chains(
+                settings, images, preparer, forest, census, donors, nursery, showing, stock, inheritance
+            )
             report.chains = service.chains.all
             metrics = partial(_metrics, report, requests, catalog, lambda: len(service.chains))
             mounted = Mounted(
@@ -190,7 +215,9 @@ class Daemon:
                 self._stop.set,
                 service,
                 traces,
+                inheritance,
             )
+            succession = Succession(settings, inheritance, images, catalog, mounted, service.chains)
             scraped = (
                 metrics().scraped(settings, mounted) if settings.metrics_address and self._alone else nullcontext()
             )
@@ -203,7 +230,7 @@ class Daemon:
                 session.open()
             try:
                 with self._scope, scraped:
-                    await self._parts(session, server, mounted, showing)
+                    await self._parts(session, server, mounted, showing, succession)
             finally:
                 with trio.CancelScope(shield=True):
                     server.unlink()
@@ -218,13 +245,29 @@ class Daemon:
                 self._last.start()
                 nursery.cancel_scope.cancel()
 
-    async def _parts(self, session: Session | None, server: ControlServer, mounted: Mounted, showing: Showing) -> None:
+    async def _parts(
+        self,
+        session: Session | None,
+        server: ControlServer,
+        mounted: Mounted,
+        showing: Showing,
+        succession: Succession,
+    ) -> None:
+        inherits = self._order is not None and self._order.inherits
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._watch_signals)
+            if inherits:
+                await succession.run()
             if session is not None:
                 nursery.start_soon(self._serve_session, session)
-                await session.tune()
-            if self._alone:
+                if not inherits:
+                    await session.tune()
+            if self._leash is not None:
+                self._leash.serves()
+            if inherits:
+                nursery.start_soon(mounted.watch_callers)
+                nursery.start_soon(showing.clear_unknown)
+            elif self._alone:
                 await mounted.clean_up_crashed()
                 await showing.clean_up_crashed()
             await server.listen()
@@ -310,6 +353,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--solo", type=Path, metavar="DIR", help="serve one image, mounted on DIR itself")
     parser.add_argument("--store-only", action="store_true", help="show nothing, only fill the store; needs no FUSE")
     parser.add_argument("--until-idle", action="store_true", help="end with the last mount")
+    parser.add_argument("--hold", action="store_true", help="have a holder keep the FUSE connection beyond our end")
+    parser.add_argument("--leash", type=int, default=-1, help="the holder's socket; it says when to serve")
     parser.add_argument("--ready-fd", type=int, default=-1, help="write one line of JSON there once it listens")
     parser.add_argument("-v", "--verbose", action="count", default=0)
     args = parser.parse_args(argv)
@@ -320,8 +365,28 @@ def main(argv: list[str] | None = None) -> int:
     daemon: Daemon | None = None
     try:
         settings = config.load({"root": args.root, "run": args.run})
+        if args.hold and args.solo is None and not args.store_only and os.geteuid() == 0:
+            _become_holder(settings, args)
+        ready_fd = args.ready_fd
+
+        def forked() -> None:
+            nonlocal ready_fd
+            if ready_fd >= 0:
+                os.close(ready_fd)
+                ready_fd = -1
+
+        leash = Leash(args.leash, forked) if args.leash >= 0 else None
+        order = leash.wait() if leash is not None else None
+        if leash is not None and order is None:
+            return 0
         daemon = Daemon(
-            settings, args.solo, until_idle=args.until_idle, ready_fd=args.ready_fd, store_only=args.store_only
+            settings,
+            args.solo,
+            until_idle=args.until_idle,
+            ready_fd=ready_fd,
+            store_only=args.store_only,
+            leash=leash,
+            order=order,
         )
         daemon.hold_signals()
         trio.run(daemon.run, strict_exception_groups=True)
@@ -332,6 +397,23 @@ def main(argv: list[str] | None = None) -> int:
         log.exception("lazyfsd broke")
         _fail(daemon, group)
     return 1
+
+
+def _become_holder(settings: Settings, args: argparse.Namespace) -> NoReturn:
+    """Turn this process into the holder, which starts lazyfsd anew, again and again. Raise DaemonUnreachable."""
+    prepare_run(settings)
+    words = [os.fspath(settings.session), str(args.ready_fd), *holder_words(settings, until_idle=args.until_idle)]
+    words += ["-v"] * args.verbose
+    if args.ready_fd >= 0:
+        os.set_inheritable(args.ready_fd, True)
+    os.execv(sys.executable, [sys.executable, "-P", "-m", "lazyfs.mount.holder", *words])
+
+
+def _accuse(images: Images, forest: Forest, node: int) -> None:
+    """Stop reading from the layer that a node is of: a request for it has ended several daemons."""
+    layer = forest.layer(node >> SHIFT)
+    if layer is not None:
+        images.quarantine(layer, "reading it has ended lazyfsd several times")
 
 
 def _metrics(

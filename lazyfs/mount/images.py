@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -40,7 +40,7 @@ from lazyfs.mount.resolving import Pull, Resolver
 from lazyfs.mount.starts import Start, Starts
 from lazyfs.mount.tracing import Recorder
 from lazyfs.mount.whole_layers import WholeLayers
-from lazyfs.oci import ImageConfig, Manifest
+from lazyfs.oci import Descriptor, ImageConfig, Manifest
 from lazyfs.reference import Reference
 from lazyfs.registry.config.access import Access, of_node
 from lazyfs.registry.config.node_logins import NodeLogins
@@ -224,6 +224,23 @@ class Images:
             said = (*remarks, *limits.remarks)
             return MountedImage(reference, wanted_platform, manifest, config, planted, facts, said, start)
 
+    async def regain(
+        self, repository: Repository, origin: str, layers: Sequence[tuple[Descriptor, str]]
+    ) -> tuple[Planted, tuple[LayerFacts, ...]]:
+        """Plant a tree again that a daemon before us showed, of its layers with their diff IDs, base first.
+
+        A checkpoint; needs no registry, as long as the store has what it had. Each call is paired with one
+        `planting.release`. Raise as `mount`.
+        """
+        wanted = [Wanted(descriptor, diff_id, origin, regained=True) for descriptor, diff_id in layers]
+        prepared = await self._hold_all(repository, wanted, lambda text: None)
+        try:
+            planted = await self.planting.plant(prepared)
+        except BaseException:
+            await self.layers.drop([one.layer for one in prepared])
+            raise
+        return planted, tuple(LayerFacts(one.layer, not one.reason, one.reason) for one in prepared)
+
     def _begin_start(
         self,
         repository: Repository,
@@ -344,17 +361,24 @@ class Images:
         tails: dict[str, Future[bytes]],
         say: Callable[[str], None],
     ) -> list[Prepared]:
+        wanted = [
+            Wanted(layer, diff_id, origin, tails.get(layer.digest))
+            for layer, diff_id in zip(manifest.layers, config.diff_ids, strict=True)
+        ]
+        return await self._hold_all(repository, wanted, say)
+
+    async def _hold_all(
+        self, repository: Repository, layers: Sequence[Wanted], say: Callable[[str], None]
+    ) -> list[Prepared]:
         found: dict[int, Prepared] = {}
 
-        async def one(number: int) -> None:
-            layer = manifest.layers[number]
-            wanted = Wanted(layer, config.diff_ids[number], origin, tails.get(layer.digest))
+        async def one(number: int, wanted: Wanted) -> None:
             found[number] = await self.layers.hold(repository, wanted, say)
 
         try:
             async with trio.open_nursery() as nursery:
-                for number in range(len(manifest.layers)):
-                    nursery.start_soon(one, number)
+                for number, wanted in enumerate(layers):
+                    nursery.start_soon(one, number, wanted)
         except* LazyfsError as group:
             error = first_of(group)
             with trio.CancelScope(shield=True):
@@ -364,7 +388,7 @@ class Images:
             with trio.CancelScope(shield=True):
                 await self.layers.drop([prepared.layer for prepared in found.values()])
             raise
-        return [found[number] for number in range(len(manifest.layers))]
+        return [found[number] for number in range(len(layers))]
 
     # -- trust
 

@@ -192,7 +192,7 @@ class Layers:
 
 def _fits(layer: ServedLayer, wanted: Wanted) -> bool:
     """Tell whether a layer in use is what an image wants. One that was not checked yet must be of the same TOC."""
-    if layer.quarantine or layer.diff_id != wanted.diff_id:
+    if (layer.quarantine and not wanted.regained) or layer.diff_id != wanted.diff_id:
         return False
     return layer.verified or toc_claims(layer.descriptor) == toc_claims(wanted.descriptor)
 

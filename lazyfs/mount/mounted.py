@@ -20,9 +20,13 @@ from lazyfs.config import Settings
 from lazyfs.container import mounts, sweep
 from lazyfs.errors import LazyfsError, MountPointInvalid, StoreError, UsageError
 from lazyfs.format.trace import fitting
+from lazyfs.mount import claims, processes
 from lazyfs.mount.chain_service import ChainService
-from lazyfs.mount.control import Say
+from lazyfs.mount.claims import Claim
+from lazyfs.mount.control import Say, caller_of
 from lazyfs.mount.images import Images, MountedImage
+from lazyfs.mount.inheritance import Inheritance
+from lazyfs.mount.processes import Process
 from lazyfs.mount.showing import Showing, Shown
 from lazyfs.mount.stock_calls import pull_of
 from lazyfs.mount.tracing import Recorder
@@ -30,6 +34,8 @@ from lazyfs.registry.config import access as accesses
 
 log = logging.getLogger(__name__)
 
+PREFIX, LOGINS = "mount:", "logins:"  # of what is left to the next daemon
+_TOLD = 8  # times that logins came whose words are kept; a snapshotter says all of its own each time
 KINDS = frozenset({"ro", "rw", "container"})
 _LAST_BREATH = 0.3  # seconds between a killed command's end and the sweep of what it left
 _DAY = 86400.0  # seconds; no start takes as long
@@ -51,6 +57,9 @@ class Mount:
     state_dir: str = ""
     recorder: Recorder | None = None  # of the start, while it is recorded
     command: tuple[str, ...] = ()  # that was said to be executed
+    access: dict[str, Any] | None = None  # the client's, as it was said: secrets
+    plain_http: bool | None = None
+    caller: Process | None = None  # the client's
 
 
 class Mounted:
@@ -67,6 +76,7 @@ class Mounted:
         stop: Callable[[], None],
         chains: ChainService,
         traces: TraceFiles,
+        inheritance: Inheritance,
     ) -> None:
         self._settings = settings
         self._images = images
@@ -77,8 +87,10 @@ class Mounted:
         self._stop = stop
         self._chains = chains
         self._traces = traces
+        self._inheritance = inheritance
         self._mounts: dict[str, Mount] = {}
         self._limiter = trio.CapacityLimiter(4)
+        self._told = 0  # times that logins came
         self.changed = trio.Event()  # set and renewed when the number of mounts changes
 
     def __len__(self) -> int:
@@ -104,6 +116,8 @@ class Mounted:
                 return await self._metrics(self.all())
             case "set_logins":
                 self._images.node_logins.update(args.get("logins"))
+                self._inheritance.put(f"{LOGINS}{self._told % _TOLD}", {"logins": args.get("logins")})
+                self._told += 1
                 return {}
             case "stop":
                 self._stop()
@@ -218,7 +232,9 @@ class Mounted:
             raise
         mount = Mount(uuid4().hex[:16], name, image, shown, connection, bool(args.get("lease")))
         mount.recorder, mount.command = recorder, tuple(command or ())
+        mount.access, mount.plain_http, mount.caller = access, plain_http, processes.find(caller_of(connection))
         self._mounts[mount.id] = mount
+        self._leave(mount)
         if command is not None:
             self._images.expect_exec(image, entrypoint, command)
         self._note_change()
@@ -255,8 +271,61 @@ class Mounted:
         record = MountRecord(
             mount.id, mount.name, mount.image.manifest.digest, mount.dir, kind, mount.state_dir, os.getpid(), tree
         )
+        self._leave(mount)
         await self._note(partial(self._catalog.set_mount, record), mount.dir)
         return {}
+
+    def _leave(self, mount: Mount) -> None:
+        """Tell the next daemon of a mount."""
+        image = mount.image
+        claim = Claim(
+            str(image.reference),
+            image.manifest.digest,
+            mount.plain_http,
+            mount.access,
+            claims.layers_of(image.layers),
+            mount.shown,
+        )
+        caller = mount.caller
+        self._inheritance.put(
+            PREFIX + mount.id,
+            claim.to_json()
+            | {
+                "name": mount.name,
+                "platform": image.platform,
+                "dir": mount.dir,
+                "kind": mount.kind,
+                "state_dir": mount.state_dir,
+                "leased": mount.leased,
+                "caller": None if caller is None else [caller.pid, caller.began],
+            },
+        )
+
+    def regain(self, identity: str, value: dict[str, Any], image: MountedImage) -> None:
+        """Take over a mount that a daemon before us made, of an image that is planted again.
+
+        Its client's connection ended with that daemon; what is leased goes with the client's process.
+        """
+        claim, caller = claims.from_json(value), value.get("caller")
+        self._showing.regain(image.planted, claim.shown)
+        process = None if caller is None else Process(*caller)
+        mount = Mount(identity, value["name"], image, claim.shown, process, bool(value["leased"]))
+        mount.dir, mount.kind, mount.state_dir = value["dir"], value["kind"], value["state_dir"]
+        mount.access, mount.plain_http, mount.caller = claim.access, claim.plain_http, process
+        self._mounts[identity] = mount
+
+    async def watch_callers(self) -> None:
+        """Release what clients of a daemon before us leased, once their processes have ended. Ends with them."""
+        callers = {mount.client for mount in self._mounts.values() if mount.leased or not mount.dir}
+
+        async def watch(caller: object) -> None:
+            if isinstance(caller, Process):
+                await processes.wait(caller)
+            await self.hung_up(caller)
+
+        async with trio.open_nursery() as nursery:
+            for caller in callers:
+                nursery.start_soon(watch, caller)
 
     async def _end_trace(self, args: dict[str, Any]) -> dict[str, Any]:
         """End the recording of a start, and write it to a file."""
@@ -289,6 +358,7 @@ class Mounted:
     async def _release(self, mount: Mount) -> None:
         if self._mounts.pop(mount.id, None) is None:
             return
+        self._inheritance.remove(PREFIX + mount.id)
         if mount.recorder is not None:
             mount.recorder.detach()
         await self._showing.hide(mount.image.planted, mount.shown)

@@ -1,219 +1,215 @@
-"""The FUSE adapter: kernel requests to forest and reader, and nothing else. Here is the one wrapper of every handler.
+"""What each request of the kernel is answered: requests to forest and reader, and nothing else.
 
-In pyfuse3 an exception other than FUSEError ends the main loop and leaves every client in an unkillable wait. So no
-handler is without `_guarded`.
+Here is the one wrapper of every handler: whatever one raises becomes an errno, or a client would wait for ever.
 """
 
 from __future__ import annotations
 
 import errno
-import functools
 import logging
 from collections import Counter
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable, Coroutine
 from time import perf_counter
-from typing import Any, Protocol, TypeVar
-
-import pyfuse3
+from typing import Any, Protocol
 
 from lazyfs.errors import LazyfsError
 from lazyfs.format.entry import Kind
+from lazyfs.mount import wire
 from lazyfs.mount.errno_map import errno_of
 from lazyfs.mount.forest import PROBE_GOOD, PROBE_ID, Attributes, Forest, NoSuchName
+from lazyfs.mount.wire import Op
 from lazyfs.stats import READ_BOUNDS, Histogram
 
 log = logging.getLogger(__name__)
 
 # Layers never change, so the kernel may keep names, absences and attributes for as long as it has memory for them.
 FOREVER = 10 * 365 * 86400  # seconds
-_BLOCK = 512  # bytes of an st_blocks unit
 _NAME_MAX = 255
 
-Handler = TypeVar("Handler", bound=Callable[..., Awaitable[Any]])
+Data = bytes | bytearray | memoryview
+Rest = Coroutine[Any, Any, Data]  # what the answer still has to wait for
+Answer = tuple[int, Data]  # an errno, or 0 and the body
 
 
 class FileReader(Protocol):
-    """What `read` needs: bytes of a row of a layer, or of its data space, verified."""
+    """What READ needs: verified bytes of a row of a layer, or of its data space, or what will have them."""
 
-    async def read(self, layer: Any, row: int, offset: int, size: int) -> bytes | memoryview: ...
+    def begin(self, layer: Any, row: int, offset: int, size: int) -> Data | Rest: ...
 
-    async def read_data(self, layer: Any, data_offset: int, size: int) -> bytes | bytearray | memoryview: ...
-
-
-def _guarded(handler: Handler) -> Handler:
-    """Turn everything that a handler can raise into an errno, and count the calls."""
-    name = handler.__name__
-
-    @functools.wraps(handler)
-    async def wrapper(self: Operations, *args: Any) -> Any:
-        self.calls[name] += 1
-        try:
-            return await handler(self, *args)
-        except NoSuchName as absent:
-            raise pyfuse3.FUSEError(absent.errno) from None
-        except LazyfsError as error:
-            self.failures[type(error).__name__] += 1
-            log.warning("%s failed: args=%s error=%s", name, args[:1], error)
-            raise pyfuse3.FUSEError(errno_of(error)) from None
-        except pyfuse3.FUSEError:
-            raise
-        except Exception as bug:
-            self.failures[type(bug).__name__] += 1
-            log.exception("%s broke: args=%s", name, args[:1])
-            raise pyfuse3.FUSEError(errno.EIO) from None
-
-    return wrapper  # type: ignore[return-value,unused-ignore]
+    def begin_data(self, layer: Any, data_offset: int, size: int) -> Data | Rest: ...
 
 
-class Operations(pyfuse3.Operations):
+class Operations:
     """Handlers of one session. Since the start: `calls` by kind, `failures` by class, `reads` by time."""
 
-    supports_dot_lookup = True
-    enable_writeback_cache = False
-    enable_acl = False
-
     def __init__(self, forest: Forest, reader: FileReader) -> None:
-        super().__init__()
         self._forest = forest
         self._reader = reader
         self.calls: Counter[str] = Counter()
         self.failures: Counter[str] = Counter()
         self.reads = Histogram(READ_BOUNDS)  # how long they took
+        handlers: dict[Op, Callable[[int, memoryview], Data | Rest]] = {
+            Op.LOOKUP: self._lookup,
+            Op.GETATTR: self._getattr,
+            Op.READLINK: self._readlink,
+            Op.OPEN: self._open,
+            Op.READ: self._read,
+            Op.STATFS: self._statfs,
+            Op.RELEASE: _nothing,
+            Op.GETXATTR: self._getxattr,
+            Op.LISTXATTR: self._listxattr,
+            Op.OPENDIR: self._opendir,
+            Op.READDIR: self._readdir,
+            Op.RELEASEDIR: _nothing,
+            Op.ACCESS: _nothing,  # asked only without default_permissions; what may be read is on the reader's account
+            Op.READDIRPLUS: self._readdirplus,
+        }
+        self._handlers = {int(op): (op.name.lower(), handler) for op, handler in handlers.items()}
+
+    def handle(self, opcode: int, node: int, body: memoryview) -> Answer | Coroutine[Any, Any, Answer]:
+        """Answer a request, or return what will. Never blocks, never raises; `body` is not used after the return."""
+        known = self._handlers.get(opcode)
+        if known is None:
+            return (
+                errno.ENOSYS,
+                b"",
+            )  # which the kernel remembers for the life of the connection
+        name, handler = known
+        self.calls[name] += 1
+        try:
+            answer = handler(node, body)
+        except Exception as error:
+            return self._refuse(name, node, error)
+        return (0, answer) if isinstance(answer, (bytes, bytearray, memoryview)) else self._later(name, node, answer)
+
+    async def _later(self, name: str, node: int, rest: Rest) -> Answer:
+        try:
+            return 0, await rest
+        except Exception as error:
+            return self._refuse(name, node, error)
+
+    def _refuse(self, name: str, node: int, error: Exception) -> Answer:
+        if isinstance(error, NoSuchName):
+            return error.errno, b""
+        self.failures[type(error).__name__] += 1
+        if isinstance(error, LazyfsError):
+            log.warning("%s failed: node=%#x error=%s", name, node, error)
+            return errno_of(error), b""
+        log.error("%s broke: node=%#x", name, node, exc_info=error)
+        return errno.EIO, b""
 
     # -- names and attributes
 
-    @_guarded
-    async def lookup(self, parent: int, name: bytes, ctx: object) -> pyfuse3.EntryAttributes:
+    def _lookup(self, parent: int, body: memoryview) -> bytes:
         forest = self._forest
+        name = wire.name_in(body)
         if name == b".":
-            return self._entry(forest.attributes(parent))
+            return self._entry(parent, FOREVER)
         if name == b"..":
-            return self._entry(forest.attributes(forest.parent_of(parent)))
+            return self._entry(forest.parent_of(parent), FOREVER)
         try:
             node = forest.lookup(parent, name)
         except NoSuchName as absent:
             if absent.errno != errno.ENOENT or forest.is_list(parent):
                 raise
-            missing = pyfuse3.EntryAttributes()
-            missing.st_ino = 0  # a negative entry: the kernel remembers that there is no such name
-            missing.entry_timeout = FOREVER
-            return missing
-        return self._entry(forest.attributes(node), self._name_timeout(parent))
+            return wire.absent_out(FOREVER)
+        return self._entry(node, self._timeout(parent))
 
-    def _name_timeout(self, directory: int) -> float:
+    def _timeout(self, directory: int) -> int:
         """Seconds for which the kernel may keep a directory's names: the list of trees changes, nothing else does."""
         return 0 if self._forest.is_list(directory) else FOREVER
 
-    @_guarded
-    async def getattr(self, node: int, ctx: object) -> pyfuse3.EntryAttributes:
-        return self._entry(self._forest.attributes(node))
+    def _entry(self, node: int, entry_timeout: int) -> bytes:
+        # a directory's link count changes with its names
+        return wire.entry_out(self._forest.attributes(node), entry_timeout, self._timeout(node))
 
-    def _entry(self, found: Attributes, entry_timeout: float = FOREVER) -> pyfuse3.EntryAttributes:
-        entry = pyfuse3.EntryAttributes()
-        entry.st_ino = found.node
-        entry.generation = 0
-        entry.entry_timeout = entry_timeout
-        entry.attr_timeout = self._name_timeout(found.node)  # a directory's link count changes with its names
-        entry.st_mode = found.mode
-        entry.st_nlink = found.nlink
-        entry.st_uid = found.uid
-        entry.st_gid = found.gid
-        entry.st_rdev = found.rdev
-        entry.st_size = found.size
-        entry.st_blksize = 4096
-        entry.st_blocks = (found.size + _BLOCK - 1) // _BLOCK
-        entry.st_atime_ns = entry.st_mtime_ns = entry.st_ctime_ns = found.mtime_ns
-        return entry
+    def _getattr(self, node: int, body: memoryview) -> bytes:
+        return wire.attr_out(self._forest.attributes(node), self._timeout(node))
 
-    @_guarded
-    async def readlink(self, node: int, ctx: object) -> bytes:
+    def _readlink(self, node: int, body: memoryview) -> bytes:
         return self._forest.link(node)
 
-    @_guarded
-    async def getxattr(self, node: int, name: bytes, ctx: object) -> bytes:
+    def _getxattr(self, node: int, body: memoryview) -> bytes:
+        room, name = wire.xattr_in(body)
         value = self._forest.xattrs(node).get(name)
         if value is None:
             raise NoSuchName(errno.ENODATA)
-        return value
+        return wire.value_out(value, room)
 
-    @_guarded
-    async def listxattr(self, node: int, ctx: object) -> list[bytes]:
-        return list(self._forest.xattrs(node))
+    def _listxattr(self, node: int, body: memoryview) -> bytes:
+        room, _ = wire.xattr_in(body)
+        return wire.value_out(b"".join(name + b"\0" for name in self._forest.xattrs(node)), room)
 
-    @_guarded
-    async def access(self, node: int, mode: int, ctx: object) -> bool:
-        return True  # asked only without default_permissions; what may be read is on the reader's own account
-
-    @_guarded
-    async def statfs(self, ctx: object) -> pyfuse3.StatvfsData:
-        data = pyfuse3.StatvfsData()
-        data.f_bsize = data.f_frsize = 4096
+    def _statfs(self, node: int, body: memoryview) -> bytes:
         layers = self._forest.layers()
-        data.f_blocks = sum(layer.table.data_size for layer in layers) // 4096
-        data.f_bfree = data.f_bavail = 0
-        data.f_files = sum(layer.table.rows for layer in layers)
-        data.f_ffree = data.f_favail = 0
-        data.f_namemax = _NAME_MAX
-        return data
+        return wire.statfs_out(
+            block=4096,
+            blocks=sum(layer.table.data_size for layer in layers) // 4096,
+            files=sum(layer.table.rows for layer in layers),
+            name_length=_NAME_MAX,
+        )
 
     # -- directories
 
-    @_guarded
-    async def opendir(self, node: int, ctx: object) -> int:
-        return node  # fh = node id: the next daemon can serve it too
+    def _opendir(self, node: int, body: memoryview) -> bytes:
+        # The handle is the node's id: the next daemon can serve it too. The kernel keeps what it listed once.
+        return wire.open_out(node, 0 if self._forest.is_list(node) else wire.KEEP_CACHE | wire.CACHE_DIR)
 
-    @_guarded
-    async def readdir(self, fh: int, start: int, token: Any) -> None:
+    def _readdir(self, node: int, body: memoryview) -> bytes:
+        return self._list(body, plus=False)
+
+    def _readdirplus(self, node: int, body: memoryview) -> bytes:
+        return self._list(body, plus=True)
+
+    def _list(self, body: memoryview, *, plus: bool) -> bytes:
         forest = self._forest
-        timeout = self._name_timeout(fh)
-        for name, node, cookie in forest.list_from(fh, start):
-            entry = self._entry(forest.attributes(node), timeout)
-            if not pyfuse3.readdir_reply(token, name, entry, cookie):
-                return
-
-    @_guarded
-    async def releasedir(self, fh: int) -> None:
-        return None
+        directory, start, room = wire.read_in(body)
+        timeout = self._timeout(directory)
+        listing = wire.Listing(room, plus=plus)
+        for name, node, cookie in forest.list_from(directory, start):
+            found: Attributes = forest.attributes(node)
+            if not listing.add(name, found, cookie, timeout, self._timeout(node)):
+                break
+        return listing.encode()
 
     # -- files
 
-    @_guarded
-    async def open(self, node: int, flags: int, ctx: object) -> pyfuse3.FileInfo:
+    def _open(self, node: int, body: memoryview) -> bytes:
         if node == PROBE_ID or self._forest.data_layer(node) is not None:
             # EROFS keeps the pages. A second copy here would cost memory and half of the speed (measured), and its
             # read-ahead would go on beyond the end of the file that is read.
-            return pyfuse3.FileInfo(fh=node, direct_io=True)
+            return wire.open_out(node, wire.DIRECT_IO)
         layer, row = self._forest.source(node)
         if layer.table.kind[row] != Kind.REG:
             raise NoSuchName(errno.EINVAL)
-        return pyfuse3.FileInfo(fh=node, keep_cache=True)
+        return wire.open_out(node, wire.KEEP_CACHE)
 
-    @_guarded
-    async def read(self, fh: int, offset: int, size: int) -> bytes:
-        if fh == PROBE_ID:
+    def _read(self, node: int, body: memoryview) -> Data | Rest:
+        handle, offset, size = wire.read_in(body)
+        if handle == PROBE_ID:
             return _read_probe(offset, size)
         began = perf_counter()
-        data = self._forest.data_layer(fh)
+        data = self._forest.data_layer(handle)
+        if data is not None:
+            # The whole range always, also behind the end: of a shorter answer the kernel makes zeros.
+            found = self._reader.begin_data(data, offset, size)
+        else:
+            layer, row = self._forest.source(handle)
+            found = self._reader.begin(layer, row, offset, size)
+        if not isinstance(found, (bytes, bytearray, memoryview)):
+            return self._timed(found, began)
+        self.reads.note(perf_counter() - began)
+        return found
+
+    async def _timed(self, rest: Rest, began: float) -> Data:
         try:
-            if data is not None:
-                # The whole range always, also behind the end: of a shorter answer the kernel makes zeros.
-                return await self._reader.read_data(data, offset, size)  # type: ignore[return-value]
-            layer, row = self._forest.source(fh)
-            # pyfuse3 takes any contiguous buffer; its annotation knows bytes only
-            return await self._reader.read(layer, row, offset, size)  # type: ignore[return-value]
+            return await rest
         finally:
             self.reads.note(perf_counter() - began)
 
-    @_guarded
-    async def flush(self, fh: int) -> None:
-        return None
 
-    @_guarded
-    async def release(self, fh: int) -> None:
-        return None
-
-    async def forget(self, inode_list: Any) -> None:
-        """Nothing is counted: any id resolves at any time."""
+def _nothing(node: int, body: memoryview) -> bytes:
+    return b""
 
 
 def _read_probe(offset: int, size: int) -> bytes:

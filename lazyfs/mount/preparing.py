@@ -90,6 +90,7 @@ class Wanted:
     largest: int | None = None  # bytes of a blob that may be fetched whole; None: any
     deadline: float | None = None  # of the requests for it
     beside: int = 0  # as `Prepared` has it
+    regained: bool = False  # a daemon before us showed it: a verdict on it concerns its bytes alone
 
 
 class Preparer:
@@ -196,6 +197,8 @@ class Preparer:
         same_claims = known.diff_id == wanted.diff_id and toc_claims(known.descriptor) == toc_claims(wanted.descriptor)
         # What another registry sent may be false where this one's is true.
         if known.quarantine and same_claims and known.origin == wanted.origin:
+            if wanted.regained:
+                return True
             raise LayerQuarantined(wanted.descriptor.digest, known.quarantine)
         if known.verified and known.diff_id != wanted.diff_id:
             raise DiffIdMismatch(wanted.descriptor.digest, wanted.diff_id, known.diff_id)
@@ -332,6 +335,8 @@ class Preparer:
             wanted.origin,
             verified=known.verified,
         )
+        if wanted.regained:
+            served.quarantine = known.quarantine
         if plain:
             served.refill = partial(self._refill, served)
         elif not known.verified:

@@ -1,7 +1,8 @@
-"""The one FUSE session of a process: mounted, tuned, run and taken down. The fd may be one that a holder opened.
+"""The one FUSE session of a process: mounted, tuned, run and taken down.
 
-pyfuse3 keeps its session in module globals: there is exactly one a process. It can set neither read-ahead nor
-max_background, and both decide cold throughput, so they are written through sysfs and fusectl after the mount.
+pyfuse3 mounts and unmounts (also for ordinary users, by fusermount3), the requests are served by `Connection`. pyfuse3
+keeps its session in module globals: there is exactly one a process. INIT can make read-ahead smaller only, and it
+decides cold throughput, so it is written through sysfs after the mount.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import errno
 import logging
 import os
 import stat
+from collections.abc import Callable
 from pathlib import Path
 
 import pyfuse3
@@ -17,16 +19,14 @@ import trio
 
 from lazyfs.container import mounts
 from lazyfs.errors import FuseUnavailable, LazyfsError, MountFailed, MountPointInvalid
+from lazyfs.mount.connection import Board, Connection
+from lazyfs.mount.held import Order
+from lazyfs.mount.operations import Operations
 from lazyfs.units import KiB, MiB
 
 log = logging.getLogger(__name__)
 
 READ_AHEAD = 4 * MiB  # bytes; at 50 ms a request 128 KiB gives 5 MB/s, this 121
-# Requests that the kernel sends ahead of answers; 12 by default. All reads of EROFS's data files count among them,
-# whatever their image, so that one whose registry is silent must not fill this: 64 did with 400 readers.
-MAX_BACKGROUND = 1024
-MAX_TASKS = 1024  # requests that may wait at once, some kilobytes each; further ones queue in the kernel
-_FUSECTL = Path("/sys/fs/fuse/connections")
 
 
 def check_available() -> None:
@@ -42,10 +42,26 @@ def check_available() -> None:
 
 
 class Session:
-    """A mounted session. `mountpoint` is a directory, or "/dev/fd/N" for a connection that was opened elsewhere."""
+    """A session on the directory `mountpoint`, whose requests `operations` answer. `held`: the holder has mounted it.
 
-    def __init__(self, operations: pyfuse3.Operations, mountpoint: Path, *, allow_other: bool) -> None:
+    `on_guilty` is told the node whose requests have killed several daemons, where that is known.
+    """
+
+    def __init__(
+        self,
+        operations: Operations,
+        mountpoint: Path,
+        *,
+        allow_other: bool,
+        held: Order | None = None,
+        board: Board | None = None,
+        on_guilty: Callable[[int], None] = lambda node: None,
+    ) -> None:
         self._operations = operations
+        self._held = held
+        self._board = board
+        self._on_guilty = on_guilty
+        self._connection: Connection | None = None
         self._mountpoint = mountpoint
         self._allow_other = allow_other
         self.reason = ""  # why the session is slower than it could be; empty when it is tuned
@@ -55,6 +71,9 @@ class Session:
 
         Raise FuseUnavailable or MountPointInvalid.
         """
+        if self._held is not None:
+            self._connection = Connection(self._held.fuse, self._operations, self._held.greeting)
+            return
         check_available()
         self._clear_stale()
         options = set(pyfuse3.default_options)
@@ -66,13 +85,14 @@ class Session:
         else:
             options.discard("default_permissions")  # only the owner comes in, and the owners in images are not theirs
         try:
-            pyfuse3.init(self._operations, os.fspath(self._mountpoint), options)
+            pyfuse3.init(pyfuse3.Operations(), os.fspath(self._mountpoint), options)
         except RuntimeError as error:
             # libfuse writes the reason to stderr, which is the daemon's log
             raise FuseUnavailable(
                 f"the FUSE file system can't be mounted on {self._mountpoint}: {error}",
                 hint="lazyfsd.log in the run directory has the reason; lazyfs doctor checks what is needed",
             ) from None
+        self._connection = Connection(_fuse_fd(), self._operations)
 
     def _clear_stale(self) -> None:
         """Take away what a crashed daemon left mounted there."""
@@ -93,19 +113,31 @@ class Session:
             raise MountPointInvalid(os.fspath(self._mountpoint), "is not a directory") from None
 
     async def run(self) -> None:
-        """Serve until the mount goes away or `stop`. A checkpoint."""
-        await pyfuse3.main(min_tasks=2, max_tasks=MAX_TASKS)
+        """Serve until the mount goes away or `stop`. After `open`. A checkpoint."""
+        assert self._connection is not None
+        if self._held is not None and self._held.inherits:
+            if self._held.careful and self._board is not None:
+                self._connection.go_carefully(self._board, self._on_guilty)
+            self._connection.take_over()
+        await self._connection.run()
 
     def stop(self) -> None:
         """End `run`."""
-        pyfuse3.terminate()
+        if self._connection is not None:
+            self._connection.stop()
 
     def close(self) -> None:
         """Unmount, also while something is open there. Blocking; never from the loop while it serves."""
-        pyfuse3.close(unmount=True)
+        if self._held is None:
+            pyfuse3.close(unmount=True)
+            return
+        try:
+            mounts.umount(os.fsencode(self._mountpoint), lazy=True)
+        except MountFailed as error:
+            log.info("the session was unmounted already: %s", error)
 
     async def tune(self) -> None:
-        """Set read-ahead and the number of requests in flight, where we may. Works in a thread: sysfs can be slow."""
+        """Set read-ahead, where we may. Works in a thread: sysfs can be slow."""
         await trio.to_thread.run_sync(self._tune, abandon_on_cancel=True)
 
     def _tune(self) -> None:
@@ -117,17 +149,20 @@ class Session:
         problems = []
         read_ahead = Path(f"/sys/class/bdi/{found.device}/read_ahead_kb")
         problems += _write(read_ahead, READ_AHEAD // KiB)
-        connection = _FUSECTL / found.device.partition(":")[2]
-        if os.geteuid() == 0 and not connection.exists():
-            try:
-                mounts.mount(b"fusectl", os.fsencode(_FUSECTL), "fusectl")
-            except MountFailed as error:
-                log.info("no control over FUSE connections: %s", error)
-        problems += _write(connection / "max_background", MAX_BACKGROUND)
-        problems += _write(connection / "congestion_threshold", MAX_BACKGROUND * 3 // 4)
         self.reason = "; ".join(problems)
         if problems:
             log.info("the mount is not tuned: %s", self.reason)
+
+
+def _fuse_fd() -> int:
+    """Return the fd of the connection that pyfuse3 has opened and keeps for itself."""
+    for name in os.listdir("/proc/self/fd"):
+        try:
+            if os.readlink(f"/proc/self/fd/{name}") == "/dev/fuse":
+                return int(name)
+        except OSError:
+            continue  # listdir's own
+    raise FuseUnavailable("the FUSE file system was mounted, and its connection is not there")
 
 
 def _write(path: Path, value: int) -> list[str]:

@@ -179,6 +179,20 @@ class Showing:
             raise MountFailed(f"the driver erofs doesn't work here: {reason}", hint="use --driver fuse, or auto")
         return Shown(path, Driver.FUSE, f"erofs doesn't work here: {reason}")
 
+    def regain(self, planted: Planted, shown: Shown) -> None:
+        """Count one `show` that a daemon before us did. Its mount is there, and outlived that daemon."""
+        if shown.driver == Driver.EROFS:
+            key = planted.name.decode()
+            place = self._places.get(key)
+            if place is None:
+                place = self._places[key] = _Place(0, trio.Lock())
+            place.users += 1
+
+    async def clear_unknown(self) -> None:
+        """Take away mounts that nobody has, because a daemon before us died in the midst of one. A checkpoint."""
+        known = frozenset(self._places)
+        await trio.to_thread.run_sync(partial(self._clear, known), limiter=self._leavers)
+
     async def hide(self, planted: Planted, shown: Shown) -> None:
         """Take back one `show`; with the last one of an erofs mount it goes. A checkpoint; never fails."""
         place = self._places.get(planted.name.decode())
@@ -195,10 +209,10 @@ class Showing:
         """Take away what a daemon that died has left mounted. A checkpoint."""
         await trio.to_thread.run_sync(self._clear, limiter=self._leavers)
 
-    def _clear(self) -> None:
+    def _clear(self, known: frozenset[str] = frozenset()) -> None:
         base = os.fsencode(self._settings.shown)
         for entry in mounts.below(base):
-            if entry.kind == "erofs":
+            if entry.kind == "erofs" and os.fsdecode(os.path.basename(entry.dir)) not in known:
                 erofs_mount.unmount(Path(os.fsdecode(entry.dir)))
         with suppress(OSError):  # not empty where one stays mounted
             self._settings.shown.rmdir()

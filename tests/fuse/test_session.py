@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from lazyfs.container import mounts
-from lazyfs.mount.session import MAX_BACKGROUND, READ_AHEAD
+from lazyfs.mount.greeting import MAX_BACKGROUND
+from lazyfs.mount.session import READ_AHEAD
 from tests.helpers.blobs import zstd_chunked_layer
 from tests.helpers.daemon import Node, add, pattern, until
 from tests.helpers.fake_registry import FakeRegistry
@@ -38,7 +39,10 @@ def test_kernel_side_is_tuned(node: Node, registry: FakeRegistry) -> None:
     assert shown is not None and shown.kind == "fuse.lazyfs"
     read_ahead = Path(f"/sys/class/bdi/{shown.device}/read_ahead_kb")
     assert int(read_ahead.read_text()) == READ_AHEAD // 1024
-    connection = Path("/sys/fs/fuse/connections") / shown.device.partition(":")[2]
+    connections = Path("/sys/fs/fuse/connections")
+    if not any(connections.iterdir()):
+        mounts.mount(b"fusectl", os.fsencode(connections), "fusectl")
+    connection = connections / shown.device.partition(":")[2]
     assert int((connection / "max_background").read_text()) == MAX_BACKGROUND
     assert node.status()["daemon"]["reason"] == "the settings say so"
 

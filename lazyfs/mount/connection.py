@@ -1,0 +1,225 @@
+"""The loop over a FUSE connection: requests are read as they come, answered at once or when their bytes are here.
+
+pyfuse3's loop polls and then reads a fd that blocks: when the caller of a request is killed in between, the whole trio
+loop sleeps until another request comes. It makes two turns of the event loop and two tasks' changes for a request.
+Here the fd doesn't block, and an answer that is at hand needs no task. (Measured, per request: docs/architecture.md.)
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import logging
+import os
+from collections.abc import Callable, Coroutine
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import trio
+
+from lazyfs.mount import greeting as greetings
+from lazyfs.mount import wire
+from lazyfs.mount.greeting import Greeting
+from lazyfs.mount.wire import Op
+
+log = logging.getLogger(__name__)
+
+Data = bytes | bytearray | memoryview
+Answer = tuple[int, Data]
+
+_ALONE = 8  # one request in so many looks for a second one before it waits, while they come one at a time
+_TURN = 16  # requests after which others in the loop have their turn
+# Requests that may wait for their bytes at once, some kilobytes each; further ones queue in the kernel.
+MAX_WAITING = 1024
+_LOOK_AT_CALLER = 0.2  # seconds between looks whether the caller of an interrupted request is to die
+_SILENT = frozenset({Op.FORGET, Op.BATCH_FORGET})  # nothing is counted: any id resolves at any time
+_SIGKILL = 1 << 8  # in the masks of proc(5)
+
+
+class Handler(Protocol):
+    """Who answers: (errno, body), or what will have that. Never raises."""
+
+    def handle(self, opcode: int, node: int, body: memoryview) -> Answer | Coroutine[Any, Any, Answer]: ...
+
+
+class Board(Protocol):
+    """Remembers, beyond the end of this process, at which node it was. 0: at none."""
+
+    def set_trial(self, node: int) -> None: ...
+
+    def trial(self) -> int: ...
+
+
+@dataclass(slots=True)
+class Trials:
+    """Requests taken one by one. `guilty`: the node that killed a daemon, 0 where none is known."""
+
+    board: Board
+    guilty: int
+    turn: trio.Lock = field(default_factory=trio.Lock)
+
+
+class Connection:
+    """One open /dev/fuse, which the caller owns. `greeting`: the kernel's INIT where it was answered already."""
+
+    def __init__(self, fd: int, handler: Handler, greeting: Greeting | None = None) -> None:
+        self._fd = fd
+        self._handler = handler
+        self.greeting = greeting
+        self._waiting: dict[int, trio.CancelScope] = {}  # by the request's number
+        self._fewer = trio.Event()
+        self._trials: Trials | None = None
+        self._scope = trio.CancelScope()
+        os.set_blocking(fd, False)
+
+    async def run(self) -> None:
+        """Serve until the mount goes away, or `stop`. Requests that wait then are left to the kernel, which fails them.
+
+        A checkpoint. Raise OSError where the device behaves as nobody knows.
+        """
+        buffer = bytearray(wire.REQUEST_SIZE)
+        request = memoryview(buffer)
+        served = alone = 0  # requests since the last wait; waits since which one request came at a time
+        with self._scope:
+            async with trio.open_nursery() as nursery:
+                while True:
+                    try:
+                        size = os.readv(self._fd, [buffer])
+                    except BlockingIOError:
+                        alone, served = (0 if served > 1 else alone + 1), 0
+                        await trio.lowlevel.wait_readable(self._fd)
+                        continue
+                    except OSError as error:
+                        if error.errno in (errno.ENOENT, errno.EINTR):  # its caller was killed meanwhile
+                            continue
+                        if error.errno not in (errno.ENODEV, errno.ECONNABORTED):
+                            raise
+                        break
+                    self._serve(request[:size], nursery)
+                    served += 1
+                    if alone % _ALONE:  # to look for another request would be a call in vain
+                        alone, served = alone + 1, 0
+                        await trio.lowlevel.wait_readable(self._fd)
+                    elif served % _TURN == 0:
+                        await trio.lowlevel.checkpoint()
+                    while len(self._waiting) >= MAX_WAITING:
+                        self._fewer = trio.Event()
+                        await self._fewer.wait()
+                nursery.cancel_scope.cancel()
+
+    def stop(self) -> None:
+        """End `run`."""
+        self._scope.cancel()
+
+    def go_carefully(self, board: Board, on_guilty: Callable[[int], None]) -> None:
+        """Take what a dead daemon leaves one by one, because one of these requests may have killed several of them.
+
+        `board` remembers the node at work. One that stands there already gets EIO, and `on_guilty` is told.
+        """
+        guilty = board.trial()
+        if guilty:
+            log.error("node %#x was at work when the last daemon died", guilty)
+            on_guilty(guilty)
+        self._trials = Trials(board, guilty)
+
+    def take_over(self) -> None:
+        """Have the kernel send again what a daemon before us took and did not answer. It has ended, all of it.
+
+        Doesn't block. Raise OSError where the kernel can't (before Linux 6.9).
+        """
+        os.write(self._fd, wire.RESEND)
+
+    def _serve(self, request: memoryview, nursery: trio.Nursery) -> None:
+        opcode, unique, node, thread = wire.decode_header(request)
+        if opcode in _SILENT:
+            return
+        if opcode == Op.INIT:
+            self._greet(bytes(request))
+            return
+        body = request[wire.HEADER_SIZE :]
+        if opcode == Op.INTERRUPT:
+            interrupted = wire.interrupted_in(body)
+            if interrupted in self._waiting:
+                nursery.start_soon(self._watch_caller, interrupted, thread)
+            return
+        if opcode == Op.DESTROY:
+            self._answer(unique, 0, b"")
+            return
+        if self._trials is not None and unique & wire.RESENT:
+            if node == self._trials.guilty:
+                self._answer(unique, errno.EIO, b"")
+            else:
+                nursery.start_soon(self._try, self._trials, opcode, unique, node, bytes(body))
+            return
+        answer = self._handler.handle(opcode, node, body)
+        if isinstance(answer, tuple):
+            self._answer(unique, *answer)
+        else:
+            # before the task begins: an interrupt of it may be the next request
+            self._waiting[unique] = trio.CancelScope()
+            nursery.start_soon(self._finish, unique, answer)
+
+    async def _finish(self, unique: int, answer: Coroutine[Any, Any, Answer]) -> None:
+        try:
+            with self._waiting[unique] as scope:
+                self._answer(unique, *await answer)
+            if scope.cancelled_caught:
+                self._answer(unique, errno.EINTR, b"")
+        finally:
+            del self._waiting[unique]
+            self._fewer.set()
+
+    async def _try(self, trials: Trials, opcode: int, unique: int, node: int, body: bytes) -> None:
+        async with trials.turn:
+            trials.board.set_trial(node)
+            answer = self._handler.handle(opcode, node, memoryview(body))
+            if not isinstance(answer, tuple):
+                answer = await answer
+            trials.board.set_trial(0)
+        self._answer(unique, *answer)
+
+    async def _watch_caller(self, unique: int, thread: int) -> None:
+        """End a request whose caller is to die: the kernel doesn't let it, as long as we have its request.
+
+        Any signal is told to us, and most of them must not fail a read; a SIGKILL after another is not told any more.
+        """
+        while unique in self._waiting:
+            if _is_dying(thread):
+                self._waiting[unique].cancel()
+                return
+            await trio.sleep(_LOOK_AT_CALLER)
+
+    def _answer(self, unique: int, error: int, body: Data) -> None:
+        if error:
+            body = b""
+        try:
+            os.writev(self._fd, [greetings.out_header(unique, len(body), error), body])
+        except OSError as failure:
+            # The caller was killed, or the mount went away: nobody wants the answer.
+            if failure.errno in (errno.ENOENT, errno.ENODEV, errno.ECONNABORTED):
+                return
+            log.error("the kernel refuses an answer of %d bytes: %s", len(body), failure)
+            if not error:
+                self._answer(unique, errno.EIO, b"")
+
+    def _greet(self, request: bytes) -> None:
+        self.greeting = greeting = greetings.decode(request)
+        if not greeting.is_known:
+            log.error("the kernel's FUSE protocol %d.%d is too old", greeting.major, greeting.minor)
+            self._answer(greeting.unique, errno.EPROTO, b"")
+            return
+        with contextlib.suppress(OSError):  # unmounted meanwhile
+            os.write(self._fd, greetings.answer(greeting))
+
+
+def _is_dying(thread: int) -> bool:
+    """Tell whether a thread has a SIGKILL waiting. Reads /proc, which doesn't block. Unknown ones are gone."""
+    if thread <= 0:
+        return False  # in a pid namespace that is not below ours
+    try:
+        with open(f"/proc/{thread}/status", "rb") as handle:
+            lines = handle.read().splitlines()
+    except OSError:
+        return True
+    masks = (line.split(b":")[1] for line in lines if line.startswith((b"SigPnd:", b"ShdPnd:")))
+    return any(int(mask, 16) & _SIGKILL for mask in masks)

@@ -1,0 +1,414 @@
+"""The holder of the FUSE connection: mounts it, starts lazyfsd, and puts another one in its place when it dies.
+
+Readers of a mount wait some milliseconds then, and none fails. What a daemon took from the kernel and did not answer is
+sent again to the next one (FUSE_NOTIFY_RESEND, Linux 6.9). The standard library and `greeting` alone are imported:
+nothing here may break, and nothing here is upgraded with the daemon. Where the kernel can't do it, this process turns
+into lazyfsd itself, with a plain mount.
+
+A daemon has one end of a socket pair, its leash. Down the leash comes, once and with the fds, the order to serve; up
+the leash "W" and its process number: it is warm and waits; "S": it serves. Who is ordered to serve forks the next
+standby first, whose leash comes with the order.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import fcntl
+import json
+import os
+import select
+import signal
+import socket
+import sys
+import time
+from dataclasses import dataclass
+
+from lazyfs.mount import greeting as greetings
+
+WARM, SERVES = b"W", b"S"
+_BOARD = 4096  # bytes in front of what daemons leave to each other: what one was at when it died
+_LEAST = 8192  # bytes of a buffer that the kernel reads a request into
+_INIT_TIMEOUT = 10.0  # seconds for the kernel's first request
+_MS_NOATIME, _MS_RDONLY, _MNT_DETACH = 0x400, 0x1, 0x2
+_STANDBY_AGAIN = 1.0  # seconds until a standby that was lost is begun anew, which costs 0.3 s of processor time
+_PR_SET_CHILD_SUBREAPER = 36
+_QUICK = 30.0  # seconds; so many crashes within them are a loop
+_LOOP = 3
+_HOPELESS = 20  # daemons in a row that did not come to serve; then readers get errors rather than wait
+_PAUSE, _LONGEST_PAUSE = 0.1, 5.0  # seconds before the next one, doubled each time
+_CLAIM_TIMEOUT = 5.0  # seconds for another holder that ends
+_STOP_TIMEOUT = 25.0  # seconds for a daemon to take its mounts down
+_STOPS = (signal.SIGTERM, signal.SIGINT)
+
+
+@dataclass(eq=False)
+class _Child:
+    """A daemon. One that is being forked has no number yet."""
+
+    leash: socket.socket
+    pid: int = 0
+    pidfd: int = -1
+    warm: bool = False
+    serving: bool = False
+    hung_up: bool = False
+
+    def name(self, pid: int) -> None:
+        """Note its number, once it is known."""
+        if not self.pid:
+            self.pid, self.pidfd = pid, os.pidfd_open(pid)
+
+
+class Holder:
+    """One connection and whoever serves it. `words`: the daemon's own arguments; `mountpoint` is a directory."""
+
+    def __init__(self, mountpoint: str, words: list[str], ready_fd: int) -> None:
+        self._mountpoint = mountpoint
+        self._words = words
+        self._ready_fd = ready_fd
+        self._fuse = -1
+        self._greeting = b""
+        self._estate = -1
+        self._current: _Child | None = None
+        self._standby: _Child | None = None
+        self._upgrading = False
+        self._planned = False  # the end of the daemon that serves
+        self._stopping = False
+        self._signals: list[int] = []  # that came and were not looked at
+        self._stop_by = float("inf")
+        self._served = False  # by anybody, ever
+        self._standby_at = float("inf")  # when to begin one
+        self._start_at = float("inf")  # when to put the next one in place
+        self._crashes: list[float] = []
+        self._failures = 0  # in a row, before they served
+        self._wake, self._waker = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+
+    # -- the connection
+
+    def open(self) -> bool:
+        """Mount, and answer INIT. Blocking, 10 s at most. False: the kernel can't hand a connection over.
+
+        Raise OSError.
+        """
+        fuse = os.open("/dev/fuse", os.O_RDWR | os.O_CLOEXEC | os.O_NONBLOCK)
+        options = f"fd={fuse},rootmode=40000,user_id=0,group_id=0,allow_other,default_permissions"
+        libc = ctypes.CDLL(None, use_errno=True)
+        target = os.fsencode(self._mountpoint)
+        if libc.mount(b"lazyfs", target, b"fuse.lazyfs", ctypes.c_ulong(_MS_RDONLY), options.encode()) != 0:
+            raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()), self._mountpoint)
+        self._fuse = fuse
+        try:
+            found = greetings.decode(_first_request(fuse))
+            if not found.can_resend or not found.is_known:
+                self._unmount()
+                return False
+            os.write(fuse, greetings.answer(found))
+        except BaseException:
+            self._unmount()
+            raise
+        self._greeting = found.raw
+        self._estate = os.memfd_create("lazyfs-estate", os.MFD_CLOEXEC)
+        os.ftruncate(self._estate, _BOARD)
+        return True
+
+    def _unmount(self) -> None:
+        ctypes.CDLL(None).umount2(os.fsencode(self._mountpoint), _MNT_DETACH)
+        os.close(self._fuse)
+        self._fuse = -1
+
+    # -- daemons
+
+    def _spawn(self, *, ready: bool = False) -> _Child:
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        passed = [theirs.fileno()]
+        words = [sys.executable, "-P", "-m", "lazyfs.mount.daemon", *self._words, "--leash", str(theirs.fileno())]
+        if ready and self._ready_fd >= 0:
+            passed.append(self._ready_fd)
+            words += ["--ready-fd", str(self._ready_fd)]
+        pid = os.fork()
+        if pid == 0:
+            try:
+                for number in (*_STOPS, signal.SIGHUP):
+                    signal.signal(number, signal.SIG_DFL)
+                _own_cgroup()
+                for fd in passed:
+                    os.set_inheritable(fd, True)
+                os.execv(words[0], words)
+            finally:
+                os._exit(127)
+        theirs.close()
+        if ready and self._ready_fd >= 0:
+            os.close(self._ready_fd)
+            self._ready_fd = -1
+        ours.setblocking(False)
+        child = _Child(ours)
+        child.name(pid)
+        return child
+
+    def _order(self, child: _Child) -> None:
+        """Have a daemon serve. Its predecessor has ended, all of its threads."""
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        ours.setblocking(False)
+        looping = len([at for at in self._crashes if at > time.monotonic() - _QUICK]) >= _LOOP
+        order = {"greeting": self._greeting.hex(), "inherits": self._served, "careful": looping}
+        try:
+            socket.send_fds(child.leash, [json.dumps(order).encode()], [self._fuse, self._estate, theirs.fileno()])
+        except OSError:
+            pass  # it has ended already, which is seen next
+        theirs.close()
+        self._standby = _Child(ours)
+
+    def _put_in_place(self) -> None:
+        self._start_at = float("inf")
+        self._current = self._standby or self._spawn(ready=not self._served)
+        self._standby, self._standby_at = None, float("inf")
+        self._order(self._current)
+
+    # -- the loop
+
+    def run(self) -> int:
+        """Serve until told to stop, or unmounted. Return the exit status."""
+        signal.set_wakeup_fd(self._waker, warn_on_full_buffer=False)
+        for number in (*_STOPS, signal.SIGHUP):
+            signal.signal(number, self._on_signal)
+        ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)  # a standby's parent is the daemon before it
+        self._put_in_place()
+        while True:
+            self._wait()
+            status = self._step()
+            if status is not None:
+                self._end()
+                return status
+
+    def _on_signal(self, number: int, frame: object) -> None:
+        self._signals.append(number)
+
+    def _obey(self, now: float) -> None:
+        """Do what signals say: SIGHUP has a daemon of today's code take over, the others end all."""
+        while self._signals:
+            number = self._signals.pop(0)
+            self._drop_standby()  # it has the code of before, and is not needed at the end
+            if number == signal.SIGHUP:
+                self._upgrading, self._standby_at = True, now
+            elif not self._stopping:
+                self._stopping, self._stop_by = True, now + _STOP_TIMEOUT
+                self._standby_at = self._start_at = float("inf")
+                if self._current is not None:
+                    _send(self._current, signal.SIGTERM)
+
+    def _wait(self) -> None:
+        poll = select.poll()
+        poll.register(self._wake, select.POLLIN)
+        poll.register(self._fuse, 0)  # POLLERR: it was unmounted
+        for child in (self._current, self._standby):
+            if child is not None:
+                if child.pid:
+                    poll.register(child.pidfd, select.POLLIN)
+                if child.leash.fileno() >= 0:
+                    poll.register(child.leash.fileno(), select.POLLIN)
+        until = min(self._standby_at, self._start_at, self._stop_by)
+        poll.poll(None if until == float("inf") else max(0.0, until - time.monotonic()) * 1000)
+        try:
+            os.read(self._wake, 4096)
+        except BlockingIOError:
+            pass
+
+    def _step(self) -> int | None:
+        """Look at everything once. Return the exit status when it is over."""
+        now = time.monotonic()
+        self._obey(now)
+        for child in (self._current, self._standby):
+            if child is not None:
+                self._listen(child)
+        if self._standby is not None and _ended(self._standby) is not None:
+            self._standby = None
+            self._upgrading = False  # the new code can't even begin: the old one goes on
+            self._standby_at = now + _STANDBY_AGAIN
+        if self._current is not None:
+            status = _ended(self._current)
+            if status is not None:
+                over = self._bury(status, now)
+                if over is not None:
+                    return over
+        elif self._stopping:
+            return 0
+        if now >= self._stop_by and self._current is not None:
+            _send(self._current, signal.SIGKILL)
+            self._stop_by = float("inf")
+        if now >= self._start_at:
+            self._put_in_place()
+        if self._upgrading and self._standby is not None and self._standby.warm and self._current is not None:
+            # What a daemon holds is written down as it comes: there is nothing that it could do at its end.
+            self._upgrading, self._planned = False, True
+            _send(self._current, signal.SIGKILL)
+        if now >= self._standby_at and self._standby is None and not self._stopping:
+            self._standby = self._spawn()
+            self._standby_at = float("inf")
+        return None
+
+    def _listen(self, child: _Child) -> None:
+        while child.leash.fileno() >= 0:
+            try:
+                word = child.leash.recv(32)
+            except BlockingIOError:
+                return
+            except OSError:
+                word = b""
+            if not word:
+                child.leash.close()
+                child.hung_up = True
+            elif word[:1] == WARM:
+                child.name(int(word[1:]))
+                child.warm = True
+            elif word == SERVES:
+                child.serving = self._served = True
+                self._failures = 0
+
+    def _bury(self, status: int, now: float) -> int | None:
+        """Note the end of the daemon that served. Return the exit status when none is to follow."""
+        child, self._current = self._current, None
+        assert child is not None
+        child.leash.close()
+        if self._stopping or status == 0 or not self._served:
+            return max(0, status) if not self._stopping else 0  # in order, or it could not start at all and said so
+        if self._planned:
+            self._planned = False
+            self._put_in_place()
+            return None
+        print(f"lazyfsd {child.pid} ended with {status}, another one takes over", file=sys.stderr, flush=True)
+        self._crashes = [*(at for at in self._crashes if at > now - _QUICK), now]
+        self._failures = 0 if child.serving else self._failures + 1
+        if self._failures >= _HOPELESS:
+            return 1
+        pause = 0.0 if not self._failures else min(_PAUSE * 2.0**self._failures, _LONGEST_PAUSE)
+        self._start_at = now + pause
+        if not pause:
+            self._put_in_place()
+        return None
+
+    def _drop_standby(self) -> None:
+        standby, self._standby = self._standby, None
+        if standby is not None:
+            standby.leash.close()  # which ends one that waits for an order
+            if standby.pid:
+                _send(standby, signal.SIGKILL)
+                _reap(standby)
+
+    def _end(self) -> None:
+        self._drop_standby()
+        self._unmount()
+
+
+def _first_request(fuse: int) -> bytes:
+    poll = select.poll()
+    poll.register(fuse, select.POLLIN)
+    if not poll.poll(_INIT_TIMEOUT * 1000):
+        raise OSError(errno.ETIMEDOUT, "the kernel does not begin the FUSE connection")
+    return os.read(fuse, _LEAST)
+
+
+def _send(child: _Child, number: int) -> None:
+    if not child.pid:
+        return
+    try:
+        signal.pidfd_send_signal(child.pidfd, number)
+    except ProcessLookupError:
+        pass  # it has ended already
+
+
+def _ended(child: _Child) -> int | None:
+    """Return the exit status of a daemon that has ended with all of its threads; -n: by signal n."""
+    if not child.pid:
+        return -1 if child.hung_up else None  # it was never forked
+    poll = select.poll()
+    poll.register(child.pidfd, select.POLLIN)
+    return _reap(child) if poll.poll(0) else None
+
+
+def _reap(child: _Child) -> int:
+    try:
+        return os.waitstatus_to_exitcode(os.waitpid(child.pid, 0)[1])
+    except ChildProcessError:
+        return -signal.SIGKILL  # a standby whose parent lives: its own status goes there
+    finally:
+        os.close(child.pidfd)
+
+
+def _own_cgroup() -> None:
+    """Leave the holder's cgroup, where systemd has given us ours: what the kernel kills there is the daemon alone."""
+    try:
+        with open("/proc/self/cgroup") as handle:
+            path = next(line[3:].strip() for line in handle if line.startswith("0::"))
+        if "INVOCATION_ID" not in os.environ or not path.endswith(".service"):
+            return
+        group = f"/sys/fs/cgroup{path}/daemon"
+        os.makedirs(group, exist_ok=True)
+        with open(f"{group}/cgroup.procs", "w") as handle:
+            handle.write("0")
+    except (OSError, StopIteration):
+        pass  # no delegation: one cgroup for both, as for any service
+
+
+def _claim(directory: str) -> bool:
+    """Be the one holder of a directory of sockets, until this process ends. Blocking, 5 s at most."""
+    lock = os.open(f"{directory}/holder.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+    until = time.monotonic() + _CLAIM_TIMEOUT
+    while True:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return not _listens(f"{directory}/lazyfsd.sock")
+        except BlockingIOError:
+            if time.monotonic() > until:
+                return False
+            time.sleep(0.05)
+
+
+def _listens(path: str) -> bool:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as ours:
+        ours.settimeout(1.0)
+        try:
+            ours.connect(path)
+        except (FileNotFoundError, ConnectionRefusedError):
+            return False
+        except OSError:
+            return True
+        return True
+
+
+def _clear_stale(mountpoint: str) -> None:
+    """Take away what a holder that was killed left mounted. The caller has the directory's lock."""
+    wanted = os.fsencode(mountpoint)
+    for old, new in ((b"\\", b"\\134"), (b" ", b"\\040"), (b"\t", b"\\011"), (b"\n", b"\\012")):
+        wanted = wanted.replace(old, new)
+    with open("/proc/self/mountinfo", "rb") as handle:
+        for line in handle.read().splitlines():
+            fields, _, rest = line.partition(b" - ")
+            if fields.split(b" ")[4] == wanted and rest.startswith(b"fuse.lazyfs "):
+                ctypes.CDLL(None).umount2(os.fsencode(mountpoint), _MNT_DETACH)
+
+
+def main(words: list[str]) -> int:
+    """Run as `python -m lazyfs.mount.holder MOUNTPOINT READY_FD [lazyfsd's arguments]`. Blocking.
+
+    The directory above the mountpoint is there, and ours alone.
+    """
+    mountpoint, ready_fd, rest = words[0], int(words[1]), words[2:]
+    os.umask(0o077)
+    holder = Holder(mountpoint, rest, ready_fd)
+    try:
+        held = _claim(os.path.dirname(mountpoint))
+        if held:
+            _clear_stale(mountpoint)
+            os.makedirs(mountpoint, exist_ok=True)
+            held = holder.open()
+    except (OSError, ValueError) as error:
+        print(f"the FUSE connection can't be held: {error}", file=sys.stderr, flush=True)
+        held = False
+    if held:
+        return holder.run()
+    ready = ["--ready-fd", str(ready_fd)] if ready_fd >= 0 else []
+    os.execv(sys.executable, [sys.executable, "-P", "-m", "lazyfs.mount.daemon", *rest, *ready])
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
