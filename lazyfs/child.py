@@ -217,7 +217,9 @@ def read_answer(answer: bytes, complaint: bytes, status: int, blame: type[Format
     if status == -signal.SIGXCPU:
         raise blame("it took more processor time to read than any layer may")
     tail = complaint.decode("utf-8", "replace").strip().rpartition("\n")[2]
-    raise blame(f"the process that read it died (status {status}): {tail[:200]}")
+    if status == -signal.SIGKILL:
+        tail = "somebody killed it, most likely the kernel for want of memory"
+    raise blame(f"the process that read it died (status {status})" + (f": {tail[:200]}" if tail else ""))
 
 
 def refuse(error: LazyfsError) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import select
 import subprocess
 from collections.abc import Callable
 from contextlib import closing
@@ -27,7 +28,7 @@ from lazyfs.units import MiB
 _PIPE = MiB  # bytes that the pipe to the child holds, where the kernel lets us
 # Blocks of a megabyte come and go a thousand times: glibc is not to give each back to the kernel and fault it in again.
 _MALLOC = {"MALLOC_MMAP_THRESHOLD_": str(32 * MiB), "MALLOC_TRIM_THRESHOLD_": str(128 * MiB)}
-_WAIT = 60.0  # seconds that the child may take for table and answer after its last byte
+_WAIT = 60.0  # seconds that the child may take no byte, and that it may take for table and answer after its last one
 _CPU_BASE = 120  # seconds of processor time for any layer: tens of gigabytes of zeros, or millions of names
 _CPU_RATE = 1_000_000  # bytes of blob for each further second; honest ones need a tenth of it
 
@@ -74,11 +75,12 @@ def unpack_plain(
     with child:
         assert child.stdin is not None
         _widen(child.stdin)
+        os.set_blocking(child.stdin.fileno(), False)  # our end alone
         try:
             blob = WholeBlob(repository, layer.blob_digest, layer.blob_size, lines or Lines(0), deadline=layer.deadline)
             with closing(iter(blob)) as blocks:
                 for block in blocks:
-                    _write(child.stdin, block)
+                    _write(child.stdin, block, layer.blob_digest)
                     on_bytes(len(block))
         except BrokenPipeError:
             pass  # the child gave up; its answer says why
@@ -100,7 +102,14 @@ def _widen(pipe: IO[bytes]) -> None:
         pass  # the user's pipes hold too much already: slower, nothing else
 
 
-def _write(pipe: IO[bytes], data: bytes) -> None:
-    view = memoryview(data)
+def _write(pipe: IO[bytes], data: bytes, layer: str) -> None:
+    """Give a child bytes. Blocking, while it takes some. Raise StoreBroken when it takes none for `_WAIT` seconds."""
+    view, room = memoryview(data), select.poll()
+    room.register(pipe, select.POLLOUT)
     while view:
-        view = view[pipe.write(view) :]
+        if not room.poll(1000 * _WAIT):
+            raise StoreBroken(
+                f"the process that unpacks layer {layer} has taken no byte for {_WAIT:.0f} s: it was stopped, "
+                "or the disk of the store hangs"
+            )
+        view = view[pipe.write(view) or 0 :]

@@ -222,3 +222,13 @@ def annotated(layer: LayerBlob, **changes: str | None) -> LayerBlob:
 
 def _sha256(data: bytes) -> bytes:
     return hashlib.sha256(data).digest()
+
+
+def crowded(names: int) -> LayerBlob:
+    """Return a layer whose TOC has a directory `crowd` of so many empty files, which are not in its tar, and `data`."""
+    honest = zstd_chunked_layer(tars.tar_of(tars.file("data", b"crowded")))
+    end = honest.toc.rindex(b"]")
+    more = b",".join(b'{"name":"crowd/%d","type":"reg"}' % number for number in range(names))
+    return resealed(
+        honest, b'%s,{"name":"crowd/","type":"dir","mode":493},%s%s' % (honest.toc[:end], more, honest.toc[end:])
+    )

@@ -188,6 +188,12 @@ class Bench:
 
         until(all_read, f"{[victim.name for victim in left]} are read again", patience)
 
+    def forget_pages(self, victim: Victim) -> None:
+        """Have the kernel ask the daemon for the victim's file again."""
+        code = "os.posix_fadvise(os.open(a[0], os.O_RDONLY), 0, 0, os.POSIX_FADV_DONTNEED)"
+        for tree in victim.trees.values():
+            self.node.python(code, tree / "data")
+
     def errors(self) -> dict[str, float]:
         """Return the daemon's counted errors by class."""
         return {label: value for (name, label), value in self.metrics().items() if name == "lazyfsd_errors_total"}

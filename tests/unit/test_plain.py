@@ -327,6 +327,27 @@ def test_a_killed_child_is_an_error(registry: FakeRegistry, tmp_path: Path, monk
     assert not (tmp_path / "table").exists()
 
 
+def test_a_child_that_takes_nothing_is_given_up(
+    registry: FakeRegistry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Stopped, or in the hands of a disk that hangs: it would hold a thread and a connection for ever."""
+    monkeypatch.setattr(plain, "_WAIT", 0.5)
+    tar = tars.tar_of(tars.file("f", os.urandom(6 << 20)))
+    started: list[subprocess.Popen[bytes]] = []
+    real = subprocess.Popen
+
+    def popen(*words: object, **options: object) -> subprocess.Popen[bytes]:
+        started.append(real(*words, **options))  # type: ignore[call-overload]
+        return started[-1]
+
+    monkeypatch.setattr(plain.subprocess, "Popen", popen)
+    registry.add_blob(tar)
+    layer = PlainLayer(digest(tar), len(tar), digest(tar), tmp_path / "data.new", tmp_path / "table")
+    with repository(registry) as opened, pytest.raises(StoreBroken, match="has taken no byte"):
+        unpack_plain(opened, layer, lambda size: started[0].send_signal(signal.SIGSTOP))
+    assert started[0].returncode == -signal.SIGKILL
+
+
 def test_an_error_of_the_caller_ends_the_child(registry: FakeRegistry, tmp_path: Path) -> None:
     """What `on_bytes` raises (a cancelled mount, say) comes out, and no process stays behind."""
 

@@ -1,7 +1,7 @@
 """What the directory's `sitecustomize` does, from the test's side.
 
 node = Node(scratch, prefix=sabotage.prefix(scratch / "sabotage", store))
-with sabotage.on(scratch / "sabotage", "eio-read"): …
+with sabotage.on(scratch / "sabotage", "read-fails", "EIO"): …
 """
 
 from __future__ import annotations

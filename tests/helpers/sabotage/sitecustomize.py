@@ -2,10 +2,10 @@
 
 $LAZYFS_TEST_SABOTAGE is a directory; a file in it is a fault, there from then on until the file goes:
 
-    eio-read, eio-write   reads, or writes and syncs, of files of the store's layers fail
-    slow                  each of them takes as many seconds as the file says
-    no-names              no host name is resolved
-    clock                 time.time() is as many seconds off as the file says
+    read-fails, write-fails   reads, or writes, of files of the store's layers end with the error that the file names
+    slow                      each of them takes as many seconds as the file says
+    no-names                  no host name is resolved
+    clock                     time.time() is as many seconds off as the file says
 
 A kernel has faults of its own for some of this (device mapper), which few machines let a test use.
 """
@@ -33,17 +33,18 @@ def _setting(name: str) -> str | None:
         return None
 
 
-def _broken(real: Callable[..., Any], name: str) -> Callable[..., Any]:
+def _broken(real: Callable[..., Any], fault: str, *, waits: bool) -> Callable[..., Any]:
     def call(fd: int, *words: Any, **more: Any) -> Any:
         try:
             ours = os.readlink(f"/proc/self/fd/{fd}").startswith(_STORE)
         except OSError:
             ours = False
         if ours:
-            if (seconds := _setting("slow")) is not None:
+            if waits and (seconds := _setting("slow")) is not None:
                 time.sleep(float(seconds))
-            if _setting(name) is not None:
-                raise OSError(errno.EIO, os.strerror(errno.EIO))
+            if (word := _setting(fault)) is not None:
+                number = getattr(errno, word)
+                raise OSError(number, os.strerror(number))
         return real(fd, *words, **more)
 
     return call
@@ -61,9 +62,9 @@ def _now() -> float:
 
 _real_resolve = socket.getaddrinfo
 if _PLACE:
-    for _name in ("pread", "preadv"):
-        setattr(os, _name, _broken(getattr(os, _name), "eio-read"))
-    for _name in ("pwrite", "pwritev", "fsync", "fdatasync", "ftruncate"):
-        setattr(os, _name, _broken(getattr(os, _name), "eio-write"))
+    for _name in ("pread", "preadv"):  # preadv is for what must not wait
+        setattr(os, _name, _broken(getattr(os, _name), "read-fails", waits=_name == "pread"))
+    for _name in ("pwrite", "pwritev", "ftruncate"):
+        setattr(os, _name, _broken(getattr(os, _name), "write-fails", waits=True))
     socket.getaddrinfo = _resolve
     time.time = _now

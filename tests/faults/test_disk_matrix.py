@@ -1,0 +1,186 @@
+"""The store's disk fails under a daemon that goes on: its readers get the right bytes all the same.
+
+The kernel's errors are put between the daemon and its files by `tests.helpers.sabotage`.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from lazyfs.container import mounts
+from tests.faults.cases import RIGHT, Area, Case, shows
+from tests.helpers import sabotage
+from tests.helpers.blobs import zstd_chunked_layer
+from tests.helpers.daemon import Node, add, pattern, until
+from tests.helpers.fake_registry import AddedImage, FakeRegistry
+from tests.helpers.fault_bench import SIZE, Bench, Victim
+from tests.helpers.tars import file, tar_of
+
+
+@pytest.fixture(scope="module")
+def bench(module_scratch: Path) -> Iterator[Bench]:
+    prefix = sabotage.prefix(module_scratch / "sabotage", module_scratch / "store")
+    with Bench(module_scratch, prefix, DRIVER="fuse", MEMORY_SIZE="0", READ_TIMEOUT="15") as one:
+        yield one
+
+
+def stored(bench: Bench) -> Victim:
+    """Return an image whose data is in the store and in nobody's page cache."""
+    victim = bench.victim("stored")
+    bench.show(victim)
+    bench.until_right([victim])
+    data = layer_directory(bench.node, victim.image) / "data"
+    until(lambda: data.stat().st_blocks * 512 >= SIZE, "all chunks are in the store")
+    bench.forget_pages(victim)
+    return victim
+
+
+def layer_directory(node: Node, image: AddedImage) -> Path:
+    return node.root / "layers" / "sha256" / image.layers[0][7:]
+
+
+def read_right(bench: Bench, victim: Victim) -> None:
+    for each in bench.read_all([victim], 30)[victim.name]:
+        assert (each.data, each.words) == (victim.content, "")
+
+
+DAMAGED = "`store_damaged_chunks_total`"
+REFETCHED = "`status`: damaged chunks found and fetched again"
+
+
+@shows(Case("disk-eio-read", Area.DISK, "EIO for each read of the store", RIGHT, REFETCHED, DAMAGED))
+def test_reads_of_the_store_fail(bench: Bench) -> None:
+    victim = stored(bench)
+    before = bench.metrics()["lazyfsd_store_damaged_chunks_total", ""]
+    with sabotage.on(bench.node.place / "sabotage", "read-fails", "EIO"):
+        read_right(bench, victim)
+    assert bench.metrics()["lazyfsd_store_damaged_chunks_total", ""] > before
+    assert "damaged chunks found and fetched again" in bench.node.lazyfs("status").stdout
+
+
+@shows(Case("disk-holes", Area.DISK, "holes where chunks were, with the file's size kept", RIGHT, REFETCHED, DAMAGED))
+def test_holes_in_place_of_chunks(bench: Bench) -> None:
+    victim = stored(bench)
+    before = bench.metrics()["lazyfsd_store_damaged_chunks_total", ""]
+    data = layer_directory(bench.node, victim.image) / "data"
+    size = data.stat().st_size
+    os.truncate(data, 4096)
+    os.truncate(data, size)
+    read_right(bench, victim)
+    assert bench.metrics()["lazyfsd_store_damaged_chunks_total", ""] > before
+
+
+@shows(Case("disk-slow", Area.DISK, "each access of the store takes half a second", RIGHT, "nothing: it is slow"))
+def test_a_slow_disk(bench: Bench) -> None:
+    victim = stored(bench)
+    with sabotage.on(bench.node.place / "sabotage", "slow", "0.5"):
+        read_right(bench, victim)
+        assert bench.node.lazyfs("status", timeout=10).returncode == 0
+
+
+@shows(
+    *(
+        Case(
+            f"disk-{name}",
+            Area.DISK,
+            fault,
+            RIGHT,
+            "`status`: PASSED BY; log: “the cache is passed by, reads are served from memory: …”",
+            "`store_passed_by`, `store_write_failures_total`",
+            word,
+        )
+        for name, fault, word in (
+            ("eio-write", "EIO for each write to the store", "EIO"),
+            ("read-only", "the store's file system turns read-only", "EROFS"),
+            ("full", "the disk is full in mid-read", "ENOSPC"),
+            ("quota", "the quota is used up in mid-read", "EDQUOT"),
+        )
+    )
+)
+@pytest.mark.parametrize("word", ["EIO", "EROFS", "ENOSPC", "EDQUOT"])
+def test_writes_to_the_store_fail(bench: Bench, word: str) -> None:
+    victim = bench.victim(word)
+    bench.show(victim)
+    with sabotage.on(bench.node.place / "sabotage", "write-fails", word):
+        read_right(bench, victim)
+        numbers = bench.metrics()
+        assert numbers["lazyfsd_store_passed_by", ""] == 1
+        assert numbers["lazyfsd_store_write_failures_total", ""] >= 1
+        assert "PASSED BY: its disk is full or fails, reads go on without it" in bench.node.lazyfs("status").stdout
+        bench.forget_pages(victim)
+        read_right(bench, victim)  # from the registry again
+
+
+# -- a power cut: what was not synced is lost, of each file the newest or all of it
+
+LOSSES = {
+    "tails": "the last third of each file is zeros",
+    "zeros": "each file is zeros, at its size",
+    "cut": "each file ends in the middle",
+    "empty": "each file is empty",
+    "data": "only the bytes of chunks are lost: the flags say that they are there",
+    "older": "the catalog is as it was before the image was fetched",
+}
+
+
+def lose(node: Node, image: AddedImage, loss: str, older: Path) -> None:
+    files = [path for path in layer_directory(node, image).iterdir() if path.is_file()]
+    files += [path for path in (node.root / "trees").iterdir()]
+    if loss == "older":
+        for path in node.root.glob("catalog.db*"):
+            path.unlink()
+        shutil.copy(older, node.root / "catalog.db")
+        return
+    for path in files:
+        size = path.stat().st_size
+        keep = {"tails": size * 2 // 3, "zeros": 0, "cut": size // 2, "empty": 0, "data": size}[loss]
+        if loss == "data" and path.name == "data":
+            keep = 0
+        os.truncate(path, keep)
+        if loss in ("tails", "zeros", "data"):
+            os.truncate(path, size)
+
+
+@shows(
+    Case(
+        "disk-lost-writes",
+        Area.DISK,
+        "power cut: " + "; ".join(f"or {what}" if number else what for number, what in enumerate(LOSSES.values())),
+        RIGHT,
+        "nothing: what is damaged is made or fetched again",
+        DAMAGED,
+    )
+)
+def test_writes_that_a_power_cut_took(scratch: Path, registry: FakeRegistry) -> None:
+    with Node(scratch, DRIVER="fuse") as node:
+        node.umount(node.mount(add(registry, "first", zstd_chunked_layer(tar_of(file("f", b"f"))))))
+        until(lambda: not node.processes(), "the daemon ends")
+        older = scratch / "older.db"
+        shutil.copy(node.root / "catalog.db", older)
+        images, contents = {}, {}
+        for seed, loss in enumerate(LOSSES):
+            contents[loss] = pattern(300_000, 50 + seed)
+            images[loss] = add(registry, loss, zstd_chunked_layer(tar_of(file("data", contents[loss])), frame_size=0))
+        beside = node.mount(images["data"])
+        for loss, image in images.items():
+            done = node.lazyfs("fetch", image.reference)
+            assert done.returncode == 0, done.stderr
+            if loss != "data":
+                node.umount(node.mount(image))  # its tree is made
+        node.kill()
+        for entry in mounts.below(os.fsencode(node.place)):
+            mounts.umount(entry.dir, lazy=True)
+        assert beside not in node.shown()
+        for loss, image in images.items():
+            if loss != "older":
+                lose(node, image, loss, older)
+        lose(node, images["older"], "older", older)
+        trees = {loss: node.mount(image) for loss, image in images.items()}
+        for loss, tree in trees.items():
+            assert node.read(tree / "data") == contents[loss], loss
+        assert node.status()["cache"]["store"]["damaged"] > 0
