@@ -134,8 +134,7 @@ class ServedLayer:
 
     def limited_for(self) -> float:
         """Return for how many seconds the host wants to be left alone by whoever can wait, 0 when it doesn't say so."""
-        health = getattr(self.repository, "health", None)
-        return health.limited_for(self.host) if isinstance(health, Health) else 0.0
+        return limited_for(self.repository)
 
     def blame(self, reason: str) -> list[str]:
         """Tell that the blob was wrong as a whole. Return the hosts that sent it, as far as that is known."""
@@ -192,3 +191,9 @@ class ServedLayer:
 def host_of(repository: Repository) -> str:
     """Return the host that a repository's next request goes to: that of a mirror while one is well."""
     return repository.link if isinstance(repository, MirroredRepository) else repository.host
+
+
+def limited_for(repository: Repository) -> float:
+    """Return for how many seconds that host wants to be left alone by whoever can wait, 0 when it doesn't say so."""
+    health = getattr(repository, "health", None)
+    return health.limited_for(host_of(repository)) if isinstance(health, Health) else 0.0

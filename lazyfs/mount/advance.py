@@ -18,7 +18,7 @@ from itertools import groupby
 import trio
 
 from lazyfs.chunks.frames import fetch_bytes, needed
-from lazyfs.chunks.layer import ServedLayer
+from lazyfs.chunks.layer import ServedLayer, limited_for
 from lazyfs.chunks.remote import Remote
 from lazyfs.chunks.schedule import Priority, Scheduler
 from lazyfs.errors import LazyfsError
@@ -35,6 +35,7 @@ LARGEST = 1 * MiB  # bytes of a span: one that is larger than that is not asked 
 _WINDOW = 1 * MiB  # bytes of reads within which the order is that of the blobs
 _GAP = 16 * KiB  # bytes between two frames of a span at most: another request costs more
 _LONGEST = 30.0  # seconds of a request
+_WELCOME = 5.0  # seconds between looks while a host wants to be left alone
 
 
 @dataclass(eq=False, slots=True)
@@ -70,7 +71,7 @@ class Advance:
         self._spans = list(_usable(trace, digests))
         self._asked = asked
         self._coming: list[_Coming] = []
-        self._landed = False
+        self._landed = trio.Event()
 
     async def run(self) -> None:
         """Fetch spans until the layers are here. A checkpoint, until the last one has come; never raises."""
@@ -80,7 +81,8 @@ class Advance:
                 for digest, span in self._spans:
                     await places.acquire_on_behalf_of(span)
                     places.total_tokens = self._scheduler.places(self._host)
-                    if self._landed:
+                    await self._until_welcome()
+                    if self._landed.is_set():
                         break
                     coming = _Coming(digest, span)
                     self._coming.append(coming)
@@ -89,6 +91,13 @@ class Advance:
         finally:
             for each in self._coming:
                 each.over.set()
+
+    async def _until_welcome(self) -> None:
+        """Wait while the host limits how often it may be asked, or until the layers are here: a mount needs what it
+        still allows."""
+        while (wait := limited_for(self._repository)) > 0 and not self._landed.is_set():
+            with trio.move_on_after(min(wait, _WELCOME)):
+                await self._landed.wait()
 
     async def _fetch(self, coming: _Coming, release: Callable[[], None]) -> None:
         ticket = self._scheduler.ticket(self._host, Priority.PREFETCH)
@@ -113,7 +122,7 @@ class Advance:
 
         Return the frames that are on their way now, or were here.
         """
-        self._landed = True
+        self._landed.set()
         out = []
         by_digest = {layer.digest: layer for layer in layers if not layer.is_plain}
         for coming in self._coming:

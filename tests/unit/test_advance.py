@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from typing import cast
@@ -24,6 +25,7 @@ from lazyfs.format.trace import MAX_SPANS, Span, Trace, stripped
 from lazyfs.mount.advance import LARGEST, MOST, Advance, spans_of
 from lazyfs.mount.starts import Start, Starts
 from lazyfs.mount.tracing import Recorder
+from lazyfs.registry.health import Health
 from tests.helpers.blobs import flipped, zstd_chunked_layer
 from tests.helpers.chunk_tables import noise
 from tests.helpers.fake_registry import FakeRegistry, Fault
@@ -57,6 +59,23 @@ def starts_of(one: Node, root: Path, trace: Trace | None) -> Starts:
     return Starts(config, files, nothing, one.remote, one.scheduler, one.nursery, lambda *_: trace, one.errors.append)
 
 
+def told_bytes(trace: Trace) -> int:
+    """Return the compressed bytes that a trace tells of."""
+    return sum(span.size for span in trace.spans)
+
+
+def limit(layer: ServedLayer, seconds: float) -> None:
+    """Have the layer's host say that it wants to be left alone."""
+    health = getattr(layer.repository, "health", None)
+    assert isinstance(health, Health)
+    health.note_limit(layer.host, None, seconds)
+    assert layer.limited_for()
+
+
+def advance_of(one: Node, layer: ServedLayer, trace: Trace, asked: Callable[[int], None]) -> Advance:
+    return Advance(one.scheduler, layer.repository, layer.host, trace, [layer.digest], asked)
+
+
 async def until_asked(start: Start) -> None:
     with trio.fail_after(DEADLINE):
         while not start.asked.size:
@@ -69,8 +88,47 @@ async def told(scratch: Path, registry: FakeRegistry) -> Trace:
         return await recorded(one, one.serve(BLOB, registry, check=False), *WANTED)
 
 
+@dataclass(frozen=True, slots=True)
+class Cold:
+    """A node that has nothing of a layer and knows the trace `told`; the registry's log is empty."""
+
+    one: Node
+    layer: ServedLayer
+    starts: Starts
+
+    def begin(self, *, early: bool = False, trusted: bool = True) -> Start:
+        digests = [self.layer.digest]
+        return self.starts.begin(self.layer.repository, MANIFEST, digests, whole=True, early=early, trusted=trusted)
+
+    def mounted(self, *starts: Start, trusted: bool = True) -> None:
+        for start in starts:
+            self.starts.mounted(start, [self.layer], trusted=trusted)
+
+    async def reads(self, *names: bytes) -> None:
+        """Read files in full, and find in them what they have."""
+        with trio.fail_after(DEADLINE):
+            for name in names:
+                assert await self.one.read(self.layer, name) == FILES[name]
+
+    async def until_landed(self, *starts: Start) -> None:
+        """Wait until nothing is on its way any more."""
+        with trio.fail_after(DEADLINE):
+            for start in starts:
+                await start.over.wait()
+            while self.one.remote.in_flight():
+                await trio.sleep(0.005)
+
+
+@pytest.fixture
+async def cold(told: Trace, scratch: Path, registry: FakeRegistry) -> AsyncIterator[Cold]:
+    async with node(scratch) as one:
+        layer = one.serve(BLOB, registry)
+        registry.clear_log()
+        yield Cold(one, layer, starts_of(one, scratch, told))
+
+
 async def test_spans_are_where_the_reads_lie(told: Trace, scratch: Path, registry: FakeRegistry) -> None:
-    assert sum(span.size for span in told.spans) >= 12 * CHUNK
+    assert told_bytes(told) >= 12 * CHUNK
     async with node(scratch) as one:
         table = one.serve(BLOB, registry, check=False).table
         for name in WANTED:
@@ -82,155 +140,130 @@ async def test_spans_are_where_the_reads_lie(told: Trace, scratch: Path, registr
                 assert any(span.blob_offset <= begin and end <= span.blob_offset + span.size for span in told.spans)
 
 
-async def test_it_comes_before_the_layers_are_known_and_once(
-    told: Trace, scratch: Path, registry: FakeRegistry
-) -> None:
-    async with node(scratch) as one:
-        layer = one.serve(BLOB, registry)
-        registry.clear_log()
-        starts = starts_of(one, scratch, told)
-        start = starts.begin(layer.repository, MANIFEST, [layer.digest], whole=True, early=True)
-        size = sum(span.size for span in told.spans)
-        with trio.fail_after(DEADLINE):
-            while registry.bytes_sent("/blobs/") < size:  # nobody has told of a layer so far
-                await trio.sleep(0.005)
-        starts.mounted(start, [layer])
-        for name in WANTED:
-            assert await one.read(layer, name) == FILES[name]
-        with trio.fail_after(DEADLINE):
-            await start.over.wait()
-            while one.remote.in_flight():
-                await trio.sleep(0.005)
-        assert registry.bytes_sent("/blobs/") == start.asked.size == size
-        assert layer.store.has(layer.table.file_chunks(layer.table.find(b"f30") or 0)[0])
-        with trio.fail_after(DEADLINE):
-            assert await one.filler.fill(layer) == ""  # what landed is not fetched again for the check, but for gaps
-        assert registry.bytes_sent("/blobs/") <= len(BLOB.blob) + CHUNK
+async def test_it_comes_before_the_layers_are_known_and_once(told: Trace, cold: Cold, registry: FakeRegistry) -> None:
+    start = cold.begin(early=True)
+    size = told_bytes(told)
+    with trio.fail_after(DEADLINE):
+        while registry.bytes_sent("/blobs/") < size:  # nobody has told of a layer so far
+            await trio.sleep(0.005)
+    cold.mounted(start)
+    await cold.reads(*WANTED)
+    await cold.until_landed(start)
+    assert registry.bytes_sent("/blobs/") == start.asked.size == size
+    layer = cold.layer
+    assert layer.store.has(layer.table.file_chunks(layer.table.find(b"f30") or 0)[0])
+    with trio.fail_after(DEADLINE):
+        assert await cold.one.filler.fill(layer) == ""  # what landed is not fetched again for the check, but for gaps
+    assert registry.bytes_sent("/blobs/") <= len(BLOB.blob) + CHUNK
 
 
-async def test_a_reader_joins_what_is_under_way(told: Trace, scratch: Path, registry: FakeRegistry) -> None:
-    async with node(scratch) as one:
-        layer = one.serve(BLOB, registry)
-        registry.clear_log()
-        registry.rate = 1_000_000
-        start = starts_of(one, scratch, told)
-        begun = start.begin(layer.repository, MANIFEST, [layer.digest], whole=True, early=True)
-        await until_asked(begun)
-        start.mounted(begun, [layer])
-        await trio.testing.wait_all_tasks_blocked()
-        with trio.fail_after(DEADLINE):
-            assert await one.read(layer, WANTED[0]) == FILES[WANTED[0]]
-            await begun.over.wait()
-        assert registry.bytes_sent("/blobs/") <= sum(span.size for span in told.spans)
+async def test_a_reader_joins_what_is_under_way(told: Trace, cold: Cold, registry: FakeRegistry) -> None:
+    registry.rate = 1_000_000
+    start = cold.begin(early=True)
+    await until_asked(start)
+    cold.mounted(start)
+    await trio.testing.wait_all_tasks_blocked()
+    await cold.reads(WANTED[0])
+    await cold.until_landed(start)
+    assert registry.bytes_sent("/blobs/") <= told_bytes(told)
 
 
 async def test_a_second_start_beside_the_first_asks_for_nothing(
-    told: Trace, scratch: Path, registry: FakeRegistry
+    told: Trace, cold: Cold, registry: FakeRegistry
 ) -> None:
     """The pull of an image, and its container: both know the trace before the layers are there."""
-    async with node(scratch) as one:
-        layer = one.serve(BLOB, registry)
-        registry.clear_log()
-        registry.rate = 2_000_000
-        starts = starts_of(one, scratch, told)
-        pull = starts.begin(layer.repository, MANIFEST, [layer.digest], whole=True, early=True)
-        await until_asked(pull)
-        mount = starts.begin(layer.repository, MANIFEST, [layer.digest], whole=True)
-        starts.clear(mount)
-        await trio.testing.wait_all_tasks_blocked()
-        for start in (pull, mount):
-            starts.mounted(start, [layer])
-        with trio.fail_after(DEADLINE):
-            await pull.over.wait()
-            await mount.over.wait()
-        assert registry.bytes_sent("/blobs/") == sum(span.size for span in told.spans)
+    registry.rate = 2_000_000
+    pull = cold.begin(early=True)
+    await until_asked(pull)
+    mount = cold.begin()
+    cold.starts.clear(mount)
+    await trio.testing.wait_all_tasks_blocked()
+    cold.mounted(pull, mount)
+    await cold.until_landed(pull, mount)
+    assert registry.bytes_sent("/blobs/") == told_bytes(told)
 
 
-async def test_nothing_is_in_the_way_of_what_a_mount_waits_for(
-    told: Trace, scratch: Path, registry: FakeRegistry
+async def test_nothing_is_in_the_way_of_what_a_mount_waits_for(cold: Cold, registry: FakeRegistry) -> None:
+    start = cold.begin()
+    await trio.testing.wait_all_tasks_blocked(0.05)
+    assert registry.bytes_sent("/blobs/") == start.asked.size == 0
+    cold.starts.clear(start)  # its TOCs have come
+    await until_asked(start)
+
+
+async def test_nothing_comes_early_where_layers_are_checked_whole_first(cold: Cold, registry: FakeRegistry) -> None:
+    start = cold.begin(trusted=False)
+    cold.starts.clear(start)
+    await trio.testing.wait_all_tasks_blocked(0.05)
+    cold.mounted(start, trusted=False)
+    await cold.until_landed(start)
+    assert registry.bytes_sent("/blobs/") == 0
+
+
+async def test_a_host_that_wants_to_be_left_alone_is(told: Trace, cold: Cold, registry: FakeRegistry) -> None:
+    limit(cold.layer, 0.3)
+    left_to_wait: list[float] = []  # whenever something was asked for
+    with trio.fail_after(DEADLINE):
+        await advance_of(cold.one, cold.layer, told, lambda _: left_to_wait.append(cold.layer.limited_for())).run()
+    assert left_to_wait == [0.0] * len(told.spans)
+    assert registry.bytes_sent("/blobs/") == told_bytes(told)
+
+
+async def test_nobody_waits_for_a_host_that_wants_to_be_left_alone(
+    told: Trace, cold: Cold, registry: FakeRegistry
 ) -> None:
-    async with node(scratch) as one:
-        layer = one.serve(BLOB, registry)
-        registry.clear_log()
-        starts = starts_of(one, scratch, told)
-        start = starts.begin(layer.repository, MANIFEST, [layer.digest], whole=True)
-        await trio.testing.wait_all_tasks_blocked(0.05)
-        assert registry.bytes_sent("/blobs/") == start.asked.size == 0
-        starts.clear(start)  # its TOCs have come
-        await until_asked(start)
+    limit(cold.layer, 60.0)
+    asked: list[int] = []
+    advance = advance_of(cold.one, cold.layer, told, asked.append)
+    with trio.fail_after(DEADLINE):
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(advance.run)
+            await trio.testing.wait_all_tasks_blocked(0.01)
+            assert advance.land(cold.one.remote, [cold.layer]) == []  # the layers are here, and that ends it
+    assert not asked and not registry.count(path="/blobs/")
+    assert not any(host.running or host.waiting for host in cold.one.scheduler.statistics().values())
 
 
-async def test_nothing_comes_early_where_layers_are_checked_whole_first(
-    told: Trace, scratch: Path, registry: FakeRegistry
-) -> None:
-    async with node(scratch) as one:
-        layer = one.serve(BLOB, registry)
-        registry.clear_log()
-        starts = starts_of(one, scratch, told)
-        start = starts.begin(layer.repository, MANIFEST, [layer.digest], whole=True, trusted=False)
-        starts.clear(start)
-        await trio.testing.wait_all_tasks_blocked(0.05)
-        starts.mounted(start, [layer], trusted=False)
-        with trio.fail_after(DEADLINE):
-            await start.over.wait()
-        assert registry.bytes_sent("/blobs/") == 0
-
-
-async def test_a_reader_does_not_wait_for_what_crawls(told: Trace, scratch: Path, registry: FakeRegistry) -> None:
-    async with node(scratch) as one:
-        layer = one.serve(BLOB, registry)
-        registry.fault(Fault.DRIP, path="/blobs/", times=len(told.spans))
-        starts = starts_of(one, scratch, told)
-        start = starts.begin(layer.repository, MANIFEST, [layer.digest], whole=True, early=True)
-        await until_asked(start)
-        starts.mounted(start, [layer])
-        await trio.testing.wait_all_tasks_blocked()
-        assert one.remote.in_flight()
-        with trio.fail_after(DEADLINE):
-            assert await one.read(layer, WANTED[0]) == FILES[WANTED[0]]
-        assert not start.over.is_set()  # what crawls does so still
+async def test_a_reader_does_not_wait_for_what_crawls(told: Trace, cold: Cold, registry: FakeRegistry) -> None:
+    registry.fault(Fault.DRIP, path="/blobs/", times=len(told.spans))
+    start = cold.begin(early=True)
+    await until_asked(start)
+    cold.mounted(start)
+    await trio.testing.wait_all_tasks_blocked()
+    assert cold.one.remote.in_flight()
+    await cold.reads(WANTED[0])
+    assert not start.over.is_set()  # what crawls does so still
 
 
 @pytest.mark.parametrize("how", ["flip", "refuse", "other_blob"])
-async def test_what_comes_wrong_is_fetched_again(told: Trace, scratch: Path, registry: FakeRegistry, how: str) -> None:
-    async with node(scratch) as one:
-        layer = one.serve(BLOB, registry)
-        if how == "refuse":
-            registry.fault(Fault.STATUS, path="/blobs/", status=404, times=len(told.spans))
-        elif how == "flip":
-            registry.fault(Fault.FLIP, path="/blobs/", times=len(told.spans))
-        else:
-            registry.blobs[BLOB.digest] = flipped(BLOB, BLOB.frames[15][0] + 100).blob
-        starts = starts_of(one, scratch, told)
-        start = starts.begin(layer.repository, MANIFEST, [layer.digest], whole=True, early=True)
-        await until_asked(start)
-        starts.mounted(start, [layer])
-        if how == "other_blob":
-            registry.blobs[BLOB.digest] = BLOB.blob
-        for name in WANTED:
-            with trio.fail_after(DEADLINE):
-                assert await one.read(layer, name) == FILES[name]
+async def test_what_comes_wrong_is_fetched_again(told: Trace, cold: Cold, registry: FakeRegistry, how: str) -> None:
+    if how == "refuse":
+        registry.fault(Fault.STATUS, path="/blobs/", status=404, times=len(told.spans))
+    elif how == "flip":
+        registry.fault(Fault.FLIP, path="/blobs/", times=len(told.spans))
+    else:
+        registry.blobs[BLOB.digest] = flipped(BLOB, BLOB.frames[15][0] + 100).blob
+    start = cold.begin(early=True)
+    await until_asked(start)
+    cold.mounted(start)
+    if how == "other_blob":
+        registry.blobs[BLOB.digest] = BLOB.blob
+    await cold.reads(*WANTED)
 
 
 @pytest.mark.parametrize("way", ["ended", "whole"])
-async def test_a_start_that_ends_leaves_nothing(told: Trace, scratch: Path, registry: FakeRegistry, way: str) -> None:
-    async with node(scratch) as one:
-        layer = one.serve(BLOB, registry)
-        registry.rate = 100_000
-        starts = starts_of(one, scratch, told)
-        start = starts.begin(layer.repository, MANIFEST, [layer.digest], whole=True, early=True)
-        await until_asked(start)
-        if way == "whole":
-            starts.mounted(start, [layer], trusted=False)
-        else:
-            starts.mounted(start, [layer])
-            starts.end(start)
-        registry.rate = 0
-        with trio.fail_after(DEADLINE):
-            await start.over.wait()
-            assert await one.read(layer, WANTED[0]) == FILES[WANTED[0]]
-            while one.remote.in_flight():
-                await trio.sleep(0.005)
+async def test_a_start_that_ends_leaves_nothing(cold: Cold, registry: FakeRegistry, way: str) -> None:
+    registry.rate = 100_000
+    start = cold.begin(early=True)
+    await until_asked(start)
+    cold.mounted(start, trusted=way == "ended")
+    if way == "ended":
+        cold.starts.end(start)
+    registry.rate = 0
+    with trio.fail_after(DEADLINE):
+        await start.over.wait()
+    await cold.reads(WANTED[0])
+    await cold.until_landed(start)
 
 
 HOSTILE = st.lists(
@@ -255,7 +288,7 @@ async def test_no_trace_makes_a_wrong_byte_or_much_traffic(
         registry.clear_log()
         asked: list[int] = []
         trace = Trace(MANIFEST, (layer.digest, OTHER), (), spans=tuple(spans))
-        advance = Advance(one.scheduler, layer.repository, layer.host, trace, [layer.digest], asked.append)
+        advance = advance_of(one, layer, trace, asked.append)
         async with trio.open_nursery() as nursery:
             nursery.start_soon(advance.run)
             await trio.sleep(0.01)
