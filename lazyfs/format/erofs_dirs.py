@@ -8,10 +8,12 @@ from __future__ import annotations
 
 from array import array
 from bisect import bisect_right
-from itertools import pairwise
+from itertools import islice, pairwise
+from operator import sub
 from typing import Protocol
 
-from lazyfs.format.entry import Kind
+from lazyfs.errors import TocInvalid
+from lazyfs.format.entry import MAX_NAME, Kind
 from lazyfs.format.erofs_layout import (
     BLOCK,
     DIRENT,
@@ -48,7 +50,10 @@ class TreeColumns(Protocol):
 
 
 class Directories:
-    """All directories of a tree: their sizes first (`sizes` by row), and their content once all nids are known."""
+    """All directories of a tree: their sizes first (`sizes` by row), and their content once all nids are known.
+
+    Raise TocInvalid for a name that no directory can have.
+    """
 
     def __init__(self, tree: TreeColumns) -> None:
         self._tree = tree
@@ -61,6 +66,9 @@ class Directories:
 
     def _measure(self) -> None:
         tree, ends, names = self._tree, self._tree.name_end.tolist(), self._tree.names
+        # So every block has room for a name at least: with one that fits none its directory would never end.
+        if max(map(sub, islice(ends, 1, None), ends)) > MAX_NAME:
+            raise TocInvalid(f"the image has a name of more than {MAX_NAME} bytes")
         first_child, child_count = tree.first_child.tolist(), tree.child_count.tolist()
         name_at, sizes = self._name_at, self.sizes
         name_at.append(0)  # the root has no name

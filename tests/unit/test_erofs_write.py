@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import stat
-from collections.abc import Iterable, Sequence
+from array import array
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import accumulate
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from types import SimpleNamespace
+from typing import cast
 
 import pytest
 from hypothesis import HealthCheck, assume, given, settings
@@ -16,7 +20,8 @@ from lazyfs.child import run_job
 from lazyfs.errors import StoreBroken, TableInvalid, TarInvalid, TocInvalid
 from lazyfs.format import erofs_inodes
 from lazyfs.format.entry import Chunk, Entry, Kind
-from lazyfs.format.erofs_layout import crc32c
+from lazyfs.format.erofs_dirs import Directories, TreeColumns
+from lazyfs.format.erofs_layout import BLOCK, DIRENT, crc32c
 from lazyfs.format.erofs_write import check, device_layers, write_erofs
 from lazyfs.format.table import LayerTable
 from lazyfs.tree import Tree, build_tree, tree_key
@@ -211,6 +216,56 @@ def test_directories_about_the_size_of_a_block(tmp_path: Path, size: int) -> Non
     tree, tables = tree_at(tmp_path, [layer])
     names = same(image(tmp_path, tree, tables), tree, tables)
     assert names[b"d"].size == (size if size <= 4096 else 4096 + last - last // 2)
+
+
+def one_directory(names: Sequence[bytes]) -> TreeColumns:
+    """A root with these files, sorted; whoever reads columns from a disk can't know that their names are sound."""
+    rows = len(names) + 1
+    ends = array("I", accumulate(map(len, names), initial=0))
+    numbers = memoryview(array("I", bytes(4 * rows)))
+    columns = dict.fromkeys(("parent", "layer", "source", "nlink", "inode"), numbers)
+    columns["kind"] = memoryview(bytes([Kind.DIR] + [Kind.REG] * len(names)))
+    columns["first_child"] = memoryview(array("I", [1] + [0] * len(names)))
+    columns["child_count"] = memoryview(array("I", [len(names)] + [0] * len(names)))
+    columns |= {"name_end": memoryview(array("I", [0, *ends])), "names": memoryview(b"".join(names))}
+    return cast(TreeColumns, SimpleNamespace(rows=rows, **columns))
+
+
+def listed(content: bytes) -> Iterator[tuple[bytes, int]]:
+    """Yield the names of a directory's content with their nids, block by block."""
+    for at in range(0, len(content), BLOCK):
+        block = content[at : at + BLOCK]
+        entries = [DIRENT.unpack_from(block, 12 * number) for number in range(DIRENT.unpack_from(block)[1] // 12)]
+        stops = [start for _, start, _ in entries[1:]] + [len(block)]
+        for (nid, start, _), stop in zip(entries, stops, strict=True):
+            yield block[start:stop].rstrip(b"\0"), nid
+
+
+LENGTHS = st.one_of(st.integers(6, 255), st.sampled_from((255, 254)), st.just(6))
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    lengths=st.lists(LENGTHS, min_size=1, max_size=120),
+    first=st.sampled_from((b"a", b"-")),
+    long=st.one_of(st.none(), st.tuples(st.integers(0, 119), st.sampled_from((256, 4056, 4057, 4084, 4085, 70_000)))),
+)
+def test_any_names_are_cut_into_blocks_and_one_that_fits_no_block_is_refused(
+    lengths: list[int], first: bytes, long: tuple[int, int] | None
+) -> None:
+    if long is not None:
+        lengths[long[0] % len(lengths)] = long[1]
+    names = [(first + b"%05d" % number).ljust(length, b"n") for number, length in enumerate(lengths)]
+    if long is not None:
+        with pytest.raises(TocInvalid, match="more than 255 bytes"):
+            Directories(one_directory(names))
+        return
+    directories = Directories(one_directory(names))
+    directories.number(array("I", range(100, 101 + len(names))))
+    content = directories.content(0, 100, 99)
+    assert len(content) == directories.sizes[0]
+    nids = {b".": 100, b"..": 99} | {name: number for number, name in enumerate(names, 101)}
+    assert list(listed(content)) == [(name, nids[name]) for name in sorted(nids)]
 
 
 def test_a_file_of_terabytes_has_an_index_for_each_eight(tmp_path: Path) -> None:
