@@ -55,7 +55,7 @@ class Check:
 def all_checks(settings: Settings) -> list[Check]:
     """Look at everything that needs no registry. Blocking, some seconds at worst; it forks: no other threads."""
     euid = os.geteuid()
-    found = [_kernel(), _fuse_device()]
+    found = [_kernel(), _outliving(euid), _fuse_device()]
     if euid != 0:
         found += [_fusermount(), _user_allow_other()]
     found += [_python_package(name, why) for name, why in _PACKAGES]
@@ -83,6 +83,16 @@ def _kernel() -> Check:
     if version < (5, 4):
         return Check("kernel", State.WARN, f"Linux {release}", "nothing older than Linux 5.4 was tried")
     return Check("kernel", State.OK, f"Linux {release} {platform.machine()}")
+
+
+def _outliving(euid: int) -> Check:
+    name = "mounts outlive lazyfsd"
+    match = re.match(r"(\d+)\.(\d+)", platform.release())
+    if euid != 0:
+        return Check(name, State.OK, "no: root alone can hold a FUSE connection")
+    if match is None or (int(match[1]), int(match[2])) < (6, 9):
+        return Check(name, State.WARN, "no: a lazyfsd that dies takes its mounts along", "Linux 6.9 or newer")
+    return Check(name, State.OK, "with lazyfsd --hold, as lazyfs install has it")
 
 
 def _fuse_device() -> Check:

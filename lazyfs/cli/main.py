@@ -41,6 +41,7 @@ COMMANDS: dict[str, str] = {
     "status": "show mounts, caches, requests and errors of the running daemon",
     "why": "say of each layer of an image whether it is lazy, and if not why",
     "trace": "draw what a recorded start read, and where it waited",
+    "upgrade": "have the lazyfs that is installed now serve the mounts, and no reader notice",
     "install": "have systemd keep lazyfs on this node, and containerd use it",
     "uninstall": "take back what install did",
     "doctor": "check what this machine has and lacks",

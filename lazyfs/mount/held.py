@@ -27,9 +27,10 @@ _LATER = ("lazyfs.chunks", "lazyfs.mount", "lazyfs.registry")
 
 @dataclass(frozen=True, slots=True)
 class Order:
-    """To serve the connection `fuse`. `estate`: the memory of what daemons leave to each other; fds, ours to keep.
+    """To serve the connection `fuse`, which the process `holder` holds. Its fds are ours to keep.
 
-    `inherits`: a daemon served before us, and has ended. `careful`: several of them died in a row.
+    `estate`: the memory of what daemons leave to each other. `inherits`: a daemon served before us, and has ended.
+    `careful`: several of them died in a row.
     """
 
     fuse: int
@@ -37,6 +38,7 @@ class Order:
     greeting: Greeting
     inherits: bool
     careful: bool
+    holder: int
 
 
 class Leash:
@@ -94,6 +96,8 @@ def _decode(data: bytes, fds: list[int]) -> tuple[Order, int]:
         order = json.loads(data)
         fuse, estate, following = fds
         greeting = greetings.decode(bytes.fromhex(order["greeting"]))
-        return Order(fuse, estate, greeting, bool(order["inherits"]), bool(order["careful"])), following
+        return Order(
+            fuse, estate, greeting, bool(order["inherits"]), bool(order["careful"]), int(order["holder"])
+        ), following
     except (ValueError, KeyError, TypeError) as error:
         raise DaemonFault(f"the holder's order makes no sense: {error}") from None

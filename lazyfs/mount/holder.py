@@ -150,7 +150,7 @@ class Holder:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         ours.setblocking(False)
         looping = len([at for at in self._crashes if at > time.monotonic() - _QUICK]) >= _LOOP
-        order = {"greeting": self._greeting.hex(), "inherits": self._served, "careful": looping}
+        order = {"greeting": self._greeting.hex(), "inherits": self._served, "careful": looping, "holder": os.getpid()}
         try:
             socket.send_fds(child.leash, [json.dumps(order).encode()], [self._fuse, self._estate, theirs.fileno()])
         except OSError:

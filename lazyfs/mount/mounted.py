@@ -90,6 +90,7 @@ class Mounted:
         self._inheritance = inheritance
         self._mounts: dict[str, Mount] = {}
         self._limiter = trio.CapacityLimiter(4)
+        self._callers: dict[Process, Process] = {}  # clients of the daemon before us, each once
         self._told = 0  # times that logins came
         self.changed = trio.Event()  # set and renewed when the number of mounts changes
 
@@ -308,7 +309,9 @@ class Mounted:
         """
         claim, caller = claims.from_json(value), value.get("caller")
         self._showing.regain(image.planted, claim.shown)
-        process = None if caller is None else Process(*caller)
+        process = None
+        if caller is not None:
+            process = self._callers.setdefault(Process(*caller), Process(*caller))
         mount = Mount(identity, value["name"], image, claim.shown, process, bool(value["leased"]))
         mount.dir, mount.kind, mount.state_dir = value["dir"], value["kind"], value["state_dir"]
         mount.access, mount.plain_http, mount.caller = claim.access, claim.plain_http, process

@@ -66,6 +66,11 @@ class Session:
         self._allow_other = allow_other
         self.reason = ""  # why the session is slower than it could be; empty when it is tuned
 
+    @property
+    def holder(self) -> int:
+        """The process that holds the connection beyond our end, 0 where none does."""
+        return 0 if self._held is None else self._held.holder
+
     def open(self) -> None:
         """Mount. Blocking; nothing of the mount may be touched before `run`.
 

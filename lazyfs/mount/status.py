@@ -143,6 +143,7 @@ class StatusReport:
             "daemon": {
                 "version": lazyfs.__version__,
                 "pid": os.getpid(),
+                "holder": 0 if self._session is None else self._session.holder,
                 "uptime": round(time.monotonic() - self._began, 1),
                 "memory": 0,
                 "driver": driver,

@@ -1,0 +1,156 @@
+"""The daemon dies, is upgraded, or dies of one request again and again: readers go on, and nothing is left behind."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from lazyfs.container import mounts
+from tests.helpers import chains
+from tests.helpers.blobs import zstd_chunked_layer
+from tests.helpers.daemon import Node, add, both_drivers, pattern, until
+from tests.helpers.fake_registry import AddedImage, FakeRegistry
+from tests.helpers.takeover import KINDS, Held, contents, held, pause, readers
+from tests.helpers.tars import file, tar_of
+
+pytestmark = [pytest.mark.fuse, pytest.mark.faults]
+
+
+def image_of(registry: FakeRegistry, **more: bytes) -> AddedImage:
+    files = {**contents(), **more}
+    return add(registry, "one", zstd_chunked_layer(tar_of(*(file(name, data) for name, data in files.items()))))
+
+
+@both_drivers
+def test_readers_do_not_notice_that_the_daemon_is_killed(node: Node, registry: FakeRegistry, driver: str) -> None:
+    kinds = KINDS if driver == "fuse" else tuple(kind for kind in KINDS if kind != "direct")  # EROFS has none
+    rng = random.Random(7)
+    with held(node) as daemon:
+        tree = node.mount(image_of(registry), "--driver", driver)
+        with readers(node, tree, kinds) as results:
+            for _ in range(8):
+                daemon.kill()
+                time.sleep(pause(rng))
+        for kind, count, _, wrong in results:
+            assert count and not wrong, (kind, count, wrong)
+        assert [mount["dir"] for mount in node.status()["mounts"]] == [str(tree)]
+        node.umount(tree)
+
+
+def test_what_is_written_over_an_image_survives(node: Node, registry: FakeRegistry) -> None:
+    with held(node) as daemon:
+        tree = node.mount(image_of(registry), "--rw")
+        node.python("open(a[0], 'w').write('ours')", tree / "new")
+        daemon.kill()
+        assert node.read(tree / "new") == b"ours" and node.read(tree / "f1") == contents()["f1"]
+        node.umount(tree)
+        assert node.status()["mounts"] == []
+
+
+def test_an_upgrade_changes_the_daemon_and_nothing_else(node: Node, registry: FakeRegistry) -> None:
+    with held(node) as daemon:
+        tree = node.mount(image_of(registry))
+        with readers(node, tree, ("held", "names")) as results:
+            before = daemon.pid()
+            done = node.lazyfs("upgrade", "--json")
+            assert done.returncode == 0, done.stderr
+            told = json.loads(done.stdout)
+            assert told["before"]["pid"] == before and told["after"]["pid"] == daemon.pid() != before
+            assert told["after"]["holder"] == told["before"]["holder"] != 0
+        assert not [wrong for *_, wrong in results if wrong]
+        node.umount(tree)
+
+
+def test_without_a_holder_there_is_no_upgrade(node: Node, registry: FakeRegistry) -> None:
+    tree = node.mount(image_of(registry))
+    assert "no holder" in node.refused(2, "upgrade")
+    node.umount(tree)
+
+
+def test_what_a_client_leased_goes_with_the_client(node: Node, registry: FakeRegistry) -> None:
+    lease = (
+        "import sys, time; sys.path.insert(0, sys.argv[1])\n"
+        "from pathlib import Path; from lazyfs.control_client import connect\n"
+        "daemon = connect(Path(sys.argv[2]))\n"
+        "daemon.call('mount_image', image=sys.argv[3], lease=True); print('leased', flush=True); time.sleep(600)\n"
+    )
+    with held(node) as daemon:
+        place = [str(Path(__file__).parents[2]), str(node.run_dir / "lazyfsd.sock"), image_of(registry).reference]
+        client = node.spawn([sys.executable, "-c", lease, *place])
+        assert client.stdout is not None and client.stdout.readline() == b"leased\n"
+        daemon.kill()
+        assert len(node.status()["mounts"]) == 1
+        client.kill()
+        client.communicate(timeout=10)
+        until(lambda: not node.status()["mounts"], "what was leased has gone")
+
+
+def test_chains_survive(node: Node, registry: FakeRegistry) -> None:
+    image = image_of(registry)
+    with held(node) as daemon, chains.Snapshotter(node.run_dir / "lazyfsd.sock") as client:
+        shown = client.mount(image, client.resolve(image))
+        daemon.kill()
+        assert node.read(Path(shown["lowerdirs"][0]) / "f2") == contents()["f2"]
+        with chains.Snapshotter(node.run_dir / "lazyfsd.sock") as again:
+            assert [chain["chain"] for chain in again.call("chains")["chains"]] == [shown["chain"]]
+            again.call("unmount_chain", chain=shown["chain"])
+            assert again.call("chains")["chains"] == []
+
+
+def test_a_daemon_goes_on_without_its_holder(node: Node, registry: FakeRegistry) -> None:
+    with held(node) as daemon:
+        tree = node.mount(image_of(registry))
+        serving = daemon.pid()
+        daemon.process.kill()
+        daemon.process.wait(10)
+        assert node.read(tree / "f3") == contents()["f3"]
+        node.umount(tree)
+        os.kill(serving, signal.SIGTERM)
+    assert not mounts.below(os.fsencode(node.run_dir))
+
+
+DEADLY = 77_777  # bytes of the file that kills who reads it
+_KILLS = f"""
+import os, sys
+if "lazyfs.mount.daemon" in sys.orig_argv:
+    from lazyfs.chunks.read import Reader
+    def begin(self, layer, row, offset, size, real=Reader.begin):
+        if layer.table.size[row] == {DEADLY}:
+            os.kill(os.getpid(), 9)
+        return real(self, layer, row, offset, size)
+    Reader.begin = begin
+"""
+
+
+@pytest.mark.parametrize("driver", ["fuse"])
+def test_a_request_that_kills_each_daemon_is_refused(
+    node: Node, registry: FakeRegistry, tmp_path: Path, driver: str
+) -> None:
+    (tmp_path / "sitecustomize.py").write_text(_KILLS)
+    guilty = add(registry, "bad", zstd_chunked_layer(tar_of(file("deadly", pattern(DEADLY)))))
+    path = f"{tmp_path}:{Path(__file__).parents[2]}"
+    with held(node, PYTHONPATH=path) as daemon:
+        tree, bad = node.mount(image_of(registry)), node.mount(guilty)
+        with readers(node, tree, ("held", "names")) as results:
+            assert "Input/output error" in node.read_fails(bad / "deadly", timeout=60)
+        assert not [wrong for *_, wrong in results if wrong]
+        layers = {mount["dir"]: mount["layers"] for mount in node.status()["mounts"]}
+        assert "ended lazyfsd several times" in layers[str(bad)][0]["quarantine"]
+        assert not layers[str(tree)][0]["quarantine"]
+        _stays(daemon)
+        node.umount(bad)
+        node.umount(tree)
+
+
+def _stays(daemon: Held) -> None:
+    before = daemon.pid()
+    with daemon.call() as calls:
+        calls.call("status")
+    assert daemon.pid() == before

@@ -1,0 +1,142 @@
+"""A lazyfsd with its holder, killed again and again, and readers who must not notice."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+from lazyfs.control_client import Daemon, connect
+from lazyfs.errors import DaemonUnreachable
+from tests.helpers.daemon import Node, pattern, until
+
+FILES = {f"f{number}": 300_000 + 4096 * number for number in range(6)}  # names and sizes; contents: pattern(size)
+
+# Reads what `kind` says until its input ends, and prints: reads, the longest (seconds), what went wrong.
+_READER = """
+import json, mmap, os, random, select, sys, time
+sys.path.insert(0, sys.argv[4])
+from tests.helpers.daemon import pattern
+kind, root, files = sys.argv[1], sys.argv[2], json.loads(sys.argv[3])
+want = {name: pattern(size) for name, size in files.items()}
+flags = os.O_RDONLY | (os.O_DIRECT if kind == "direct" else 0)
+held = {name: os.open(os.path.join(root, name), flags) for name in want}
+count, longest, wrong = 0, 0.0, []
+print("reading", flush=True)
+while not select.select([0], [], [], 0)[0]:
+    name = random.choice(list(want))
+    at = random.randrange(0, len(want[name]) // 4096) * 4096
+    expected = want[name][at : at + 65536]
+    began = time.monotonic()
+    try:
+        if kind == "held":
+            got = os.pread(held[name], 65536, at)
+        elif kind == "direct":
+            page = mmap.mmap(-1, 65536)
+            got = page[: os.preadv(held[name], [page], at)]
+        elif kind == "mmap":
+            with mmap.mmap(held[name], len(want[name]), prot=mmap.PROT_READ) as mapped:
+                got = mapped[at : at + 65536]
+        elif kind == "names":
+            got, expected = sorted(os.listdir(root)), sorted(want)
+            assert os.lstat(os.path.join(root, name)).st_size == len(want[name])
+        else:
+            fd = os.open(os.path.join(root, name), os.O_RDONLY)
+            got = os.pread(fd, 65536, at)
+            os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+            os.close(fd)
+        if got != expected:
+            wrong.append(f"{name} at {at}: {len(got)} bytes that are not its")
+    except (OSError, AssertionError) as error:
+        wrong.append(f"{name} at {at}: {error!r}")
+    longest = max(longest, time.monotonic() - began)
+    count += 1
+print(json.dumps([count, longest, wrong[:5]]))
+"""
+KINDS = ("held", "direct", "mmap", "opened", "names")
+
+
+class Held:
+    """A node's daemon, started as systemd does."""
+
+    def __init__(self, node: Node, process: subprocess.Popen[bytes]) -> None:
+        self.node = node
+        self.process = process  # the holder
+
+    def call(self) -> Daemon:
+        """Return a connection to the daemon that serves, once one does."""
+
+        def reach() -> Daemon | None:
+            try:
+                return connect(self.node.run_dir / "lazyfsd.sock")
+            except DaemonUnreachable:
+                return None
+
+        found: Daemon = until(reach, "a daemon listens", 30)
+        return found
+
+    def pid(self) -> int:
+        """Return the process that serves."""
+        with self.call() as daemon:
+            return int(daemon.greeting["pid"])
+
+    def kill(self) -> int:
+        """Kill the daemon that serves, and wait for the next one. Return its process."""
+        before = self.pid()
+        os.kill(before, signal.SIGKILL)
+        found: int = until(lambda: (after := self.pid()) != before and after, "another daemon serves", 30)
+        return found
+
+
+@contextlib.contextmanager
+def held(node: Node, **environment: str) -> Iterator[Held]:
+    """Run a node's daemon with a holder; at the end nothing of both is there."""
+    node.run_dir.mkdir(exist_ok=True, mode=0o700)
+    words = ["-m", "lazyfs.mount.daemon", "--hold", "--root", str(node.root), "--run", str(node.run_dir)]
+    told = [f"{name}={value}" for name, value in environment.items()]
+    with open(node.run_dir / "lazyfsd.log", "ab") as log:
+        process = node.spawn(["env", *told, sys.executable, *words], out=log)
+    try:
+        ours = Held(node, process)
+        ours.pid()
+        yield ours
+    finally:
+        process.terminate()
+        process.wait(30)
+        until(lambda: not node.processes(), "no daemon is left")
+
+
+@contextlib.contextmanager
+def readers(node: Node, root: Path, kinds: tuple[str, ...] = KINDS) -> Iterator[list[list[object]]]:
+    """Have one reader of each kind at work; at the end the list says of each: reads, the longest, what went wrong."""
+    arguments = [str(root), json.dumps(FILES), str(Path(__file__).parents[2])]
+    started = [node.spawn([sys.executable, "-c", _READER, kind, *arguments], feed=True) for kind in kinds]
+    results: list[list[object]] = []
+    try:
+        for one in started:
+            assert one.stdout is not None and one.stdout.readline() == b"reading\n"
+        yield results
+        for kind, one in zip(kinds, started, strict=True):
+            out, err = one.communicate(timeout=60)
+            assert one.returncode == 0, (kind, err.decode())
+            results.append([kind, *json.loads(out)])
+    finally:
+        for one in started:
+            one.kill()
+            one.wait(30)
+
+
+def contents() -> dict[str, bytes]:
+    """Return what the files hold that readers read."""
+    return {name: pattern(size) for name, size in FILES.items()}
+
+
+def pause(rng: random.Random) -> float:
+    """Return seconds until the next kill: some come while the one before is still taken over."""
+    return rng.choice((0.0, 0.05, 0.2, 0.5))
