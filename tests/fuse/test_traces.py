@@ -18,6 +18,7 @@ from lazyfs.oci import OCI_MANIFEST, Descriptor
 from lazyfs.reference import parse
 from lazyfs.registry import traces
 from lazyfs.registry.open import OpenOptions, open_repository
+from lazyfs.registry.referrers import fallback_tag
 from tests.helpers.blobs import LayerBlob, zstd_chunked_layer
 from tests.helpers.chains import running
 from tests.helpers.daemon import Node, add, pattern, tmpfs, until
@@ -198,6 +199,25 @@ def test_a_trace_of_the_registry_is_fetched_and_kept(node: Node, registry: FakeR
     node.stop()
     kept = decode((node.root / "traces" / image.digest.removeprefix("sha256:")).read_bytes())
     assert {name.decode() for name in paths(kept)} == set(WANTED)
+
+
+def test_a_trace_that_only_a_tag_lists_is_fetched_first(node: Node, registry: FakeRegistry) -> None:
+    """A registry without the referrers API: what `lazyfs optimize` left there is for a node that never saw the image."""
+    node.settings["PREFETCH"] = "1"
+    image = add(registry, "one", layer())
+    told = node.place / "told"
+    told.write_bytes(encode(Trace(image.digest, image.layers, tuple(Read(n.encode(), 0, 0, 100_000) for n in WANTED))))
+    done = node.lazyfs("optimize", image.reference, told)
+    assert done.returncode == 0, done.stderr
+    assert not (node.root / "traces").exists()
+    fetched_ahead(node, registry, image, "registry")
+    asked = [request.path for request in registry.requests]
+    tag = asked.index(f"/v2/one/manifests/{fallback_tag(image.digest)}")
+    refused, *_ = registry.matching(path="/referrers/")
+    assert refused.status == 404 and asked.index(refused.path) < tag
+    assert registry.count(path=fallback_tag(image.digest)) == 1  # the trace rides in the list
+    behind = [request for request in registry.requests[tag:] if request.path.endswith(image.layers[0])]
+    assert sum(request.sent for request in behind) >= len(WANTED) * 100_000  # all that it tells of, once it was known
 
 
 def attached(registry: FakeRegistry, image: AddedImage, *reads: Read, layers: tuple[str, ...] = ()) -> str:
