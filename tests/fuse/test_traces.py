@@ -202,7 +202,7 @@ def test_a_trace_of_the_registry_is_fetched_and_kept(node: Node, registry: FakeR
 
 
 def test_a_trace_that_only_a_tag_lists_is_fetched_first(node: Node, registry: FakeRegistry) -> None:
-    """A registry without the referrers API: what `lazyfs optimize` left there is for a node that never saw the image."""
+    """A registry without the referrers API: what `lazyfs optimize` left there is found by a node without the image."""
     node.settings["PREFETCH"] = "1"
     image = add(registry, "one", layer())
     told = node.place / "told"
