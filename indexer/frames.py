@@ -24,7 +24,6 @@ from lazyfs.units import KiB, MiB
 
 CHUNK_SIZE = MiB  # bytes of content verified at once
 PODMAN_CHUNK_SIZE = 256 * KiB  # bytes; what podman moves when a byte of a large file has changed
-IN_FLIGHT = 32  # batches waiting for compression or for the writer, of all layers together: up to 2.1 MiB each
 _EMPTY = hashlib.sha256().digest()
 
 

@@ -28,6 +28,7 @@ from indexer.work import Converted, WorkDirectory
 from lazyfs import digest as digests
 from lazyfs import oci
 from lazyfs.errors import LazyfsError, StoreBroken, UsageError
+from lazyfs.limits import MAX_COPIED
 from lazyfs.reference import Reference
 from lazyfs.registry.repository import Repository
 
@@ -195,8 +196,8 @@ class Conversion:
         if not self._options.copy_referrers:
             return {}
         wanted = [each for each in referrers if not related.why_not(each, result.descriptors, wanted=True)]
-        if len(wanted) > related.MAX_COPIED:
-            raise UsageError(f"{len(wanted)} things refer to the source, more than the {related.MAX_COPIED} copied")
+        if len(wanted) > MAX_COPIED:
+            raise UsageError(f"{len(wanted)} things refer to the source, more than the {MAX_COPIED} copied")
         return {
             each.entry.digest: related.copy_referrer(each, result.descriptors[each.subject], self._source, copier)
             for each in wanted

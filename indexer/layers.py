@@ -15,7 +15,6 @@ from functools import partial
 
 from indexer.compress import Compressors
 from indexer.copy import Copier, check_diff_id, check_digest, create
-from indexer.frames import IN_FLIGHT
 from indexer.layer import LayerOptions, convert_layer
 from indexer.options import ConvertOptions
 from indexer.push import Upload
@@ -35,12 +34,11 @@ from lazyfs.errors import (
     TarInvalid,
     TrustError,
 )
+from lazyfs.limits import IN_FLIGHT, SIDE_BY_SIDE
 from lazyfs.registry.mirrored import read_again
 from lazyfs.registry.repository import Repository
 
 log = logging.getLogger(__name__)
-
-SIDE_BY_SIDE = 4  # layers at once, at most: each has buffers of its own, and memory is promised
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,9 +21,9 @@ from lazyfs.errors import Interrupted, StoreBroken
 from lazyfs.format.entry import LANDMARK, LANDMARK_CONTENT, NO_LANDMARK, WHITEOUT_PREFIX, Entry, Kind
 from lazyfs.format.tar import TarItem, TarScanner
 from lazyfs.format.tar_headers import pad
+from lazyfs.limits import MAX_SYMLINKS
 from lazyfs.units import MiB
 
-_MAX_LINKS = 40  # symlinks on the way to one file, as in the kernel
 _BLOCK = MiB  # bytes read back at once
 
 
@@ -161,14 +161,14 @@ class SpooledTar:
                     return False
                 continue
             if self._kinds[row] == Kind.HARDLINK and (
-                depth > _MAX_LINKS or not self._gather(self._links[row], needed, depth + 1)
+                depth > MAX_SYMLINKS or not self._gather(self._links[row], needed, depth + 1)
             ):
                 return False
             needed[row] = None
             if self._kinds[row] == Kind.SYMLINK:
                 links += 1
                 whole = _joined(parent, self._links[row])
-                if links > _MAX_LINKS or whole is None:
+                if links > MAX_SYMLINKS or whole is None:
                     return False
                 if not steps and self._rows.get(b"/".join(whole)) is None:
                     return True  # the target is in another layer, or nowhere

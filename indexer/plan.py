@@ -8,15 +8,14 @@ from enum import Enum, auto
 
 from lazyfs import oci
 from lazyfs.errors import DocumentInvalid
+from lazyfs.limits import MAX_INDEX_DEPTH, MAX_LAYERS, MAX_SOURCE_DOCUMENTS
 from lazyfs.reference import Reference
 from lazyfs.registry.repository import Repository
-from lazyfs.registry.resolve import MAX_DEPTH, check_unambiguous, fetch_config, resolve_image
-from lazyfs.units import MiB
+from lazyfs.registry.resolve import check_unambiguous, fetch_config, resolve_image
 
 # Buildkit's attestations ride in an index as images for "unknown/unknown" that name the image they are about.
 REFERENCE_DIGEST = "vnd.docker.reference.digest"
 _REFERENCE_TYPE = "vnd.docker.reference.type"
-_MAX_DOCUMENTS = 64 * MiB  # bytes of all manifests and indexes of one source
 
 _DOCKER_LAYER_ZSTD = "application/vnd.docker.image.rootfs.diff.tar.zstd"
 _LAYER_TYPES = frozenset(
@@ -122,7 +121,7 @@ class _Reader:
 
     def _node(self, media_type: str, raw: bytes, entry: oci.Descriptor | None, depth: int) -> Node:
         self._size += len(raw)
-        if depth > MAX_DEPTH or self._size > _MAX_DOCUMENTS or len(self._known) > oci.MAX_LAYERS:
+        if depth > MAX_INDEX_DEPTH or self._size > MAX_SOURCE_DOCUMENTS or len(self._known) > MAX_LAYERS:
             raise DocumentInvalid("the index is too deep, or holds too many or too large manifests")
         check_unambiguous(raw)
         if oci.is_index(media_type, raw):

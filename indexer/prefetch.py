@@ -15,10 +15,8 @@ from typing import Any
 from lazyfs.errors import FormatError, TarInvalid, TraceInvalid, UsageError
 from lazyfs.format import trace
 from lazyfs.format.entry import clean_path
-from lazyfs.units import MiB
+from lazyfs.limits import MAX_PATHS, MAX_PREFETCH_LIST
 
-MAX_FILE = 16 * MiB  # bytes of a list
-MAX_PATHS = 100_000
 _ZSTD = b"\x28\xb5\x2f\xfd"
 
 
@@ -88,9 +86,9 @@ def _read(path: Path) -> bytes:
         with open(descriptor, "rb") as file:
             if not stat.S_ISREG(os.fstat(descriptor).st_mode):
                 raise UsageError(f"the prefetch list {path} is no regular file")
-            raw = file.read(MAX_FILE + 1)
+            raw = file.read(MAX_PREFETCH_LIST + 1)
     except OSError as error:
         raise UsageError(f"the prefetch list {path} can't be read: {error.strerror}") from None
-    if len(raw) > MAX_FILE:
-        raise UsageError(f"the prefetch list {path} has more than {MAX_FILE} bytes")
+    if len(raw) > MAX_PREFETCH_LIST:
+        raise UsageError(f"the prefetch list {path} has more than {MAX_PREFETCH_LIST} bytes")
     return raw

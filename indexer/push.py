@@ -11,11 +11,10 @@ from typing import BinaryIO
 
 from indexer.threads import side_by_side
 from lazyfs.errors import RegistryError, StoreBroken
+from lazyfs.limits import UPLOADS
 from lazyfs.registry.repository import Repository
 
 log = logging.getLogger(__name__)
-
-_UPLOADS = 4  # at once
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,10 +49,10 @@ def push_blobs(destination: Repository, uploads: list[Upload]) -> Moved:
     raises.
     """
     unique = list({upload.digest: upload for upload in uploads}.values())
-    settled = side_by_side(lambda upload: _settle(destination, upload), unique, _UPLOADS, "push")
+    settled = side_by_side(lambda upload: _settle(destination, upload), unique, UPLOADS, "push")
     waiting = [upload for upload in settled if upload is not None]
     mounted = sum(before.size for before, after in zip(unique, settled, strict=True) if after is None)
-    pushed = sum(side_by_side(lambda upload: _push(destination, upload), waiting, _UPLOADS, "push"))
+    pushed = sum(side_by_side(lambda upload: _push(destination, upload), waiting, UPLOADS, "push"))
     return Moved(pushed, mounted)
 
 

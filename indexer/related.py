@@ -19,6 +19,7 @@ from indexer.report import ReferrerReport
 from lazyfs import digest as digests
 from lazyfs import oci
 from lazyfs.errors import DocumentInvalid, FormatError, ManifestMissing, RegistryError, TrustError
+from lazyfs.limits import MAX_COPIED_BLOB, MAX_LAYERS
 from lazyfs.registry import traces
 from lazyfs.registry.repository import Repository
 
@@ -26,8 +27,6 @@ log = logging.getLogger(__name__)
 
 SOURCE_REFERRER = "dev.lazyfs.source.referrer"  # annotation of a copy: the original's digest
 _PATIENCE = 60.0  # seconds; listing runs beside the conversion and must not hold it up for long
-MAX_COPIED = 100  # referrers of one manifest
-MAX_COPIED_BLOB = 1 << 30  # bytes
 # What cosign keeps beside an image under the tag sha256-<hex>SUFFIX, without a subject.
 _BESIDE = {".sig": "cosign signature", ".att": "cosign attestation", ".sbom": "cosign SBOM"}
 _SIGNING = ("signature", "sigstore", "cosign", "notary", "simplesigning")
@@ -94,8 +93,8 @@ def copy_referrer(referrer: Referrer, result: oci.Descriptor, source: Repository
         raise DocumentInvalid(f"the referrer {referrer.entry.digest} has another subject than the registry says")
     parts = [document["config"]] if "config" in document else []
     listed = document.get("layers") or document.get("blobs") or []
-    if not isinstance(listed, list) or len(listed) > oci.MAX_LAYERS:
-        raise DocumentInvalid(f"the referrer {referrer.entry.digest} has no list of at most {oci.MAX_LAYERS} blobs")
+    if not isinstance(listed, list) or len(listed) > MAX_LAYERS:
+        raise DocumentInvalid(f"the referrer {referrer.entry.digest} has no list of at most {MAX_LAYERS} blobs")
     blobs = [oci.parse_descriptor(part, "blob of a referrer") for part in (*parts, *listed)]
     for blob in blobs:
         if blob.size > MAX_COPIED_BLOB:

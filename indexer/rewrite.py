@@ -12,9 +12,9 @@ from lazyfs.errors import TarInvalid
 from lazyfs.format.entry import Entry
 from lazyfs.format.tar import TarItem
 from lazyfs.format.tar_headers import BLOCK, HEADER, pad
-from lazyfs.units import GiB, KiB
+from lazyfs.limits import MAX_HOLES
+from lazyfs.units import KiB
 
-MAX_HOLES = 64 * GiB  # bytes of zeros that one layer may expand to; a sparse file can claim terabytes for nothing
 _ZEROS = bytes(256 * KiB)
 _MAX_OCTAL_ID = 0o7777777
 _MAX_OCTAL_SIZE = 0o77777777777

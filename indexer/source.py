@@ -11,12 +11,12 @@ from typing import BinaryIO
 
 from lazyfs.errors import Interrupted, RegistryError, StoreBroken
 from lazyfs.format.inflate import decompress
+from lazyfs.limits import SOURCE_DEPTH
 from lazyfs.oci import Descriptor
 from lazyfs.registry.repository import Repository
 from lazyfs.units import KiB
 
 _READ = 256 * KiB  # bytes asked of the registry at once
-_DEPTH = 4  # blocks between the two threads
 _RESUMES = 5  # broken transfers in a row without a byte between them
 _POLL = 0.2  # seconds until a cancelled conversion is noticed
 _SLOWEST = 50_000  # bytes/s; a source slower than this is given up after the grace
@@ -96,7 +96,7 @@ class Pump:
     def __init__(self, blocks: Iterator[bytes], cancelled: threading.Event) -> None:
         self._blocks = blocks
         self._cancelled = cancelled
-        self._ready: queue.Queue[bytes | BaseException | None] = queue.Queue(_DEPTH)
+        self._ready: queue.Queue[bytes | BaseException | None] = queue.Queue(SOURCE_DEPTH)
         self._ended = False  # the last thing was taken out of the queue; nothing will come any more
         self._thread = threading.Thread(target=self._run, name="source", daemon=True)
         self._thread.start()

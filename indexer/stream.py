@@ -17,7 +17,7 @@ from lazyfs.format.entry import LANDMARK, NO_LANDMARK, TOC_NAME, Kind
 from lazyfs.format.namespace import Namespace
 from lazyfs.format.tar import TarItem, TarScanner
 from lazyfs.format.tar_headers import pad
-from lazyfs.oci import MAX_BLOB
+from lazyfs.limits import MAX_BLOB
 
 _LEFT_OUT = {
     OutputForm.ZSTD_CHUNKED: frozenset({TOC_NAME}),

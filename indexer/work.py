@@ -28,16 +28,13 @@ from types import TracebackType
 from lazyfs import digest as digests
 from lazyfs import oci
 from lazyfs.errors import FormatError, StoreBroken
-from lazyfs.units import GiB, MiB
+from lazyfs.limits import MAX_WORK_RECORD, MAX_WORK_RECORDS, MAX_WORK_SIZE
 
 log = logging.getLogger(__name__)
 
 VERSION = 1  # of the records
-MAX_SIZE = 20 * GiB  # bytes of blobs kept
 BLOB_AGE = 7 * 86_400.0  # seconds that a blob waits for its run to be taken up again
 RECORD_AGE = 90 * 86_400.0  # seconds
-MAX_RECORDS = 20_000
-_MAX_RECORD = MiB  # bytes of a record
 _LOCK_WAIT = 60.0  # seconds; the lock is held for a tidy-up only
 
 
@@ -55,7 +52,7 @@ class WorkDirectory:
     Without `keep` it is a directory for one run that leaves nothing behind.
     """
 
-    def __init__(self, path: Path, *, keep: bool = True, max_size: int = MAX_SIZE) -> None:
+    def __init__(self, path: Path, *, keep: bool = True, max_size: int = MAX_WORK_SIZE) -> None:
         self._path = path
         self._keep = keep
         self._max_size = max_size
@@ -119,7 +116,7 @@ class WorkDirectory:
         try:
             path = self._layers / f"{_name(key)}.json"
             with path.open("rb") as file:
-                document = oci.load_json(file.read(_MAX_RECORD), "record")
+                document = oci.load_json(file.read(MAX_WORK_RECORD), "record")
             if document.get("version") != VERSION or document.get("key") != key:
                 return None
             diff_id = document["diff_id"]
@@ -200,7 +197,7 @@ class WorkDirectory:
         for changed, length, path in sorted(found, reverse=True, key=lambda each: each[0]):
             if path.suffix == ".json":
                 records += 1
-                drop = now - changed > RECORD_AGE or records > MAX_RECORDS
+                drop = now - changed > RECORD_AGE or records > MAX_WORK_RECORDS
             else:
                 size += length
                 drop = now - changed > BLOB_AGE or size > self._max_size

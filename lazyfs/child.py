@@ -28,17 +28,14 @@ from typing import Any
 
 from lazyfs.answer import decode_error, encode_error
 from lazyfs.errors import FormatError, LazyfsError, StoreBroken, TocInvalid
+from lazyfs.limits import CHILD_MEMORY, CHILD_TIMEOUT, IDLE_CHILDREN, MAX_CHILD_ANSWER
 
-MEMORY = 4 << 30  # bytes of address space: a TOC of half a million entries takes a fifth of it
-TIMEOUT = 120.0  # seconds
 _FIRST_WAIT = 60.0  # seconds that a process started ahead of need waits for its job
 _NEXT_WAIT = 3.0  # seconds after which a process without further jobs ends, and gives its memory back
 _START = 0.1  # seconds that starting a process takes, of one core: one that is free sooner is waited for
 _SOON = 0.3  # seconds that a process waits for its next job before it frees what the last one took
 _GRACE = 5.0  # seconds that a process may take to end
-_KEPT = 2  # idle processes
 _GOES_FIRST = 1000  # oom_score_adj, the most there is
-_MAX_ANSWER = 1 << 20  # bytes; an answer is one sentence
 
 
 class Builder:
@@ -61,7 +58,7 @@ class Builder:
             if not self._idle and not self._busy and not self._closed:
                 self._idle.append(_spawn())
 
-    def run(self, job: dict[str, Any], *, timeout: float = TIMEOUT) -> None:
+    def run(self, job: dict[str, Any], *, timeout: float = CHILD_TIMEOUT) -> None:
         """Run `job` and wait for it. Blocking: at most `timeout` seconds.
 
         Raise what the child raised (FormatError, StoreError), or TocInvalid when it died of its limits.
@@ -105,7 +102,7 @@ class Builder:
 
     def _keep(self, child: subprocess.Popen[bytes]) -> bool:
         with self._changed:
-            if self._closed or len(self._idle) >= _KEPT:
+            if self._closed or len(self._idle) >= IDLE_CHILDREN:
                 return False
             self._idle.append(child)
             return True
@@ -124,7 +121,7 @@ class Builder:
             _end(child)
 
 
-def run_job(job: dict[str, Any], *, timeout: float = TIMEOUT) -> None:
+def run_job(job: dict[str, Any], *, timeout: float = CHILD_TIMEOUT) -> None:
     """Run one job in a process of its own. Blocking; errors as `Builder.run`."""
     builder = Builder()
     try:
@@ -168,7 +165,7 @@ def _ask(child: subprocess.Popen[bytes], job: dict[str, Any], timeout: float) ->
     answer, deadline = b"", time.monotonic() + timeout
     coming = select.poll()  # select(2) takes no number above 1023, and a daemon of many layers has such
     coming.register(child.stdout, select.POLLIN)
-    while not answer.endswith(b"\n") and len(answer) < _MAX_ANSWER:
+    while not answer.endswith(b"\n") and len(answer) < MAX_CHILD_ANSWER:
         left = deadline - time.monotonic()
         if left <= 0 or not coming.poll(left * 1000):
             raise TocInvalid(f"its TOC took more than {timeout:.0f} s to read")
@@ -291,7 +288,7 @@ def _answer(line: str, kept: list[object]) -> dict[str, Any]:
     except LazyfsError as error:
         return refuse(error)
     except MemoryError:
-        return refuse(TocInvalid(f"the TOC needs more than {MEMORY >> 30} GiB to read"))
+        return refuse(TocInvalid(f"the TOC needs more than {CHILD_MEMORY >> 30} GiB to read"))
     except OSError as error:
         return refuse(StoreBroken(f"a table can't be built: {error}"))
 
@@ -301,7 +298,7 @@ def main() -> int:
     from lazyfs import tree  # noqa: F401  while the first job is still on its way
     from lazyfs.format import erofs_write, table_build, toc  # noqa: F401
 
-    limit(resource.RLIMIT_AS, MEMORY)
+    limit(resource.RLIMIT_AS, CHILD_MEMORY)
     limit(resource.RLIMIT_CORE, 0)
     go_first()
     patience = _FIRST_WAIT

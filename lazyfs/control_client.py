@@ -24,15 +24,11 @@ from lazyfs import private
 from lazyfs.answer import decode_error
 from lazyfs.config import Settings
 from lazyfs.errors import DaemonFault, DaemonUnreachable, FuseUnavailable, LazyfsError, StoreLocked
+from lazyfs.limits import CALL_TIMEOUT, GREETING_TIMEOUT, MAX_LINE, MAX_LOG, START_TIMEOUT
 
 PROTOCOL = 1
-MAX_LINE = 1 << 20  # bytes of one message
-GREETING_TIMEOUT = 5.0  # seconds
-START_TIMEOUT = 30.0  # seconds until a started daemon must listen
-CALL_TIMEOUT = 3600.0  # seconds; a plain image of many gigabytes is fetched inside a call, with events in between
 _NEEDED = {"pyfuse3": "pyfuse3", "trio": "trio", "lru-dict": "lru"}  # the extra "mount": package → module
 _UCRED = struct.Struct("3i")  # pid, uid, gid (unix(7), SO_PEERCRED)
-MAX_LOG = 8 << 20  # bytes after which a daemon's start begins a new log
 _RACE = 0.05  # seconds between looks while somebody else's daemon starts or ends
 
 

@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from lazyfs.errors import StoreBroken, StoreError, StoreFull
+from lazyfs.limits import BUSY_TIMEOUT
 
-BUSY_TIMEOUT = 5.0  # seconds to wait for another process's transaction
 DAMAGED = frozenset({sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB})
 NO_ROOM = frozenset({sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR, sqlite3.SQLITE_CANTOPEN})
 _BUSY = frozenset({sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED})

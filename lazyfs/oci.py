@@ -13,6 +13,7 @@ from typing import Any
 
 from lazyfs import digest as digests
 from lazyfs.errors import DocumentInvalid, PlatformMissing
+from lazyfs.limits import MAX_BLOB, MAX_DOCUMENT, MAX_LAYERS
 
 OCI_INDEX = "application/vnd.oci.image.index.v1+json"
 OCI_MANIFEST = "application/vnd.oci.image.manifest.v1+json"
@@ -31,10 +32,6 @@ INDEX_TYPES = frozenset({OCI_INDEX, DOCKER_INDEX})
 MANIFEST_TYPES = frozenset({OCI_MANIFEST, DOCKER_MANIFEST})
 ACCEPT = ", ".join((OCI_MANIFEST, OCI_INDEX, DOCKER_MANIFEST, DOCKER_INDEX))
 
-# Bounds on attackers' input; containers with more than 127 layers don't run on overlayfs anyway.
-MAX_DOCUMENT = 8 << 20  # bytes of a manifest, index or config
-MAX_LAYERS = 512
-MAX_BLOB = 1 << 40  # bytes; node ids leave 40 bits for rows, and no registry takes a layer of a terabyte
 
 # Descriptor annotations of layers with a TOC (specs: estargz.md section 5).
 TOC_DIGEST = "containerd.io/snapshot/stargz/toc.digest"

@@ -13,14 +13,12 @@ import time
 from collections.abc import Callable
 
 from lazyfs.errors import LazyfsError, UsageError
+from lazyfs.limits import MAX_SCRAPE_HEAD, SCRAPE_BACKLOG, SCRAPE_TIMEOUT
 
 log = logging.getLogger(__name__)
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
-_MAX_HEAD = 8 << 10  # bytes of a request
-_CLIENT = 5.0  # seconds that a client has for its request, and again for taking the answer
 _PAUSE = 0.2  # seconds after an accept that failed: too many open files, most likely
-_BACKLOG = 8
 
 
 def parse_address(text: str) -> tuple[str, int]:
@@ -42,7 +40,7 @@ class Scrapes:
         self._closed = False
         try:
             family, _, _, _, where = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-            self._socket = socket.create_server(where[:2], family=family, backlog=_BACKLOG)
+            self._socket = socket.create_server(where[:2], family=family, backlog=SCRAPE_BACKLOG)
         except (OSError, ValueError) as error:  # ValueError: a name that no host can have
             reason = isinstance(error, OSError) and error.strerror
             raise UsageError(
@@ -82,7 +80,7 @@ class Scrapes:
                 log.exception("the metrics broke")
 
     def _answer(self, client: socket.socket) -> None:
-        deadline = time.monotonic() + _CLIENT
+        deadline = time.monotonic() + SCRAPE_TIMEOUT
         head = bytearray()
         while b"\r\n\r\n" not in head and b"\n\n" not in head:
             client.settimeout(max(0.001, deadline - time.monotonic()))
@@ -90,7 +88,7 @@ class Scrapes:
             if not part:
                 return
             head += part
-            if len(head) > _MAX_HEAD:
+            if len(head) > MAX_SCRAPE_HEAD:
                 return self._send(client, "431 Request Header Fields Too Large", b"too long\n")
         words = bytes(head).split(b"\n", 1)[0].split()
         if len(words) != 3 or not words[2].startswith(b"HTTP/"):
@@ -111,6 +109,6 @@ class Scrapes:
             f"HTTP/1.1 {status}\r\nContent-Type: {CONTENT_TYPE}\r\nContent-Length: {len(body)}\r\n"
             "Connection: close\r\n\r\n"
         )
-        client.settimeout(_CLIENT)  # sendall counts it for all of the answer
+        client.settimeout(SCRAPE_TIMEOUT)  # sendall counts it for all of the answer
         client.sendall(head.encode() + body)
         client.shutdown(socket.SHUT_WR)

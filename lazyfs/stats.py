@@ -9,12 +9,12 @@ import threading
 from bisect import bisect_left
 from collections.abc import Mapping
 
+from lazyfs.limits import MAX_SERIES, MAX_STAT_HOSTS
+
 # Prometheus' form of a histogram: (upper bound, how many were no longer) up to +Inf, and the sum of all in seconds.
 Buckets = tuple[list[tuple[str, float]], float]
 
-MAX_HOSTS = 50  # hosts told apart in labels; a registry may redirect to any number of them
 OTHER = "other"
-_MOST = 1000  # combinations of labels; a bound on mistakes, not a number that is reached
 
 # Seconds: a read from memory takes 0.1 ms, one over a network a round trip, and one of a dead registry its deadline.
 READ_BOUNDS = (0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 5.0, 30.0)
@@ -56,7 +56,7 @@ class Histogram:
 class Counts:
     """Numbers that only grow, by the values of their labels. Thread-safe."""
 
-    def __init__(self, most: int = _MOST) -> None:
+    def __init__(self, most: int = MAX_SERIES) -> None:
         """`most`: how many are told apart; further ones share the one whose labels are all "other"."""
         self._most = most
         self._lock = threading.Lock()
@@ -77,7 +77,7 @@ class Counts:
 class Histograms:
     """Histograms by the values of their labels. Thread-safe."""
 
-    def __init__(self, bounds: tuple[float, ...], most: int = _MOST) -> None:
+    def __init__(self, bounds: tuple[float, ...], most: int = MAX_SERIES) -> None:
         """`most`: as for Counts."""
         self._bounds = bounds
         self._most = most
@@ -105,7 +105,7 @@ def _bounded(known: Mapping[tuple[str, ...], object], labels: tuple[str, ...], m
 class Names:
     """Names of which the first `most` are kept apart; all later ones are "other". Thread-safe."""
 
-    def __init__(self, most: int = MAX_HOSTS) -> None:
+    def __init__(self, most: int = MAX_STAT_HOSTS) -> None:
         self._most = most
         self._known: set[str] = set()
 

@@ -21,11 +21,10 @@ from lazyfs.errors import TableInvalid, TocInvalid
 from lazyfs.format.columns import Column, Columns, write_columns
 from lazyfs.format.entry import MAX_NAME, Kind
 from lazyfs.format.table import FLAG_IMPLICIT, FLAG_OPAQUE, FLAG_REPLACES, LayerTable, Names
+from lazyfs.limits import MAX_FOLLOWED, MAX_SYMLINKS
 
 MAGIC = b"LZFTREE\0"
 VERSION = 4
-_MAX_SYMLINKS = 40  # the kernel's own limit for one path
-_MAX_FOLLOWED = 10_000_000  # parts of symlinks' targets walked for one chain: seconds, where sane ones need none
 _SHIFT = 32  # bits of a row in a leaf
 _MASK = (1 << _SHIFT) - 1
 _DIR, _HARDLINK, _WHITEOUT = int(Kind.DIR), int(Kind.HARDLINK), int(Kind.WHITEOUT)
@@ -223,9 +222,9 @@ class _Chain:
                 parts = target.split(b"/")
                 links += 1
                 self._followed += len(parts)
-                if links > _MAX_SYMLINKS:
+                if links > MAX_SYMLINKS:
                     raise TocInvalid("a layer writes below a cycle of symbolic links")
-                if self._followed > _MAX_FOLLOWED:
+                if self._followed > MAX_FOLLOWED:
                     raise TocInvalid("a layer writes too often through symbolic links")
                 if target.startswith(b"/"):
                     at = self.root

@@ -19,9 +19,9 @@ from pathlib import Path
 from typing import Any
 
 from indexer.compress import Compressors
-from indexer.frames import IN_FLIGHT
 from indexer.layer import LayerOptions, convert_layer
 from indexer.options import LEVELS, OutputForm
+from lazyfs.limits import IN_FLIGHT
 from perf.debian import system_tar
 from perf.machine import facts
 

@@ -17,6 +17,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 
 from lazyfs.errors import LazyfsError
+from lazyfs.limits import MAX_EXTRACTIONS
 from snapshotter import labels as told
 from snapshotter.labels import Asked, Unsaid
 from snapshotter.model import LazyImage, LazyOffer
@@ -25,7 +26,6 @@ from snapshotter.remote import ResolvedChain
 
 log = logging.getLogger(__name__)
 
-_KEPT = 64  # images whose answers are remembered
 _GOOD = 600.0  # seconds for which an answer holds when all layers are ready: about a pull
 _BAD = 30.0  # seconds for which it holds otherwise: the other layers of the same pull need not ask again
 
@@ -137,7 +137,7 @@ class Extraction:
                 return known, False
             known = self._known[key] = _Known(Future())
             self._known.move_to_end(key)
-            while len(self._known) > _KEPT:
+            while len(self._known) > MAX_EXTRACTIONS:
                 self._known.popitem(last=False)
         return known, True
 

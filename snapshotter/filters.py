@@ -13,11 +13,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from lazyfs.errors import SnapshotInvalid
+from lazyfs.limits import MAX_FILTER, MAX_FILTERS
 from snapshotter.model import Snapshot
 from snapshotter.regexp import Pattern, PatternInvalid
 
-MAX_FILTER = 16 << 10  # characters of one filter
-MAX_FILTERS = 100
 _QUOTES = '"/|'
 _OPERATOR = "=!~"
 _FIELD = frozenset("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_")

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import grpc
 from google.protobuf.message import DecodeError
 
+from lazyfs.limits import IMAGE_THREADS, MAX_GRPC_MESSAGE, PULL_THREADS
 from snapshotter.node_logins import NodeLogins, Noted
 from snapshotter.proto import cri_images_pb2 as messages
 
@@ -22,11 +23,6 @@ log = logging.getLogger(__name__)
 
 # v1alpha2 has the same messages under another package's name.
 SERVICES = ("runtime.v1.ImageService", "runtime.v1alpha2.ImageService")
-MAX_MESSAGE = 16 << 20  # bytes; kubelet's and containerd's own bound
-# A pull waits for containerd, and containerd for the snapshots of that pull: threads of the snapshots' service must not
-# wait here. Pulls that hang must not hold up short calls either.
-_PULLS = 64  # at once; further ones wait
-_OTHERS = 16
 _LOOK = 1.0  # seconds in which a socket is found to be there
 _LONGEST = 10 * 365 * 86400.0  # seconds of a deadline that is one
 _OURS = frozenset({"user-agent", "content-type", "te", "host", "grpc-status", "grpc-message"})  # of the connection
@@ -45,7 +41,7 @@ def handlers(
     """Return what answers CRI's image service, for grpc.Server.add_generic_rpc_handlers. Connects to nothing yet.
 
     `upstream`: the path of containerd's socket ("unix://" may be before it). `note_pull` is told gRPC's name of how
-    each pull ended. The server must let messages of MAX_MESSAGE in.
+    each pull ended. The server must let messages of MAX_GRPC_MESSAGE in.
     """
     return [_PassThrough(upstream.removeprefix("unix://"), node_logins, note_pull)]
 
@@ -60,8 +56,8 @@ class _PassThrough(_Handler):
         self._channel = grpc.insecure_channel(
             f"unix:{path}",
             options=(
-                ("grpc.max_receive_message_length", MAX_MESSAGE),
-                ("grpc.max_send_message_length", MAX_MESSAGE),
+                ("grpc.max_receive_message_length", MAX_GRPC_MESSAGE),
+                ("grpc.max_send_message_length", MAX_GRPC_MESSAGE),
                 ("grpc.enable_http_proxy", 0),
                 ("grpc.enable_retries", 0),  # whoever calls decides whether to call again
                 ("grpc.initial_reconnect_backoff_ms", 100),
@@ -70,8 +66,8 @@ class _PassThrough(_Handler):
                 ("grpc.default_authority", "localhost"),  # a path is none, and Go's servers refuse it
             ),
         )
-        self._pulls = ThreadPoolExecutor(_PULLS, "cri-pull")
-        self._others = ThreadPoolExecutor(_OTHERS, "cri-image")
+        self._pulls = ThreadPoolExecutor(PULL_THREADS, "cri-pull")
+        self._others = ThreadPoolExecutor(IMAGE_THREADS, "cri-image")
 
     def service(self, handler_call_details: grpc.HandlerCallDetails) -> grpc.RpcMethodHandler[bytes, bytes] | None:
         """Return the handler of a method, None for those of other services."""

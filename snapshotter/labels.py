@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from lazyfs import digest as digests
 from lazyfs import reference as references
 from lazyfs.errors import ReferenceInvalid
+from lazyfs.limits import MAX_LABEL_VALUE
 
 SNAPSHOT_REF = "containerd.io/snapshot.ref"
 _PREFIX = "containerd.io/snapshot/"
@@ -24,7 +25,6 @@ PARENT_CHAIN = _PREFIX + "parent-chain-id"  # containerd 2.3 and newer
 MAX_SIZE = _PREFIX + "max-size"  # containerd 2.4 and newer
 STARGZ_REF = _PREFIX + "remote/stargz.reference"
 STARGZ_DIGEST = _PREFIX + "remote/stargz.digest"
-_MAX = 4096  # bytes of a value that is looked at
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +67,7 @@ def read(labels: Mapping[str, str], parent: str) -> Asked | Unsaid:
     if not image:
         return Unsaid("the client does not say which image it pulls (no label cri.image-ref)", "", _digest(layer))
     try:
-        reference = references.parse(image[:_MAX])
+        reference = references.parse(image[:MAX_LABEL_VALUE])
     except ReferenceInvalid as error:
         return Unsaid(f"the client's label is no image: {error.message}", "", _digest(layer))
     if reference.transport != "docker":

@@ -19,12 +19,10 @@ from typing import Protocol
 
 from lazyfs import reference as references
 from lazyfs.errors import LazyfsError, ReferenceInvalid
+from lazyfs.limits import MAX_LOGINS_DOCUMENT, MAX_SECRET, MAX_SEEN_LOGINS
 
 log = logging.getLogger(__name__)
 
-MAX_LOGINS = 1000  # repositories; those not pulled from for longest go
-MAX_DOCUMENT = 768 << 10  # bytes of all of them as JSON; the control socket takes 1 MiB a message
-MAX_SECRET = 32 << 10  # characters of one text; clouds' tokens have a few thousand
 RETRY = 5.0  # seconds until a daemon that could not be told is told again
 MAX_IMAGE = 4096  # characters of an image's name that is looked at
 PATIENCE = 3.0  # seconds that a pull waits for the daemon to know its login
@@ -135,7 +133,7 @@ class NodeLogins:
         kept.size = sum(len(json.dumps(entry)) + 2 for entry in _entries(place, kept))
         self._kept[place] = kept
         self._size += kept.size - (old.size if old is not None else 0)
-        while self._kept and (len(self._kept) > MAX_LOGINS or self._size > MAX_DOCUMENT):
+        while self._kept and (len(self._kept) > MAX_SEEN_LOGINS or self._size > MAX_LOGINS_DOCUMENT):
             _, gone = self._kept.popitem(last=False)
             self._size -= gone.size
         self._version += 1

@@ -10,9 +10,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-MAX_PATTERN = 256  # characters
-MAX_PROGRAM = 1000  # instructions, after repeats were written out
-_MAX_DEPTH = 50  # groups in groups
+from lazyfs.limits import MAX_PATTERN, MAX_PATTERN_DEPTH, MAX_PROGRAM
+
 _Test = Callable[[str], bool]
 _ESCAPES = {"a": "\a", "f": "\f", "t": "\t", "n": "\n", "r": "\r", "v": "\v"}
 _WORD = frozenset("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_")
@@ -232,7 +231,7 @@ class _Parser:
         elif not self._takes("?:") and self._peek() == "?":
             raise PatternInvalid("flags and look-around are not supported")
         self._depth += 1
-        if self._depth > _MAX_DEPTH:
+        if self._depth > MAX_PATTERN_DEPTH:
             raise PatternInvalid("it has too many groups in groups")
         node = self._any()
         self._depth -= 1

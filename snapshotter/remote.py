@@ -18,8 +18,9 @@ from typing import Any
 
 from lazyfs import reference as references
 from lazyfs.config import Settings
-from lazyfs.control_client import START_TIMEOUT, Daemon, connect, reach_daemon
+from lazyfs.control_client import Daemon, connect, reach_daemon
 from lazyfs.errors import DaemonFault, DaemonUnreachable, LazyfsError
+from lazyfs.limits import RESTORE_THREADS, START_TIMEOUT
 from snapshotter.model import LazyLayer, LazyPlace, Shown, Usage
 
 log = logging.getLogger(__name__)
@@ -29,7 +30,6 @@ _GREETING = 3.0  # seconds that calls which may need a login wait for a new daem
 _SLACK = 5.0  # seconds that a call may take beyond the deadline that the daemon was given
 _SHORT = 30.0  # seconds for calls that ask no registry
 _DIGESTS = 1000  # of one call; a message has at most 1 MiB
-_RESTORING = 4  # chains of one registry brought back at once
 _QUICK = 5.0  # seconds for what is asked of every snapshot again and again
 _SILENT = 5.0  # seconds after a daemon that did not even greet, in which nobody who can do without it waits for it
 _RETRY = (0.2, 0.5, 1.0, 2.0, 5.0)  # seconds between attempts to reach a daemon that has gone
@@ -338,7 +338,7 @@ class Remote:
         for place in self._in_use():
             host = _host(place.image.reference)
             if host not in pools:
-                pools[host] = ThreadPoolExecutor(_RESTORING, "restore")
+                pools[host] = ThreadPoolExecutor(RESTORE_THREADS, "restore")
             pools[host].submit(self._restore, place, self._meetings)
         for pool in pools.values():
             pool.shutdown(wait=False)

@@ -7,11 +7,10 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from lazyfs.errors import SnapshotInvalid, StoreBroken
+from lazyfs.limits import MAX_KEY, MAX_LABEL
 from snapshotter.model import Kind, LazyImage, LazyLayer, LazyPlace, Snapshot
 
 COLUMNS = "key, parent, kind, labels, created, updated, number, image, position"
-MAX_LABEL = 4096  # bytes of a label's name and value together, containerd's own bound
-MAX_KEY = 4096  # bytes
 
 
 def check_key(key: str, what: str = "key") -> str:

@@ -13,8 +13,9 @@ from contextlib import closing, contextmanager
 from pathlib import Path
 from urllib.parse import quote
 
-from lazyfs.database import BUSY_TIMEOUT, NO_ROOM, check_file, code_of, translate
+from lazyfs.database import NO_ROOM, check_file, code_of, translate
 from lazyfs.errors import StoreBroken, StoreError
+from lazyfs.limits import BUSY_TIMEOUT
 
 SCHEMA_VERSION = 1
 _APPLICATION = 0x6C7A6673  # "lzfs", SQLite's application_id: an SQLite file of another program is not ours

@@ -27,6 +27,7 @@ from lazyfs import config, notify
 from lazyfs import log as logs
 from lazyfs.config import Settings
 from lazyfs.errors import LazyfsError, StoreBroken, UsageError
+from lazyfs.limits import CALL_THREADS, GRACE, MAX_GRPC_MESSAGE
 from lazyfs.process import harden
 from snapshotter.collaborators import Connect, Handler, no_collaborators
 from snapshotter.connect import connect
@@ -40,11 +41,6 @@ from snapshotter.store import Store
 log = logging.getLogger("snapshotter.server")  # also when it is run as __main__
 
 DATABASE = "snapshots.db"
-# Threads of calls that may wait for a registry, begun when they are needed; the others have threads of their own. Fewer
-# than the daemon takes connections: each of these has one.
-THREADS = 192
-GRACE = 5.0  # seconds that calls under way have when the process is asked to end
-_MAX_MESSAGE = 16 << 20  # bytes; containerd's own bound
 _STOPS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 _PR_SET_DUMPABLE = 4
 
@@ -89,11 +85,11 @@ class Server:
     def start(self) -> None:
         """Listen. Raise UsageError when the address can't be listened on."""
         options: tuple[tuple[str, Any], ...] = (
-            ("grpc.max_receive_message_length", _MAX_MESSAGE),
-            ("grpc.max_send_message_length", _MAX_MESSAGE),
+            ("grpc.max_receive_message_length", MAX_GRPC_MESSAGE),
+            ("grpc.max_send_message_length", MAX_GRPC_MESSAGE),
             ("grpc.so_reuseport", 0),
         )
-        server = grpc.server(ThreadPoolExecutor(THREADS, "call"), interceptors=self._interceptors, options=options)
+        server = grpc.server(ThreadPoolExecutor(CALL_THREADS, "call"), interceptors=self._interceptors, options=options)
         server.add_generic_rpc_handlers((Service(self.snapshotter, self._note_call).handler(), *self._more))
         before = os.umask(0o177)
         try:

@@ -17,6 +17,7 @@ from google.protobuf.empty_pb2 import Empty
 
 from lazyfs.containerd.proto import snapshots_pb2 as messages
 from lazyfs.errors import LazyfsError
+from lazyfs.limits import LIST_THREADS
 from snapshotter.model import Mount, Snapshot
 from snapshotter.snapshotter import Snapshotter
 from snapshotter.status import INTERNAL, code_of, message_of
@@ -24,7 +25,6 @@ from snapshotter.status import INTERNAL, code_of, message_of
 log = logging.getLogger(__name__)
 
 SERVICE = "containerd.services.snapshots.v1.Snapshots"
-_AT_ONCE = 16  # calls that wait for the local disk alone
 _BATCH = 100  # snapshots in one answer of List
 _NANO = 10**9
 _LOCAL = ("Commit", "Remove", "Stat", "Update", "List")  # they ask nobody; the others may wait for the daemon
@@ -48,7 +48,7 @@ class Service:
         self._snapshotter = snapshotter
         self._note = note
         # Threads of their own: whatever a registry or a daemon does to the other calls, these are answered.
-        self._quick = ThreadPoolExecutor(_AT_ONCE, "quick")
+        self._quick = ThreadPoolExecutor(LIST_THREADS, "quick")
 
     def handler(self) -> grpc.GenericRpcHandler[Any, Any]:
         """Return what a gRPC server needs to offer the service."""

@@ -12,6 +12,7 @@ import time
 from collections.abc import Iterable, Mapping, Sequence
 
 from lazyfs.errors import LazyfsError, SnapshotExists, SnapshotInvalid, SnapshotUnfit, StoreError
+from lazyfs.limits import CLEANUP, MAX_USAGES
 from snapshotter import filters, rows
 from snapshotter.directories import Directories, Owner
 from snapshotter.disk_usage import disk_usage
@@ -21,9 +22,6 @@ from snapshotter.parts import Chains, Collector, Extraction
 from snapshotter.store import Store
 
 log = logging.getLogger(__name__)
-
-_USAGES = 10_000  # layers whose usage is remembered
-CLEANUP = 60.0  # seconds that a Cleanup may take; what is left is done in the background
 
 
 class Snapshotter:
@@ -119,7 +117,7 @@ class Snapshotter:
                 # Asked for all snapshots every few seconds: a daemon that is away is told of elsewhere.
                 log.debug("the usage of %s is what was known of it: %s", key, error)
                 return self._usages.get(digest, recorded)
-            if len(self._usages) >= _USAGES:
+            if len(self._usages) >= MAX_USAGES:
                 self._usages.clear()
             self._usages[digest] = found
             return found

@@ -11,8 +11,8 @@ from grpc import StatusCode
 
 from lazyfs import errors
 from lazyfs.errors import LazyfsError
+from lazyfs.limits import MAX_GRPC_WORDS
 
-MAX_MESSAGE = 1000  # characters; the header that carries it is bounded
 INTERNAL = "lazyfs-snapshotter failed in a way that it should not: its log says more"
 
 TABLE: dict[type[LazyfsError], StatusCode] = {
@@ -72,4 +72,4 @@ def code_of(error: LazyfsError) -> StatusCode:
 def message_of(error: LazyfsError) -> str:
     """Return an error's sentence as a gRPC message can carry it: one line, bounded, valid Unicode."""
     text = " ".join(str(error).split()).encode("utf-8", "replace").decode()
-    return text if len(text) <= MAX_MESSAGE else text[: MAX_MESSAGE - 1] + "…"
+    return text if len(text) <= MAX_GRPC_WORDS else text[: MAX_GRPC_WORDS - 1] + "…"

@@ -14,13 +14,14 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 from lazyfs.errors import SnapshotExists, SnapshotInvalid, SnapshotMissing, SnapshotUnfit, StoreError, StoreFull
+from lazyfs.limits import MAX_REASONS
 from snapshotter import rows
 from snapshotter.model import Kind, LazyImage, Snapshot, Usage
 from snapshotter.reserve import Reserve
 from snapshotter.schema import open_database, open_for_reading
 from snapshotter.store_file import image_finder
 from snapshotter.store_images import ImageStore, put_image
-from snapshotter.store_reasons import MAX_REASONS, ReasonStore
+from snapshotter.store_reasons import ReasonStore
 
 __all__ = ["MAX_REASONS", "Store", "open_readonly"]
 

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
+from lazyfs.limits import MAX_REASON, MAX_REASONS
 from snapshotter.model import Reason
 from snapshotter.store_file import StoreFile
-
-MAX_REASONS = 10_000  # the oldest go
-_MAX_TEXT = 2000  # characters of each part
 
 
 class ReasonStore(StoreFile):
@@ -20,7 +18,7 @@ class ReasonStore(StoreFile):
         It is on the disk with the next thing that is recorded: a power cut may take it, which a Prepare won't wait for.
         """
         # An error's sentence may hold a file name that is no Unicode; SQLite refuses it.
-        texts = [text[:_MAX_TEXT].encode("utf-8", "replace").decode() for text in (image, layer_digest, key, reason)]
+        texts = [text[:MAX_REASON].encode("utf-8", "replace").decode() for text in (image, layer_digest, key, reason)]
         with self._passing() as connection:
             number = connection.execute(
                 "INSERT INTO reasons (image, layer, key, reason, lazy, time) VALUES (?, ?, ?, ?, ?, ?)",

@@ -13,11 +13,10 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from lazyfs.chunks.catalog_file import DOCUMENTS_BOUND
 from lazyfs.chunks.catalog_images import ImageCatalog, NamedImage, Pin, Resolved
 from lazyfs.errors import StoreFull
 
-__all__ = ["DOCUMENTS_BOUND", "Catalog", "LayerRecord", "MountRecord", "NamedImage", "Pin", "Resolved"]
+__all__ = ["Catalog", "LayerRecord", "MountRecord", "NamedImage", "Pin", "Resolved"]
 
 MAX_NUMBER = (1 << 23) - 1  # node ids have 63 bits, 40 of them for the row
 _BATCH = 5000  # chunk places in one transaction: others get their turn every few milliseconds

@@ -8,8 +8,7 @@ from pathlib import Path
 
 from lazyfs.chunks.catalog_schema import open_database, translated
 from lazyfs.database import OneConnection
-
-DOCUMENTS_BOUND = 256 << 20  # bytes of all documents
+from lazyfs.limits import DOCUMENTS_BOUND
 
 
 class CatalogFile(OneConnection):

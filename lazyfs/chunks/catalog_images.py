@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from lazyfs import digest as digests
 from lazyfs.chunks.catalog_file import CatalogFile
 from lazyfs.errors import DocumentInvalid, StoreError
-from lazyfs.oci import MAX_DOCUMENT
+from lazyfs.limits import MAX_DOCUMENT
 
 log = logging.getLogger(__name__)
 

@@ -11,8 +11,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from lazyfs import private
-from lazyfs.database import BUSY_TIMEOUT, DAMAGED, NO_ROOM, check_file, code_of, translate
+from lazyfs.database import DAMAGED, NO_ROOM, check_file, code_of, translate
 from lazyfs.errors import StoreBroken
+from lazyfs.limits import BUSY_TIMEOUT
 
 log = logging.getLogger(__name__)
 

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 from collections import OrderedDict
 
+from lazyfs.limits import MAX_STRETCHES
 from lazyfs.units import KiB
 
 STRETCH = 256 * KiB  # compressed bytes; what one request takes along at most
 _ENOUGH = 3  # frames that were asked for in a stretch, from which on others of it are taken along
-_KEPT = 1024  # stretches remembered, node-wide
 
 
 class Crowds:
@@ -31,6 +31,6 @@ class Crowds:
         if any(self._missed.get((layer, beside), 0) >= _ENOUGH for beside in (stretch - 1, stretch + 1)):
             missed = max(missed, _ENOUGH)
         self._missed[layer, stretch] = missed
-        if len(self._missed) > _KEPT:
+        if len(self._missed) > MAX_STRETCHES:
             self._missed.popitem(last=False)
         return missed >= _ENOUGH

@@ -13,10 +13,10 @@ from dataclasses import dataclass
 from lazyfs.errors import TarInvalid
 from lazyfs.format.entry import Chunk
 from lazyfs.format.tar import TarItem
+from lazyfs.limits import MAX_FILE_CHUNKS
 from lazyfs.units import PAGE, MiB
 
 CHUNK = MiB  # bytes
-MAX_CHUNKS = 1 << 22  # of one file: 4 TiB, most of it holes
 _SMALL = 4096  # bytes; shorter parts are joined, so that a chunk has a few hundred parts at most
 _RUN_BYTES = 4 * MiB  # bytes of one write
 _RUN_PARTS = 500  # parts after which a write is made; a chunk has fewer, and IOV_MAX is 1024
@@ -100,7 +100,7 @@ class FileCutter:
         self.out.append(Piece(self._append(size, b""), parts, place))
 
     def _append(self, size: int, digest: bytes) -> Chunk:
-        if len(self.chunks) >= MAX_CHUNKS:
+        if len(self.chunks) >= MAX_FILE_CHUNKS:
             raise TarInvalid("is too large for a layer", self.item.entry.path)
         # A plain layer has no frames: its chunks carry their place in data space instead of one in the blob.
         chunk = Chunk(self._offset, size, self.base, 0, digest)

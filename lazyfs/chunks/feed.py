@@ -5,7 +5,7 @@ from __future__ import annotations
 from lazyfs.chunks.frames import decoder
 from lazyfs.chunks.whole import WholeCheck
 from lazyfs.errors import FrameInvalid
-from lazyfs.format.codec import MAX_FRAME
+from lazyfs.limits import MAX_FRAME
 from lazyfs.units import MiB
 
 _LARGEST = MAX_FRAME + MAX_FRAME // 128 + MiB  # compressed bytes that a frame of MAX_FRAME may take

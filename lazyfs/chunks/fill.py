@@ -15,7 +15,6 @@ from functools import partial
 import trio
 
 from lazyfs.chunks.feed import feed_frames
-from lazyfs.chunks.flights import MAX_FRAMES
 from lazyfs.chunks.frames import fetch_piece, needed, prove_frame
 from lazyfs.chunks.layer import Check, ServedLayer
 from lazyfs.chunks.remote import Remote
@@ -29,6 +28,7 @@ from lazyfs.errors import (
     TrustError,
     first_of,
 )
+from lazyfs.limits import MAX_FRAMES
 from lazyfs.units import KiB, MiB
 
 log = logging.getLogger(__name__)

@@ -19,6 +19,7 @@ from lazyfs.chunks.layer import ServedLayer
 from lazyfs.chunks.schedule import Priority, Scheduler, Ticket
 from lazyfs.chunks.slow import MOVES, SlowRanges
 from lazyfs.errors import DaemonFault, LazyfsError, ReadDeadline, RegistryError, RegistryTimeout
+from lazyfs.limits import LONGEST_TRY
 from lazyfs.registry.repository import Repository
 from lazyfs.units import KiB
 
@@ -27,11 +28,9 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 Given = Callable[[], Awaitable[bytes | None]]  # waits for bytes that are under way; None: they don't come
 
-MAX_FRAMES = 512  # of one request: tiny frames must not hold up the loop, nor pile up as flights
 _PIECE = 128 * KiB  # compressed bytes of a piece of a frame at least: 20 ms at 50 Mbit/s
 _BACKOFF = (0.2, 0.5, 1.0, 2.0, 5.0)  # seconds between tries, with jitter
 _DAMAGED_TRIES = 2  # wrong bytes are fetched again once, and once from each other source; then they are real
-_LONGEST_TRY = 300.0  # seconds of one request; frames that came before its end stay
 _LANDING = 2  # threads that take apart what came before its layer's table: the machine's cores, about
 _LATE = 1.0  # seconds beyond twice the time that a piece takes, after which a reader waits for it no longer
 
@@ -320,7 +319,7 @@ class Flights:
 
         def job() -> tuple[bytes, Sample]:
             fetch.began = time.monotonic()
-            return fetch_piece(layer, blob_offset, size, fetch.began + _LONGEST_TRY, ticket.flow)
+            return fetch_piece(layer, blob_offset, size, fetch.began + LONGEST_TRY, ticket.flow)
 
         data: bytes | None = None
         try:
@@ -354,7 +353,7 @@ class Flights:
             # One try must leave time for another: a server that drips is not known by a pause between two bytes. What
             # nobody waits for may have waited long for its turn: its time runs from now.
             fetch.began = time.monotonic()
-            deadline = fetch.began + min(self._timeout / 2, _LONGEST_TRY)
+            deadline = fetch.began + min(self._timeout / 2, LONGEST_TRY)
             if ticket.priority is Priority.DEMAND:
                 deadline = min(deadline, end)
             return fetch_frames(layer, *left, deadline, deliver, ticket.flow, head, is_spare)

@@ -15,11 +15,11 @@ from lazyfs.errors import DigestMismatch, FrameInvalid, RegistryTimeout
 from lazyfs.format.codec import FrameDecoder
 from lazyfs.format.members import MemberDecoder
 from lazyfs.format.table import FORM_ESTARGZ, LayerTable
+from lazyfs.limits import MAX_DECODED
 from lazyfs.registry.repository import ByteStream, Repository
 from lazyfs.units import MiB
 
 _READ = 1 * MiB  # bytes of one read from a stream
-_READY = 16 * MiB  # decoded bytes that may wait to be handed on: 16 KiB of small frames can hold 500 MiB
 PIECE = 256 << 10  # bytes of one read while they are counted
 _FIRST_PIECE = 64 << 10  # bytes of the first one: what follows it tells the link's rate
 _TOGETHER = 16 << 10  # bytes; smaller frames are read from the network and handed on several at a time
@@ -269,7 +269,7 @@ def fetch_frames(
                     stream.reject(error.message)
                 if early and early[-1][0] == frame + 1:
                     del early[-1]
-            if waiting > _READY:
+            if waiting > MAX_DECODED:
                 hand_over()
             over = extent - len(data) if frame + 1 < stop else 0
             while over:

@@ -7,12 +7,12 @@ import functools
 import os
 from collections import deque
 
+from lazyfs.limits import MAX_COLD_EXTENTS
 from lazyfs.units import PAGE, KiB, MiB, align
 
 _KEEP_SIZE = 1  # <linux/falloc.h>
 _PUNCH_HOLE = 2
 _LOT = 8 * MiB  # bytes written between two calls for write-back
-_MAX_EXTENTS = 4096  # ranges remembered at most; forgotten ones stay cached until the kernel wants the memory
 _READ_BYTES = 4 * MiB  # that small reads have had when it is worth a thread to drop them
 _NEAR = 64 * KiB  # bytes between two reads that become one extent
 
@@ -70,7 +70,7 @@ class ReadPages:
     @property
     def is_due(self) -> bool:
         """Whether enough was read, or in enough places."""
-        return self._size >= _READ_BYTES or len(self._extents) >= _MAX_EXTENTS
+        return self._size >= _READ_BYTES or len(self._extents) >= MAX_COLD_EXTENTS
 
     def take(self) -> list[tuple[int, int]]:
         """Return what was noted, as (offset, bytes), and begin anew."""
@@ -88,7 +88,7 @@ class WrittenPages:
     __slots__ = ("_fresh", "_fresh_bytes", "_started")
 
     def __init__(self) -> None:
-        self._fresh: deque[tuple[int, int]] = deque(maxlen=_MAX_EXTENTS)
+        self._fresh: deque[tuple[int, int]] = deque(maxlen=MAX_COLD_EXTENTS)
         self._started: deque[tuple[int, int]] = deque()
         self._fresh_bytes = 0
 
@@ -102,4 +102,4 @@ class WrittenPages:
             drop_pages(fd, start, length)
         for start, length in self._fresh:
             drop_pages(fd, start, length)
-        self._started, self._fresh, self._fresh_bytes = self._fresh, deque(maxlen=_MAX_EXTENTS), 0
+        self._started, self._fresh, self._fresh_bytes = self._fresh, deque(maxlen=MAX_COLD_EXTENTS), 0

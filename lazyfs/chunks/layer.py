@@ -12,13 +12,13 @@ from lazyfs.chunks.whole import WholeCheck
 from lazyfs.chunks.witness import Witness
 from lazyfs.errors import LayerQuarantined, LazyfsError
 from lazyfs.format.table import FORM_PLAIN, NO_FRAME, LayerTable
+from lazyfs.limits import MAX_OTHER_SOURCES
 from lazyfs.oci import Descriptor
 from lazyfs.registry.health import Health
 from lazyfs.registry.mirrored import MirroredRepository
 from lazyfs.registry.offline import OfflineRepository
 from lazyfs.registry.repository import Repository
 
-_OTHERS = 3  # further sources that are remembered
 _serials = count()
 
 
@@ -117,7 +117,7 @@ class ServedLayer:
             one
             for one in before
             if (one.host, one.name) != (repository.host, repository.name) and not isinstance(one, OfflineRepository)
-        ][:_OTHERS]
+        ][:MAX_OTHER_SOURCES]
         self.repository, self.origin = repository, origin
 
     def turn(self, failed: Repository) -> bool:

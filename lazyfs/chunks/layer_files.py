@@ -24,6 +24,7 @@ from lazyfs.chunks.health import DiskHealth
 from lazyfs.chunks.holes import WrittenPages, punch_hole
 from lazyfs.chunks.private_files import OwnedFd, open_file
 from lazyfs.errors import StoreBroken, StoreLocked
+from lazyfs.limits import MAX_LAYER_CHUNKS
 from lazyfs.units import MiB
 
 log = logging.getLogger(__name__)
@@ -32,7 +33,6 @@ SEGMENT = 4 * MiB  # bytes of data space that are evicted together
 TOUCH_EVERY = 5  # seconds for which a use that was noted will do for who must not wait for the disk
 HEADER = 64  # bytes in front of `chunks` and `used`
 VERSION = 1
-MAX_CHUNKS = 1 << 28
 _HEAD = struct.Struct("<8sIIQQ")  # magic, version, segments, chunk count, data size
 _CHUNKS_MAGIC = b"LZFCHUNK"
 _USED_MAGIC = b"LZFUSED\0"
@@ -165,7 +165,7 @@ class LayerFiles:
                 f"layer {self.digest} in the store was written by a newer lazyfs",
                 hint="use that version, or another --root",
             )
-        if magic != _CHUNKS_MAGIC or version != VERSION or count > MAX_CHUNKS:
+        if magic != _CHUNKS_MAGIC or version != VERSION or count > MAX_LAYER_CHUNKS:
             return
         flags = _pread(self._chunks, count, HEADER)
         used = self._load_used(count, data_size)

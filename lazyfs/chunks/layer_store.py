@@ -15,9 +15,9 @@ from lazyfs.chunks.layer_files import LayerFiles, Layout
 from lazyfs.chunks.private_files import OwnedFd
 from lazyfs.errors import StoreBroken, StoreLocked
 from lazyfs.format.table import FORM_PLAIN, NO_FRAME
+from lazyfs.limits import MAX_CHUNK
 from lazyfs.units import PAGE, KiB, MiB
 
-MAX_CHUNK = 64 * MiB  # bytes; the formats' bound on a chunk, checked again because it becomes a buffer
 SMALL = 64 * KiB  # bytes that are hashed sooner than a thread begins
 _RUN_BYTES = 8 * MiB  # bytes of one write
 _RUN_PIECES = 500  # chunks of one write; with the padding in between below IOV_MAX (1024)

@@ -22,15 +22,13 @@ from lazyfs.child import command, read_answer
 from lazyfs.chunks.lines import Lines
 from lazyfs.chunks.whole_blob import WholeBlob
 from lazyfs.errors import StoreBroken, TarInvalid
+from lazyfs.limits import UNPACK_CPU, UNPACK_CPU_RATE, UNPACK_WAIT
 from lazyfs.registry.repository import Repository
 from lazyfs.units import MiB
 
 _PIPE = MiB  # bytes that the pipe to the child holds, where the kernel lets us
 # Blocks of a megabyte come and go a thousand times: glibc is not to give each back to the kernel and fault it in again.
 _MALLOC = {"MALLOC_MMAP_THRESHOLD_": str(32 * MiB), "MALLOC_TRIM_THRESHOLD_": str(128 * MiB)}
-_WAIT = 60.0  # seconds that the child may take no byte, and that it may take for table and answer after its last one
-_CPU_BASE = 120  # seconds of processor time for any layer: tens of gigabytes of zeros, or millions of names
-_CPU_RATE = 1_000_000  # bytes of blob for each further second; honest ones need a tenth of it
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +55,7 @@ def unpack_plain(
     job = {
         "blob_digest": layer.blob_digest, "blob_size": layer.blob_size, "diff_id": layer.diff_id,
         "data": os.fspath(layer.data), "table": os.fspath(layer.table),
-        "seconds": _CPU_BASE + layer.blob_size // _CPU_RATE,
+        "seconds": UNPACK_CPU + layer.blob_size // UNPACK_CPU_RATE,
     }  # fmt: skip
     words = command("lazyfs.chunks.unpack", json.dumps(job))
     try:
@@ -88,10 +86,10 @@ def unpack_plain(
             child.kill()
             raise
         try:
-            answer, complaint = child.communicate(timeout=_WAIT)
+            answer, complaint = child.communicate(timeout=UNPACK_WAIT)
         except subprocess.TimeoutExpired:
             child.kill()
-            raise TarInvalid(f"layer {layer.blob_digest} took more than {_WAIT:.0f} s to put in order") from None
+            raise TarInvalid(f"layer {layer.blob_digest} took more than {UNPACK_WAIT:.0f} s to put in order") from None
     read_answer(answer, complaint, child.returncode, TarInvalid)
 
 
@@ -103,13 +101,13 @@ def _widen(pipe: IO[bytes]) -> None:
 
 
 def _write(pipe: IO[bytes], data: bytes, layer: str) -> None:
-    """Give a child bytes. Blocking, while it takes some. Raise StoreBroken when it takes none for `_WAIT` seconds."""
+    """Give a child bytes. Blocking, while it takes some. Raise StoreBroken when it takes none for UNPACK_WAIT."""
     view, room = memoryview(data), select.poll()
     room.register(pipe, select.POLLOUT)
     while view:
-        if not room.poll(1000 * _WAIT):
+        if not room.poll(1000 * UNPACK_WAIT):
             raise StoreBroken(
-                f"the process that unpacks layer {layer} has taken no byte for {_WAIT:.0f} s: it was stopped, "
+                f"the process that unpacks layer {layer} has taken no byte for {UNPACK_WAIT:.0f} s: it was stopped, "
                 "or the disk of the store hangs"
             )
         view = view[pipe.write(view) or 0 :]

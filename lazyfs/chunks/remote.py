@@ -8,13 +8,14 @@ from functools import partial
 
 import trio
 
-from lazyfs.chunks.flights import MAX_FRAMES, Flight, Flights, Given
+from lazyfs.chunks.flights import Flight, Flights, Given
 from lazyfs.chunks.frames import needed
 from lazyfs.chunks.layer import ServedLayer
 from lazyfs.chunks.schedule import Priority, Scheduler
 from lazyfs.chunks.windows import Windows
 from lazyfs.errors import LazyfsError, ReadDeadline
 from lazyfs.format.table import Place
+from lazyfs.limits import MAX_FRAMES
 
 _FOREVER = 10 * 365 * 86400.0  # seconds, where read_timeout is 0
 

@@ -11,7 +11,6 @@ from lazyfs.errors import DocumentInvalid, StoreBroken
 from lazyfs.oci import Descriptor, parse_descriptor
 
 VERSION = 1
-MAX_SOURCE = 1 << 20  # bytes of the file
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,8 +15,7 @@ from lazyfs.chunks.census import Census, HeldImage
 from lazyfs.chunks.clear import Clearing, Goal, find, find_layer
 from lazyfs.chunks.recheck import Checked, recheck, recheck_documents
 from lazyfs.errors import UsageError
-
-PAGE_BYTES = 512 << 10  # of one answer, about; a control message may have a megabyte
+from lazyfs.limits import MAX_PAGE
 
 
 class Stock:
@@ -103,7 +102,7 @@ def _page(name: str, rows: list[dict[str, Any]]) -> dict[str, Any]:
     size = 0
     for row in rows:
         size += 700 + 80 * len(row.get("layers", ())) + sum(map(len, row.get("references", ())))
-        if taken and size > PAGE_BYTES:
+        if taken and size > MAX_PAGE:
             break
         taken.append(row)
     return {name: taken, "more": len(taken) < len(rows)}

@@ -35,14 +35,14 @@ from lazyfs.chunks.private_files import (
     replace_file,
     translate,
 )
-from lazyfs.chunks.source import MAX_SOURCE, LayerSource, decode_source, encode_source
+from lazyfs.chunks.source import LayerSource, decode_source, encode_source
 from lazyfs.errors import StoreError, StoreLocked
+from lazyfs.limits import MAX_SOURCE, MAX_STORED_TOC
 
 __all__ = ["LayerStore", "Store", "StoreStatus"]
 
 log = logging.getLogger(__name__)
 
-MAX_TOC = 1 << 30  # bytes of a raw TOC that is read back
 _OPEN_WAIT = 1.0  # seconds to wait for another process that is removing the layer
 
 
@@ -263,7 +263,7 @@ class Store:
 
     def read_toc(self, digest: str) -> bytes | None:
         """Return the raw TOC, not verified: the caller compares it with the digest that the manifest promised."""
-        return self._read(digest, "toc", MAX_TOC)
+        return self._read(digest, "toc", MAX_STORED_TOC)
 
     def write_toc(self, digest: str, raw: bytes) -> None:
         """Keep the raw TOC. Raise StoreFull or StoreBroken."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import OrderedDict, deque
 from dataclasses import dataclass
 
+from lazyfs.limits import MAX_PATTERNS, MAX_STRIDE_BYTES, MAX_STRIDE_LAYERS
 from lazyfs.units import KiB, MiB
 
 _FAR = 64 * MiB  # bytes between two pieces at most: beyond, three at equal distances may be chance
@@ -17,11 +18,8 @@ _LARGEST = (
 )  # bytes of a piece: larger ones are the kernel's, which reads ahead in order, and asks out of order
 _SPARSE = 4  # times a piece's bytes from one to the next at least; what is denser is better fetched whole
 _RECENT = 4  # reads of a layer among which a pattern is looked for: two readers may take turns; of more it is chance
-_LAYERS = 64  # layers whose reads are remembered
-_PATTERNS = 64  # that are followed, node-wide
 _FIRST = 2  # pieces ahead to begin with; doubled each time one is taken
 _MOST = 8  # pieces ahead: with one for each connection all are under way together
-_MOST_BYTES = 8 * MiB  # in pieces ahead
 
 
 @dataclass(slots=True)
@@ -55,13 +53,13 @@ class Strides:
         pattern = self._expected.pop((layer, begin), None)
         if pattern is not None and pattern.size == size:
             pattern.named = max(0, pattern.named - 1)
-            pattern.ahead = min(2 * pattern.ahead, _MOST, max(1, _MOST_BYTES // size))
+            pattern.ahead = min(2 * pattern.ahead, _MOST, max(1, MAX_STRIDE_BYTES // size))
         else:
             pattern = self._find(layer, begin, size, limit, floor)
             if pattern is None:
                 return []
         self._expected[layer, begin + pattern.stride] = pattern
-        while len(self._expected) > _PATTERNS:
+        while len(self._expected) > MAX_PATTERNS:
             self._expected.popitem(last=False)
         out = []
         while pattern.named < pattern.ahead:
@@ -79,7 +77,7 @@ class Strides:
         if recent is None:
             recent = deque(maxlen=_RECENT)
         self._recent[layer] = recent
-        while len(self._recent) > _LAYERS:
+        while len(self._recent) > MAX_STRIDE_LAYERS:
             self._recent.popitem(last=False)
         found = None
         in_order = (begin - size, size) in recent or (begin + size, size) in recent  # every other of them, too
@@ -87,7 +85,7 @@ class Strides:
             stride = begin - before
             third = before - stride
             if _SPARSE * size <= abs(stride) <= _FAR and (third, size) in recent and min(third, before) >= floor:
-                found = _Pattern(stride, size, limit, min(_FIRST, max(1, _MOST_BYTES // size)), 0)
+                found = _Pattern(stride, size, limit, min(_FIRST, max(1, MAX_STRIDE_BYTES // size)), 0)
         if found is None:
             recent.append((begin, size))
         else:

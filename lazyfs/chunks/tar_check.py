@@ -26,10 +26,8 @@ from lazyfs.format.entry import (
 )
 from lazyfs.format.table import FLAG_IMPLICIT, FLAG_OPAQUE, NO_FRAME, LayerTable
 from lazyfs.format.tar import XATTR, TarItem
+from lazyfs.limits import MAX_CHECK_PARENTS, MAX_HELD_ENTRIES, MAX_SYMLINKS
 
-_MAX_HELD = 1 << 16  # entries that differ from their row so far
-_MAX_SYMLINKS = 40  # the kernel's own limit for one path
-_MAX_PARENTS = 1 << 12  # remembered directories
 _SECOND = 1_000_000_000
 _NOT_SEEN = -1
 _LATE_PASSES = 4  # over what is held at the end; longer chains of links to later links are refused
@@ -185,7 +183,7 @@ class TarCheck:
             return b"", 0
         known = self._parents.get(written)
         if known is None:
-            if len(self._parents) >= _MAX_PARENTS:
+            if len(self._parents) >= MAX_CHECK_PARENTS:
                 self._parents.clear()
             known = self._parents[written] = self._walk(written, entry)
         return known
@@ -211,7 +209,7 @@ class TarCheck:
             kind, link = self._now(b"/".join([*here, part]) if self._held else b"", row)
             if kind is Kind.SYMLINK:
                 followed += 1
-                if followed > _MAX_SYMLINKS:
+                if followed > MAX_SYMLINKS:
                     raise self._mismatch(entry.path, "lies below a cycle of symbolic links in the tar")
                 if link.startswith(b"/"):
                     here, rows = [], [0]
@@ -274,7 +272,7 @@ class TarCheck:
         if row is not None:
             self._start[row] = _NOT_SEEN
         if path not in self._held:
-            if len(self._held) >= _MAX_HELD:
+            if len(self._held) >= MAX_HELD_ENTRIES:
                 self._raise_held()
             for above in _ancestors(path):
                 self._held_below[above] += 1

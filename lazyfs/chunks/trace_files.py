@@ -21,13 +21,10 @@ from lazyfs.chunks.private_files import OwnedFd, open_directory, open_root, read
 from lazyfs.errors import LazyfsError, TraceInvalid
 from lazyfs.format import trace as traces
 from lazyfs.format.trace import Trace
-from lazyfs.units import MiB
+from lazyfs.limits import MAX_RECORDS, MAX_TRACE, MAX_TRACE_BYTES, MAX_TRACE_FILES
 
 log = logging.getLogger(__name__)
 
-MAX_FILES = 1000  # learned traces
-MAX_BYTES = 64 * MiB  # of them together
-MAX_RECORDS = 100
 _DIRECTORY, _RECORDS = "traces", "records"
 
 
@@ -47,7 +44,7 @@ class TraceFiles:
             if directory is None:
                 return None
             name = digests.hex_of(manifest)
-            raw = read_whole(directory, name, traces.MAX_TRACE)
+            raw = read_whole(directory, name, MAX_TRACE)
             if raw is None:
                 self._remove(directory, name)  # too large, a link, or none at all
                 return None
@@ -72,7 +69,7 @@ class TraceFiles:
         directory = self._open(create=True)
         assert directory is not None
         replace_file(directory, digests.hex_of(trace.manifest), raw)
-        _bound(directory, MAX_FILES, MAX_BYTES)
+        _bound(directory, MAX_TRACE_FILES, MAX_TRACE_BYTES)
 
     def drop(self, manifest: str) -> None:
         """Forget what was learned of an image. Never raises."""
@@ -93,7 +90,7 @@ class TraceFiles:
         moment = time.strftime("%Y%m%d-%H%M%S")
         name = f"{moment}-{digests.hex_of(trace.manifest)[:12]}-{uuid4().hex[:4]}"
         replace_file(records, name, raw)
-        _bound(records, MAX_RECORDS, MAX_RECORDS * traces.MAX_TRACE)
+        _bound(records, MAX_RECORDS, MAX_RECORDS * MAX_TRACE)
         return self._root / _DIRECTORY / _RECORDS / name
 
     def _open(self, *, create: bool) -> OwnedFd | None:

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from lazyfs import digest as digests
-from lazyfs.child import MEMORY, go_first, limit, refuse
+from lazyfs.child import go_first, limit, refuse
 from lazyfs.chunks.cut import CHUNK, FileCutter, Piece, PieceWriter
 from lazyfs.chunks.stages import Ahead, Sink
 from lazyfs.errors import DiffIdMismatch, DigestMismatch, FormatError, LazyfsError, StoreBroken, StoreFull, TarInvalid
@@ -30,11 +30,10 @@ from lazyfs.format.namespace import Namespace
 from lazyfs.format.table import FORM_PLAIN
 from lazyfs.format.table_build import LayerFacts, write_table
 from lazyfs.format.tar import TarScanner
+from lazyfs.limits import CHILD_MEMORY, UNPACK_BLOCKS, UNPACK_INPUTS
 from lazyfs.units import KiB, align
 
 _INPUT = 256 * KiB  # bytes of one read from the pipe
-_INPUTS = 8  # reads that wait for the decoder
-_BLOCKS = 4  # inflated blocks of at most 1 MiB that wait, for each of the stages behind
 _LEAST = 512 * KiB  # bytes; shorter blocks are joined, for handing one over may cost a wait for the interpreter's lock
 _SWITCH = 0.0001  # seconds; the main thread gives way sooner than usual, for the others hold the lock but shortly
 
@@ -147,9 +146,9 @@ class _Blob:
 def _unpack(job: dict[str, Any], source: int) -> None:
     fd = os.open(job["data"], os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
     blob, diff, unpacker = _Blob(source), hashlib.sha256(), Unpacker()
-    compressed = Ahead(blob, _INPUTS, to_the_end=True)
-    blocks = Ahead(_joined(decompress(compressed)), _BLOCKS)
-    hashing, writing = Sink(diff.update, _BLOCKS), Sink(PieceWriter(fd).write, _BLOCKS)
+    compressed = Ahead(blob, UNPACK_INPUTS, to_the_end=True)
+    blocks = Ahead(_joined(decompress(compressed)), UNPACK_BLOCKS)
+    hashing, writing = Sink(diff.update, UNPACK_BLOCKS), Sink(PieceWriter(fd).write, UNPACK_BLOCKS)
     broken: FormatError | None = None
     try:
         for block in blocks:
@@ -182,7 +181,7 @@ def main() -> int:
     gc.disable()  # nothing here is garbage before the end
     sys.setswitchinterval(_SWITCH)
     job = json.loads(sys.argv[1])
-    limit(resource.RLIMIT_AS, MEMORY)
+    limit(resource.RLIMIT_AS, CHILD_MEMORY)
     limit(resource.RLIMIT_CORE, 0)
     limit(resource.RLIMIT_CPU, job["seconds"])
     go_first()

@@ -19,16 +19,15 @@ import trio
 from lazyfs.chunks.layer import ServedLayer
 from lazyfs.chunks.layer_store import SMALL
 from lazyfs.chunks.memory import Key, MemoryCache
+from lazyfs.limits import MAX_AHEAD_STREAMS, READERS
 from lazyfs.units import MiB
 
 log = logging.getLogger(__name__)
 
 WINDOW = 4 * MiB  # bytes in front of a reader, at most
-READERS = 4  # that are looked ahead of at the same time
 _SHARE = 2 * READERS  # all of them together take half of the memory: what was verified must be there when it is wanted
 _IN_ORDER = 2  # chunks that a reader has gone on before it counts as one who reads in order
 _CHUNKS = 64  # looked at for one request: a layer may have chunks of one byte
-_STREAMS = 64  # readers remembered
 _UNREAD = 256  # chunks remembered as verified and not yet read, for the counters alone
 _IDLE = 1.0  # seconds after which a reader makes room for another
 
@@ -107,7 +106,7 @@ class VerifyAhead:
         stream = self._streams.pop((serial, first), None) or self._streams.pop((serial, first + 1), None)
         if stream is None:
             stream = _Stream(last + 1)
-            if len(self._streams) >= _STREAMS:
+            if len(self._streams) >= MAX_AHEAD_STREAMS:
                 self._streams.popitem(last=False)
         elif last + 1 > stream.next:  # else it is in the same chunk still
             stream.passed += last + 1 - stream.next

@@ -10,23 +10,22 @@ from bisect import bisect_right
 from collections import OrderedDict
 
 from lazyfs.chunks.crowds import STRETCH, Crowds
-from lazyfs.chunks.flights import MAX_FRAMES, Flight, Flights
+from lazyfs.chunks.flights import Flight, Flights
 from lazyfs.chunks.layer import ServedLayer
 from lazyfs.chunks.schedule import Priority, Scheduler
 from lazyfs.chunks.strides import Strides
 from lazyfs.format.table import NO_FRAME, Place
+from lazyfs.limits import MAX_FRAMES, MAX_STREAMS, MAX_WINDOW
 from lazyfs.units import KiB, MiB
 
 WINDOW = 4 * MiB  # compressed bytes of the largest read-ahead; two are under way where the link holds no more
 _IN_ORDER = 2  # round trips of bytes under way for a sequential reader: the link never waits for what he takes next
-_MOST_AHEAD = 32 * MiB  # compressed bytes of them at most: 2.5 round trips of 1 Gbit/s and 100 ms
 _FIRST_WINDOW = 512 * KiB  # compressed bytes of the first read-ahead after two reads in order
 # Files that a reader has gone on from to what lies behind, from which on he is taken for one who walks a tree and reads
 # all of it. He has the next files on their way, or each of their frames would cost a round trip.
 _WALKED = 2
 _SKIP = 32  # frames that a read-ahead steps over because they are here already
-_STREAMS = 64  # sequential readers remembered, node-wide
-_MARKS = 4 * _STREAMS  # windows whose middle somebody may come to
+_MARKS = 4 * MAX_STREAMS  # windows whose middle somebody may come to
 
 
 class _Run:
@@ -166,7 +165,7 @@ class Windows:
             self._marks[layer.serial, (first + stop) // 2] = run
         while len(self._marks) > _MARKS:
             self._marks.popitem(last=False)
-        while len(self._streams) > _STREAMS:
+        while len(self._streams) > MAX_STREAMS:
             self._streams.popitem(last=False)
 
     def pass_over(self, layer: ServedLayer, frame: int) -> None:
@@ -184,7 +183,7 @@ class Windows:
         if run is None:
             return
         starts = layer.table.frame_blob_offset
-        reach = min(_MOST_AHEAD, _IN_ORDER * self._scheduler.bytes_in_a_round_trip(layer.host))
+        reach = min(MAX_WINDOW, _IN_ORDER * self._scheduler.bytes_in_a_round_trip(layer.host))
         reach = starts[frame] + max(run.window, reach)
         most = room = max(1, self._scheduler.room(layer.host))
         while room and self._next_wanted(layer, run) and starts[run.first] < reach:

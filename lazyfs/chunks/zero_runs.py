@@ -5,8 +5,9 @@ from __future__ import annotations
 from array import array
 from bisect import bisect_right
 
+from lazyfs.limits import MAX_ZERO_RUNS
+
 MIN_RUN = 1024  # bytes; shorter runs are not kept, and no TOC may call them holes
-_MAX_RUNS = 1 << 23  # kept at 16 bytes each
 _NEEDLE = bytes(MIN_RUN // 2)  # of a run that two pieces share, one has that much
 _STEP = 64 * 1024
 
@@ -49,7 +50,7 @@ class ZeroRuns:
         return run >= 0 and start + size <= self._stops[run]
 
     def _add(self, start: int, stop: int) -> None:
-        if stop - start >= MIN_RUN and len(self._starts) < _MAX_RUNS:
+        if stop - start >= MIN_RUN and len(self._starts) < MAX_ZERO_RUNS:
             self._starts.append(start)
             self._stops.append(stop)
 

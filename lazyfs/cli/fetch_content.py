@@ -21,10 +21,10 @@ from lazyfs.containerd import gc_labels
 from lazyfs.containerd.address import namespace_name, socket_path
 from lazyfs.containerd.client import Client, connect
 from lazyfs.errors import DocumentInvalid, ManifestMissing, ReferenceInvalid, UsageError
+from lazyfs.limits import MAX_INDEX_DEPTH
 from lazyfs.oci import Descriptor
 from lazyfs.registry.local.containerd_store import ContainerdRepository
 from lazyfs.registry.open import open_repository
-from lazyfs.registry.resolve import MAX_DEPTH
 
 if TYPE_CHECKING:
     from lazyfs.config import Settings
@@ -108,7 +108,7 @@ class _Content:
     def _walk(self, filler: ContentFiller, target: Descriptor, depth: int) -> None:
         """Collect the blobs below a manifest or an index; documents that are missing are fetched on the way."""
         self._manifests += 1
-        if depth > MAX_DEPTH or self._manifests > _MAX_MANIFESTS:
+        if depth > MAX_INDEX_DEPTH or self._manifests > _MAX_MANIFESTS:
             raise DocumentInvalid(f"{self._origin} is an index of too many indexes")
         here = self._client.content.info(target.digest) is not None
         media_type, raw = (self._local if here else self._repository).manifest(target.digest)

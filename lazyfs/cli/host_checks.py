@@ -25,12 +25,12 @@ from urllib.parse import urlsplit
 
 from lazyfs.container import mounts
 from lazyfs.errors import DaemonUnreachable, LazyfsError
+from lazyfs.limits import TOOL_TIMEOUT
 from lazyfs.units import GiB, format_size
 
 if TYPE_CHECKING:
     from lazyfs.config import Settings
 
-_TOOL_DEADLINE = 10.0  # seconds for a program to print its version, or for the test mount
 _MIN_FILES = 4096  # descriptors; each open file of a container's tree and each connection takes one
 
 
@@ -215,13 +215,13 @@ def _in_child(work: Callable[[], None]) -> str:
             os._exit(code)  # nothing of the parent's may run in this copy of it
     os.close(start)
     with os.fdopen(end, "rb") as pipe:
-        ready, _, _ = select.select([pipe], [], [], _TOOL_DEADLINE)
+        ready, _, _ = select.select([pipe], [], [], TOOL_TIMEOUT)
         if not ready:
             os.kill(pid, signal.SIGKILL)
         text = pipe.read(1000).decode("utf-8", "replace")
     _, status = os.waitpid(pid, 0)
     if not ready:
-        return f"no answer within {_TOOL_DEADLINE:.0f} s"
+        return f"no answer within {TOOL_TIMEOUT:.0f} s"
     return "" if status == 0 else text or f"failed with status {os.waitstatus_to_exitcode(status)}"
 
 
@@ -246,7 +246,7 @@ def _runtime() -> Check:
 
 def _version_of(path: str) -> str:
     try:
-        done = subprocess.run([path, "--version"], capture_output=True, timeout=_TOOL_DEADLINE, check=False)
+        done = subprocess.run([path, "--version"], capture_output=True, timeout=TOOL_TIMEOUT, check=False)
     except (OSError, subprocess.TimeoutExpired) as error:
         return f"which does not tell its version: {error}"
     return (done.stdout.decode("utf-8", "replace").splitlines() or ["which does not tell its version"])[0]

@@ -12,7 +12,8 @@ import stat
 from pathlib import Path
 
 from lazyfs.errors import StoreBroken, TraceInvalid, UsageError
-from lazyfs.format.trace import MAX_TRACE, Trace, decode
+from lazyfs.format.trace import Trace, decode
+from lazyfs.limits import MAX_TRACE
 
 
 def read_trace(name: str) -> Trace:

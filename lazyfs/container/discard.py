@@ -13,8 +13,8 @@ from lazyfs.container import namespaces
 from lazyfs.container.directory import ContainerDir
 from lazyfs.container.runtime import Runtime
 from lazyfs.errors import StoreBroken
+from lazyfs.limits import DELETE_TIMEOUT
 
-_DELETE_TIMEOUT = 30.0  # seconds for `runtime delete --force`, which waits for processes to die
 _RUNTIME_FILE = "runtime"
 
 
@@ -57,7 +57,7 @@ def _forget(settings: Settings, found: ContainerDir) -> None:
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
-            timeout=_DELETE_TIMEOUT,
+            timeout=DELETE_TIMEOUT,
             check=False,
         )
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lazyfs.errors import MountFailed, ToolMissing
+from lazyfs.limits import FUSERMOUNT_TIMEOUT
 
 MS_RDONLY = 0x1
 MS_NOSUID = 0x2
@@ -34,7 +35,6 @@ _AT_FDCWD = -100
 _AT_RECURSIVE = 0x8000
 _MOUNT_ATTR_RDONLY = 0x1
 _SYS_MOUNT_SETATTR = 442  # the same number on every architecture that Linux runs Python on, but alpha
-_TOOL_TIMEOUT = 30.0  # seconds for fusermount3
 _BUSY_HINT = "close the files and leave the directories in it, or use --lazy"
 _MAX_DATA = 4095  # bytes; mount(2) copies one page of options and cuts the rest off silently
 
@@ -146,7 +146,9 @@ def umount_user(target: bytes, *, lazy: bool = False) -> None:
 
     argv = [b"fusermount3", b"-u", *([b"-z"] if lazy else []), b"--", target]
     try:
-        done = subprocess.run(argv, stdin=subprocess.DEVNULL, capture_output=True, timeout=_TOOL_TIMEOUT, check=False)
+        done = subprocess.run(
+            argv, stdin=subprocess.DEVNULL, capture_output=True, timeout=FUSERMOUNT_TIMEOUT, check=False
+        )
     except FileNotFoundError:
         raise ToolMissing("fusermount3", hint="apt install fuse3") from None
     except (OSError, subprocess.TimeoutExpired) as error:

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from lazyfs.errors import DocumentInvalid, UsageError
+from lazyfs.limits import MAX_CONFIG_WORDS
 
-_MAX_WORDS = 10_000  # words or variables in an image config; the kernel's own bound on argv is of this size
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
 _HOSTNAME = re.compile(r"[A-Za-z0-9](?:[A-Za-z0-9.-]{0,62}[A-Za-z0-9])?")
 
@@ -66,7 +66,7 @@ def parse_image_defaults(document: Mapping[str, Any]) -> ImageDefaults:
         value = config.get(key)
         if value is None:
             return ()
-        if not isinstance(value, list) or len(value) > _MAX_WORDS or not all(map(_is_word, value)):
+        if not isinstance(value, list) or len(value) > MAX_CONFIG_WORDS or not all(map(_is_word, value)):
             raise DocumentInvalid(f"image config: {key} is no list of strings")
         return tuple(value)
 

@@ -10,8 +10,8 @@ import os
 import stat
 
 from lazyfs.errors import ContainerFailed
+from lazyfs.limits import MAX_SYMLINKS
 
-_MAX_LINKS = 40  # as the kernel's own limit (path_resolution(7))
 _DIR = os.O_PATH | os.O_NOFOLLOW | os.O_DIRECTORY | os.O_CLOEXEC
 
 
@@ -56,7 +56,7 @@ def _open(root: str, path: bytes) -> int | None:
             mode = os.stat(part, dir_fd=stack[-1], follow_symlinks=False).st_mode
             if stat.S_ISLNK(mode):
                 links += 1
-                if links > _MAX_LINKS:
+                if links > MAX_SYMLINKS:
                     return None
                 target = os.readlink(part, dir_fd=stack[-1])
                 if target.startswith(b"/"):

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 from lazyfs.container.rooted import read_in_root
 from lazyfs.errors import ContainerFailed
+from lazyfs.limits import MAX_PASSWD
 
-_MAX_FILE = 16 << 20  # bytes of an image's passwd or group file
 _HINT = "use a number, or a name from it"
 _MAX_ID = (1 << 31) - 1  # docker's bound, and the kernel's -1 stays out
 
@@ -29,9 +29,9 @@ def resolve(root: str, spec: str) -> User:
     As with docker, the first line that fits by name or number is taken, and a number that the image doesn't know stands
     for itself with group 0. Blocking (reads two files of the image). Raise ContainerFailed when a name is not there.
     """
-    passwd = read_in_root(root, b"/etc/passwd", _MAX_FILE) or b""
+    passwd = read_in_root(root, b"/etc/passwd", MAX_PASSWD) or b""
     wants_groups = ":" in spec or passwd
-    group = (read_in_root(root, b"/etc/group", _MAX_FILE) or b"") if wants_groups else b""
+    group = (read_in_root(root, b"/etc/group", MAX_PASSWD) or b"") if wants_groups else b""
     return choose(spec, passwd, group)
 
 

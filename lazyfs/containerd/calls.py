@@ -15,8 +15,8 @@ from typing import Any, Generic, Protocol, Self, TypeVar
 import grpc
 
 from lazyfs.errors import LazyfsError, RegistryFault, RegistryTimeout, RegistryUnreachable, StoreFull, Unauthorized
+from lazyfs.limits import MAX_GRPC_MESSAGE
 
-MAX_MESSAGE = 16 << 20  # bytes; containerd's own bound
 _MAX_DETAIL = 300  # characters of what containerd says that reach a message
 _FULL = ("no space left on device", "disk quota exceeded")  # ENOSPC and EDQUOT, in Go's words
 
@@ -131,7 +131,7 @@ class Calls:
                 self._channel = grpc.insecure_channel(
                     "unix:" + self.address,
                     options=(
-                        ("grpc.max_receive_message_length", MAX_MESSAGE),
+                        ("grpc.max_receive_message_length", MAX_GRPC_MESSAGE),
                         ("grpc.enable_http_proxy", 0),
                         ("grpc.initial_reconnect_backoff_ms", 100),
                         ("grpc.max_reconnect_backoff_ms", 1000),

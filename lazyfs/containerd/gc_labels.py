@@ -5,9 +5,9 @@ Source: containerd, docs/garbage-collection.md and docs/content-flow.md.
 
 from __future__ import annotations
 
+from lazyfs.limits import MAX_LABEL
 from lazyfs.oci import Index, Manifest
 
-MAX_LABEL = 4096  # bytes of a label's key and value together: containerd, labels.Validate
 UNCOMPRESSED = "containerd.io/uncompressed"  # on a layer's blob: its diff ID, seen when it was applied
 _CONTENT = "containerd.io/gc.ref.content."
 _SNAPSHOT = "containerd.io/gc.ref.snapshot."

@@ -23,12 +23,12 @@ from typing import Any
 from lazyfs.deploy import toml_edit
 from lazyfs.deploy.node import Node
 from lazyfs.errors import UsageError
+from lazyfs.limits import MAX_IMPORTS
 
 DEFAULT = Path("/etc/containerd/config.toml")
 _CRI = {2: ("plugins", "io.containerd.grpc.v1.cri"), 3: ("plugins", "io.containerd.cri.v1.images")}
 _CRI_KEYS = {2: (*_CRI[2], "containerd"), 3: _CRI[3]}
 _OLD = ("plugins", "disabled_plugins", "required_plugins", "proxy_plugins")  # what a version decides the meaning of
-_MAX_FILES = 100  # imported
 _HEAD = "# Written by `lazyfs install`; `lazyfs uninstall` takes it away.\n"
 
 
@@ -112,8 +112,8 @@ def read_files(node: Node, main: Path) -> list[ConfigFile]:
         path = waiting.pop(0)
         if path in found:
             continue
-        if len(found) == _MAX_FILES:
-            raise UsageError(f"{main} imports more than {_MAX_FILES} files")
+        if len(found) == MAX_IMPORTS:
+            raise UsageError(f"{main} imports more than {MAX_IMPORTS} files")
         raw = node.read(path)
         try:
             text = "" if raw is None else raw.decode()

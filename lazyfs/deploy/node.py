@@ -10,8 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lazyfs.errors import StoreBroken, UsageError
-
-_MAX_FILE = 8 << 20  # bytes of a configuration file
+from lazyfs.limits import MAX_NODE_FILE
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,13 +39,13 @@ class Node:
             with os.fdopen(fd, "rb") as file:
                 if not stat.S_ISREG(os.fstat(fd).st_mode):
                     raise UsageError(f"{path} is not a file")
-                raw = file.read(_MAX_FILE + 1)
+                raw = file.read(MAX_NODE_FILE + 1)
         except (FileNotFoundError, NotADirectoryError):
             return None
         except OSError as error:
             raise UsageError(f"{path} can't be read: {error.strerror}") from None
-        if len(raw) > _MAX_FILE:
-            raise UsageError(f"{path} is no configuration: it has more than {_MAX_FILE >> 20} MiB")
+        if len(raw) > MAX_NODE_FILE:
+            raise UsageError(f"{path} is no configuration: it has more than {MAX_NODE_FILE >> 20} MiB")
         return raw
 
     def write(self, path: Path, raw: bytes, mode: int = 0o644) -> None:

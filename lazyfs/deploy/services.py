@@ -13,9 +13,9 @@ from typing import Any
 
 from lazyfs.deploy import units
 from lazyfs.errors import DaemonFault, ToolMissing, UsageError
+from lazyfs.limits import UNIT_TIMEOUT
 
 _BOOTED = Path("/run/systemd/system")  # sd_booted(3)
-_TIMEOUT = 180.0  # seconds; a unit may take two minutes to start
 _QUICK = 10.0  # seconds
 
 
@@ -62,7 +62,9 @@ def steps_to_stop(restart_containerd: bool) -> list[Step]:
 def perform(step: Step) -> None:
     """Run one step. Blocking, three minutes at most. Raise ToolMissing, DaemonFault."""
     try:
-        done = subprocess.run(step.argv, stdin=subprocess.DEVNULL, capture_output=True, timeout=_TIMEOUT, check=False)
+        done = subprocess.run(
+            step.argv, stdin=subprocess.DEVNULL, capture_output=True, timeout=UNIT_TIMEOUT, check=False
+        )
     except FileNotFoundError:
         raise ToolMissing(step.argv[0]) from None
     except (OSError, subprocess.TimeoutExpired) as error:

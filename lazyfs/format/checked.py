@@ -11,7 +11,8 @@ import os
 import time
 from collections.abc import Callable
 
-_KEPT = 4096  # files, or parts; with one more all are forgotten
+from lazyfs.limits import MAX_CHECKED
+
 _TICK = 0.1  # seconds; a file system's clock may stand still so long, and a file may change in the meantime
 
 
@@ -30,7 +31,7 @@ class Checked:
         """Remember that a file, or a part of it, is whole. `found` is of the time before it was read."""
         if self._now() - max(found.st_mtime, found.st_ctime) < _TICK:
             return  # it might change at once, and its times not
-        if len(self._known) >= _KEPT:
+        if len(self._known) >= MAX_CHECKED:
             self._known.clear()
         self._known[*_inode(found), part] = _state(found)
 

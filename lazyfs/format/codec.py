@@ -9,10 +9,9 @@ from __future__ import annotations
 import zstandard
 
 from lazyfs.errors import FrameInvalid
+from lazyfs.limits import MAX_FRAME, MAX_ZSTD_WINDOW
 from lazyfs.units import MiB
 
-MAX_FRAME = 128 * MiB  # bytes, decompressed: a chunk of the largest size behind the largest inner offset
-_MAX_WINDOW = 128 * MiB  # bytes; what zstd itself stops at without being asked for more
 _MAGIC = b"\x28\xb5\x2f\xfd"
 _RAW, _RLE, _COMPRESSED = 0, 1, 2
 _CHECKSUM = 4  # bytes
@@ -51,7 +50,7 @@ class FrameDecoder:
     """A zstd context. It belongs to ONE thread: two threads in it crash the process."""
 
     def __init__(self) -> None:
-        self._context = zstandard.ZstdDecompressor(max_window_size=_MAX_WINDOW)
+        self._context = zstandard.ZstdDecompressor(max_window_size=MAX_ZSTD_WINDOW)
 
     def decode(self, frame: bytes | memoryview, max_size: int = MAX_FRAME) -> bytes:
         """Return the bytes of the one frame that `frame` consists of. At most `max_size`; blocks (CPU, GIL released).

@@ -9,13 +9,11 @@ from __future__ import annotations
 import struct
 from dataclasses import dataclass
 
+from lazyfs.limits import MAX_ELF_DYNAMIC, MAX_ELF_NEEDED, MAX_ELF_SEGMENTS, MAX_ELF_STRING
+
 HEADER = 64  # bytes of the larger of the two file headers
 _PT_LOAD, _PT_DYNAMIC, _PT_INTERP = 1, 2, 3
 _DT_NEEDED, _DT_STRTAB, _DT_RPATH, _DT_RUNPATH = 1, 5, 15, 29
-_MAX_SEGMENTS = 64
-_MAX_DYNAMIC = 1 << 16  # bytes
-_MAX_NEEDED = 256
-_MAX_STRING = 4096  # bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +50,7 @@ def program_headers(header: bytes) -> Span | None:
         offset, entry, count = struct.unpack_from("<Q", header, 32)[0], *struct.unpack_from("<HH", header, 54)
     else:
         offset, entry, count = struct.unpack_from("<I", header, 28)[0], *struct.unpack_from("<HH", header, 42)
-    if entry != (56 if header[4] == 2 else 32) or not 0 < count <= _MAX_SEGMENTS:
+    if entry != (56 if header[4] == 2 else 32) or not 0 < count <= MAX_ELF_SEGMENTS:
         return None
     return Span(offset, entry * count)
 
@@ -67,9 +65,9 @@ def layout(header: bytes, segments: bytes) -> Layout:
             kind, _, offset, address, _, size = struct.unpack_from("<IIQQQQ", segments, at)
         else:
             kind, offset, address, _, size = struct.unpack_from("<IIIII", segments, at)
-        if kind == _PT_INTERP and 0 < size <= _MAX_STRING:
+        if kind == _PT_INTERP and 0 < size <= MAX_ELF_STRING:
             interpreter = Span(offset, size)
-        elif kind == _PT_DYNAMIC and 0 < size <= _MAX_DYNAMIC:
+        elif kind == _PT_DYNAMIC and 0 < size <= MAX_ELF_DYNAMIC:
             dynamic = Span(offset, size)
         elif kind == _PT_LOAD:
             loads.append((address, offset, size))
@@ -88,7 +86,7 @@ def strings_at(found: Layout, dynamic: bytes) -> tuple[int, list[tuple[int, int]
             break
         if tag == _DT_STRTAB:
             table = next((value - a + o for a, o, size in found.loads if a <= value < a + size), -1)
-        elif tag in (_DT_NEEDED, _DT_RPATH, _DT_RUNPATH) and len(names) < _MAX_NEEDED:
+        elif tag in (_DT_NEEDED, _DT_RPATH, _DT_RUNPATH) and len(names) < MAX_ELF_NEEDED:
             names.append((tag, value))
     return (table, names) if table >= 0 and names else None
 
@@ -97,7 +95,7 @@ def needs(names: list[tuple[int, int]], strings: bytes) -> Needs:
     """Return the names, from the pairs of `strings_at` and the string table's bytes from its start."""
     libraries, directories = [], []
     for tag, at in names:
-        text = strings[at : at + _MAX_STRING].partition(b"\0")[0] if at < len(strings) else b""
+        text = strings[at : at + MAX_ELF_STRING].partition(b"\0")[0] if at < len(strings) else b""
         if tag == _DT_NEEDED and text:
             libraries.append(text)
         elif text:

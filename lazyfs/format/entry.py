@@ -11,8 +11,6 @@ from lazyfs.errors import FormatError
 
 MAX_PATH = 4096  # bytes; PATH_MAX
 MAX_NAME = 255  # bytes; NAME_MAX
-MAX_FILE = 1 << 44  # bytes; ext4's largest file. More is "absurd" and would overflow the data space
-MAX_XATTRS = 1 << 17  # bytes of all xattrs of one entry
 WHITEOUT_PREFIX = b".wh."
 OPAQUE_MARKER = b".wh..wh..opq"
 LANDMARK = b".prefetch.landmark"

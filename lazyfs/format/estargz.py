@@ -12,11 +12,9 @@ from lazyfs.format.entry import TOC_NAME, Kind
 from lazyfs.format.footer import Footer
 from lazyfs.format.members import MemberStream
 from lazyfs.format.tar import TarScanner
-from lazyfs.format.toc_json import MAX_TOC
-from lazyfs.units import MiB
+from lazyfs.limits import MAX_TOC, MAX_TOC_HEADERS
 
 FOOTER_SIZE = 51  # bytes
-_MAX_HEADERS = MiB  # bytes of the entry's headers
 
 
 def decode_toc(header: bytes, packed: bytes, footer: Footer) -> bytes:
@@ -39,7 +37,7 @@ def decode_toc(header: bytes, packed: bytes, footer: Footer) -> bytes:
                     start, size = first.payload, first.stored
                     if size > MAX_TOC:
                         raise TocInvalid(f"the TOC has {size} bytes, more than the {MAX_TOC} allowed")
-                elif len(out) > _MAX_HEADERS:
+                elif len(out) > MAX_TOC_HEADERS:
                     raise TocInvalid("no tar entry begins where the footer puts the TOC")
             out += piece
             if start >= 0 and len(out) >= start + size:

@@ -17,11 +17,11 @@ from typing import Any, Protocol
 import zstandard
 
 from lazyfs.errors import FrameInvalid
+from lazyfs.limits import MAX_ZSTD_WINDOW
 from lazyfs.units import KiB, MiB
 
 STEP = MiB  # bytes; no piece of output is larger
 _INPUT = 256 * KiB  # bytes of compressed input at a time
-_MAX_WINDOW = 128 * MiB  # bytes of zstd history: what `zstd --long` reaches without asking
 LONGEST_MAGIC = 8  # bytes
 
 _GZIP = b"\x1f\x8b"
@@ -143,7 +143,7 @@ def _gunzip(blocks: Iterable[bytes]) -> Iterator[bytes]:
 
 
 def _unzstd(blocks: Iterable[bytes]) -> Iterator[bytes]:
-    decompressor = zstandard.ZstdDecompressor(max_window_size=_MAX_WINDOW)
+    decompressor = zstandard.ZstdDecompressor(max_window_size=MAX_ZSTD_WINDOW)
     try:
         with decompressor.stream_reader(
             _Pieces(iter(blocks)),  # type: ignore[arg-type]
@@ -155,4 +155,4 @@ def _unzstd(blocks: Iterable[bytes]) -> Iterator[bytes]:
     except zstandard.ZstdError as error:
         raise FrameInvalid(f"the layer's zstd stream is damaged: {error}") from None
     except MemoryError:
-        raise FrameInvalid(f"the layer's zstd stream wants a window of more than {_MAX_WINDOW} bytes") from None
+        raise FrameInvalid(f"the layer's zstd stream wants a window of more than {MAX_ZSTD_WINDOW} bytes") from None

@@ -15,7 +15,7 @@ from lazyfs.errors import FooterInvalid, TocInvalid
 from lazyfs.format import estargz, storage_chunked, zstd_chunked
 from lazyfs.format.footer import MAX_FOOTER, SKIPPABLE_HEADER, Footer, Form, parse_footer
 from lazyfs.format.table import FORM_ESTARGZ, FORM_STORAGE_ZSTD, FORM_ZSTD_CHUNKED
-from lazyfs.format.toc_json import MAX_TOC
+from lazyfs.limits import MAX_TOC
 from lazyfs.units import MiB
 
 TAIL = MiB  # bytes fetched first when nothing tells where the TOC is; holds most TOCs

@@ -16,12 +16,10 @@ from msgspec.structs import replace
 
 from lazyfs.errors import TarInvalid
 from lazyfs.format.entry import MAX_NAME, MAX_PATH, WHITEOUT_PREFIX, Entry, Kind
+from lazyfs.limits import MAX_FOLLOWED, MAX_NAMES, MAX_SYMLINKS
 
 T = TypeVar("T")
 
-MAX_ENTRIES = 4_000_000  # parents made on the way included; bounds the memory of converter and table builder
-_MAX_SYMLINKS = 40  # the kernel's own limit for one path
-_MAX_FOLLOWED = 10_000_000  # parts of symlinks' targets walked for one layer: seconds, where sane layers need none
 _ROOT = b""
 _DIR, _HARDLINK = Kind.DIR, Kind.HARDLINK  # an attribute of an enumeration takes longer to find than all else here
 _NO_LINKS: Mapping[int, bytes] = {}
@@ -65,9 +63,9 @@ class Survivors:
     def put(self, paths: Sequence[bytes], kinds: Sequence[Kind], links: Mapping[int, bytes]) -> None:
         """Unpack these entries; `links` has the targets of links by sequence number. Raise TarInvalid."""
         first = len(self.paths)
-        room = MAX_ENTRIES - self._implied - first
+        room = MAX_NAMES - self._implied - first
         if len(paths) > room:
-            raise TarInvalid(f"more than {MAX_ENTRIES} entries", paths[max(room, 0)])
+            raise TarInvalid(f"more than {MAX_NAMES} entries", paths[max(room, 0)])
         self.paths += paths
         self._kinds += kinds
         self._links.update(links)
@@ -159,8 +157,8 @@ class Survivors:
             if part in here.children:
                 raise TarInvalid(f"lies below {path[:200]!r}, which is not a directory", entry)
             self._implied += 1
-            if len(self.paths) + self._implied > MAX_ENTRIES:
-                raise TarInvalid(f"more than {MAX_ENTRIES} entries", entry)
+            if len(self.paths) + self._implied > MAX_NAMES:
+                raise TarInvalid(f"more than {MAX_NAMES} entries", entry)
             made = here.children[part] = Directory(path)
             here = made
         self._parents[written] = here
@@ -206,9 +204,9 @@ class Survivors:
             links += 1
             parts = self._links.get(inode, b"").split(b"/")
             self._followed += len(parts)
-            if links > _MAX_SYMLINKS:
+            if links > MAX_SYMLINKS:
                 raise TarInvalid("lies below a cycle of symbolic links", entry)
-            if self._followed > _MAX_FOLLOWED:
+            if self._followed > MAX_FOLLOWED:
                 raise TarInvalid("is one of too many below symbolic links", entry)
             if parts[0] == b"":
                 del trail[1:]

@@ -10,12 +10,12 @@ import re
 from datetime import date
 
 from lazyfs.errors import TocInvalid
+from lazyfs.limits import MAX_TIMES
 
 SECOND = 1_000_000_000
 EARLIEST = -62_135_596_800 * SECOND  # 0001-01-01T00:00:00Z; RFC 3339 has four digits for the year, and Go begins at 1
 LATEST = 253_402_300_800 * SECOND - 1  # the last nanosecond of the year 9999
 _EPOCH_DAY = 719_163  # date(1970, 1, 1).toordinal()
-_REMEMBERED = 1 << 16  # distinct times; an attacker's TOC may hold a million
 _PATTERN = re.compile(r"(\d{4})-(\d\d)-(\d\d)T(\d\d):(\d\d):(\d\d)(?:\.(\d{1,9}))?(?:Z|([+-])(\d\d):(\d\d))", re.ASCII)
 
 
@@ -63,7 +63,7 @@ class TimeTable:
     def parse(self, text: str) -> int:
         found = self._parsed.get(text)
         if found is None:
-            if len(self._parsed) >= _REMEMBERED:
+            if len(self._parsed) >= MAX_TIMES:
                 self._parsed.clear()
             found = self._parsed[text] = parse_time(text)
         return found
@@ -71,7 +71,7 @@ class TimeTable:
     def format(self, mtime_ns: int) -> str:
         found = self._formatted.get(mtime_ns)
         if found is None:
-            if len(self._formatted) >= _REMEMBERED:
+            if len(self._formatted) >= MAX_TIMES:
                 self._formatted.clear()
             found = self._formatted[mtime_ns] = format_time(mtime_ns)
         return found

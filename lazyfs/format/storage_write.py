@@ -20,7 +20,8 @@ from lazyfs.errors import TocInvalid
 from lazyfs.format.entry import Chunk, Entry, Kind
 from lazyfs.format.footer import SKIPPABLE, SKIPPABLE_HEADER, STORAGE_BODY, STORAGE_MAGIC, TOC_TYPE
 from lazyfs.format.rfc3339 import TimeTable
-from lazyfs.format.toc_json import MAX_ENTRIES, MAX_STORAGE_TOC, TYPE_OF
+from lazyfs.format.toc_json import TYPE_OF
+from lazyfs.limits import MAX_STORAGE_TOC, MAX_TOC_ITEMS
 
 _Int = Annotated[int, msgspec.Meta(ge=0)]
 
@@ -116,8 +117,8 @@ class StorageTocWriter:
         start = len(out)
         self._encode_into(item, out, start)
         self.escaped = self.escaped or out.find(b"\\", start) >= 0
-        if len(out) > MAX_STORAGE_TOC or self._count > MAX_ENTRIES:
-            raise TocInvalid(f"the layer needs a TOC of more than {MAX_STORAGE_TOC} bytes or {MAX_ENTRIES} entries")
+        if len(out) > MAX_STORAGE_TOC or self._count > MAX_TOC_ITEMS:
+            raise TocInvalid(f"the layer needs a TOC of more than {MAX_STORAGE_TOC} bytes or {MAX_TOC_ITEMS} entries")
 
 
 def encode_tail(

@@ -29,8 +29,8 @@ from lazyfs.format.table import (
     pack_xattrs,
 )
 from lazyfs.format.table_content import ContentColumns
+from lazyfs.limits import MAX_TABLE_HEAP
 
-_MAX_HEAP = 1 << 30  # bytes of distinct extended attributes, and of names; the column of offsets ends at 4 GiB
 _MAX_XATTRS = 0xFFFF  # of one entry; more doesn't fit into the count
 _SECOND = 1_000_000_000  # nanoseconds
 _DIR, _REG = Kind.DIR, Kind.REG
@@ -250,7 +250,7 @@ class _Rows:
                 continue
             kept = tuple(pair for pair in xattrs if not pair[0].startswith(DROPPED_XATTRS))
             self.dropped += len(xattrs) - len(kept)
-            if len(kept) > _MAX_XATTRS or len(heap.data) > _MAX_HEAP:
+            if len(kept) > _MAX_XATTRS or len(heap.data) > MAX_TABLE_HEAP:
                 path = self._survivors.paths[source]
                 raise TocInvalid(f"{path[:200]!r} is one too many for its extended attributes")
             if kept:
@@ -280,6 +280,6 @@ class _Rows:
 
 def _name_columns(names: list[bytes]) -> dict[str, Column]:
     joined = b"".join(names)
-    if len(joined) > _MAX_HEAP:
-        raise TocInvalid(f"the layer has more than {_MAX_HEAP} bytes of names")
+    if len(joined) > MAX_TABLE_HEAP:
+        raise TocInvalid(f"the layer has more than {MAX_TABLE_HEAP} bytes of names")
     return {"name_end": array("I", accumulate(map(len, names), initial=0)), "names": joined}

@@ -13,11 +13,11 @@ from lazyfs.format.columns import Column, pick
 from lazyfs.format.entry import Kind
 from lazyfs.format.listing import Listing
 from lazyfs.format.table import FORM_PLAIN, NO_FRAME
+from lazyfs.limits import MAX_DATA
 from lazyfs.units import PAGE
 
 _REG = Kind.REG
 _IS_REG = bytes(kind == Kind.REG for kind in range(256))
-MAX_DATA = 1 << 46  # bytes of data space: far above any layer, far below what overflows an offset
 
 
 class ContentColumns:

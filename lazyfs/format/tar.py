@@ -11,11 +11,10 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from lazyfs.errors import TarInvalid
-from lazyfs.format.entry import MAX_FILE, MAX_NAME, MAX_PATH, MAX_XATTRS, Entry, Kind, clean_path
+from lazyfs.format.entry import MAX_NAME, MAX_PATH, Entry, Kind, clean_path
 from lazyfs.format.tar_headers import (
     BLOCK,
     HEADER,
-    MAX_EXTENSION,
     SPARSE_MAP,
     STAR_TRAILER,
     ZERO_BLOCK,
@@ -34,13 +33,18 @@ from lazyfs.format.tar_headers import (
     pax_records,
     seconds_to_ns,
 )
+from lazyfs.limits import (
+    MAX_EXTENSION,
+    MAX_FILE_SIZE,
+    MAX_HEADERS,
+    MAX_TAR_ENTRIES,
+    MAX_TAR_OWNERS,
+    MAX_TAR_PARENTS,
+    MAX_XATTRS,
+)
 
-MAX_ENTRIES = 4_000_000  # of one stream
 MAX_OWNER = (1 << 32) - 2  # the kernel's largest uid; one more means "leave it" to chown
-MAX_HEADERS = 4 * MAX_EXTENSION  # bytes of all headers of one entry, extension headers included
 MAX_XATTR_VALUE = 1 << 16  # bytes; the kernel's XATTR_SIZE_MAX
-_MAX_OWNERS = 1000  # distinct ones remembered
-_MAX_PARENTS = 1000
 FIRST_TIME = -62_135_596_800 * 10**9  # ns; the year 1, the first that RFC 3339 (and so a TOC) can write
 LAST_TIME = 253_402_300_799 * 10**9 + 999_999_999  # ns; the last instant of the year 9999
 
@@ -90,7 +94,7 @@ class TarScanner:
     Not thread-safe, never blocks. After an error it must not be used again.
     """
 
-    def __init__(self, *, max_entries: int = MAX_ENTRIES) -> None:
+    def __init__(self, *, max_entries: int = MAX_TAR_ENTRIES) -> None:
         self.position = 0  # stream offset behind the last byte fed
         self.entries = 0
         self._max_entries = max_entries
@@ -259,7 +263,7 @@ class TarScanner:
         raw, ids, size_, mtime, _, kind_byte, raw_link, rest, tail = fields
         who = self._owners.get((ids, rest))
         if who is None:
-            if len(self._owners) >= _MAX_OWNERS:
+            if len(self._owners) >= MAX_TAR_OWNERS:
                 self._owners.clear()
             who = self._owners[ids, rest] = owner(ids, rest)
         name = raw.partition(b"\0")[0]
@@ -296,7 +300,7 @@ class TarScanner:
             raise TarInvalid(f"its type {kind_byte!r} can't be in a layer")
         if kind_byte == b"\0" and name.endswith(b"/"):
             kind = _DIR
-        if size < 0 or size > MAX_FILE:
+        if size < 0 or size > MAX_FILE_SIZE:
             raise TarInvalid(f"its size {size} is absurd")
         stored = size if kind is _REG else 0
         runs: list[tuple[int, int]] | None = None
@@ -364,13 +368,13 @@ class TarScanner:
             return name
         path = clean_path(name, TarInvalid)
         if path == name and parent and len(parent) < MAX_PATH - MAX_NAME - 1:
-            if len(self._parents) >= _MAX_PARENTS:
+            if len(self._parents) >= MAX_TAR_PARENTS:
                 self._parents.clear()
             self._parents.add(parent)
         return path
 
     def _finish_sparse(self, item: TarItem, runs: list[tuple[int, int]]) -> TarItem:
-        if not 0 <= item.entry.size <= MAX_FILE:
+        if not 0 <= item.entry.size <= MAX_FILE_SIZE:
             raise TarInvalid(f"its size {item.entry.size} is absurd", item.entry.path)
         try:
             item.sparse = check_runs(runs, item.entry.size, item.stored)

@@ -12,13 +12,13 @@ import zlib
 from dataclasses import dataclass
 
 from lazyfs.errors import TarInvalid
+from lazyfs.limits import MAX_EXTENSION
 
 BLOCK = 512  # bytes; everything in a tar is laid on this grid
 ZERO_BLOCK = bytes(BLOCK)
 USTAR_MAGIC = b"ustar\0"
 GNU_MAGIC = b"ustar  \0"
 STAR_TRAILER = b"tar\0"
-MAX_EXTENSION = 1 << 20  # bytes of one extension header's payload, and of one sparse map
 
 # name, mode+uid+gid, size, mtime, checksum, type, link, magic+version+uname+gname+major+minor, prefix+rest.
 # Owners and the like are taken in one piece, because in a layer the same ones come again and again.

@@ -14,7 +14,7 @@ import zstandard
 
 from lazyfs.errors import TocInvalid
 from lazyfs.format.crc64 import crc64
-from lazyfs.format.toc_json import MAX_STORAGE_TOC
+from lazyfs.limits import MAX_STORAGE_TOC
 from lazyfs.units import MiB
 
 _MAX_SEGMENT = 8 * MiB  # bytes of headers at once; longer runs are zeros behind the end

@@ -19,23 +19,12 @@ import msgspec
 
 from lazyfs.digest import EMPTY
 from lazyfs.errors import TocInvalid
-from lazyfs.format.entry import MAX_FILE, MAX_NAME, MAX_PATH, MAX_XATTRS, Kind, clean_path
+from lazyfs.format.entry import MAX_NAME, MAX_PATH, Kind, clean_path
 from lazyfs.format.listing import Listing
 from lazyfs.format.rfc3339 import TimeTable
 from lazyfs.format.toc_content import Content
-from lazyfs.format.toc_json import (
-    KINDS,
-    LOST,
-    MAX_ENTRIES,
-    MAX_ID,
-    MAX_MAJOR,
-    MAX_MINOR,
-    MAX_TOC,
-    TocDocument,
-    TocItem,
-    TocOutline,
-    is_utf8,
-)
+from lazyfs.format.toc_json import KINDS, LOST, MAX_ID, MAX_MAJOR, MAX_MINOR, TocDocument, TocItem, TocOutline, is_utf8
+from lazyfs.limits import MAX_FILE_SIZE, MAX_TOC, MAX_TOC_ITEMS, MAX_XATTRS
 
 # Made here, where one thread imports: two that make their first one of a type at once crash the process.
 _WHOLE = msgspec.json.Decoder(TocDocument)
@@ -106,8 +95,8 @@ def _decoded(raw: bytes | mmap) -> list[TocItem]:
 def _decodable(text: bytes) -> bytes:
     """Return the same. Raise TocInvalid where its items would take too much memory."""
     # Each item costs at least one brace, and a block is too short for too many.
-    if len(text) > 2 * MAX_ENTRIES and text.count(b"{") > 2 * MAX_ENTRIES:
-        raise TocInvalid(f"the TOC has more than {MAX_ENTRIES} entries")
+    if len(text) > 2 * MAX_TOC_ITEMS and text.count(b"{") > 2 * MAX_TOC_ITEMS:
+        raise TocInvalid(f"the TOC has more than {MAX_TOC_ITEMS} entries")
     return text
 
 
@@ -117,8 +106,8 @@ def _check_version(version: int) -> None:
 
 
 def _check_count(items: int) -> None:
-    if items > MAX_ENTRIES:
-        raise TocInvalid(f"the TOC has more than {MAX_ENTRIES} entries")
+    if items > MAX_TOC_ITEMS:
+        raise TocInvalid(f"the TOC has more than {MAX_TOC_ITEMS} entries")
 
 
 def _read(blocks: Iterator[list[TocItem]], payload_end: int) -> Listing:
@@ -188,12 +177,12 @@ class _Reader:
     def _judge(self, entries: list[TocItem], uids: list[int], gids: list[int], sizes: list[int]) -> None:
         """Hold owners and sizes against the rules."""
         empty = [number for number, item in enumerate(entries) if not item.size and item.digest not in _EMPTY]
-        if not empty and max(uids) <= MAX_ID and max(gids) <= MAX_ID and max(sizes) <= MAX_FILE:
+        if not empty and max(uids) <= MAX_ID and max(gids) <= MAX_ID and max(sizes) <= MAX_FILE_SIZE:
             return
         for self._entry, item in enumerate(entries):
             if item.uid > MAX_ID or item.gid > MAX_ID:
                 raise TocInvalid(f"has the owner {item.uid}:{item.gid}, which no file can have")
-            if item.type == "reg" and item.size > MAX_FILE:
+            if item.type == "reg" and item.size > MAX_FILE_SIZE:
                 raise TocInvalid(f"has the size {item.size}, more than any file")
             if item.type == "reg" and not item.size and item.digest not in _EMPTY:
                 raise TocInvalid("is empty, and its digest is not that of nothing")

@@ -13,8 +13,9 @@ from operator import add, gt, le
 
 from lazyfs.errors import TocInvalid
 from lazyfs.format.listing import Listing
-from lazyfs.format.toc_json import HOLE, MAX_CHUNK, MAX_HOLES, MAX_INNER, MIN_HOLE, TocItem
+from lazyfs.format.toc_json import HOLE, MIN_HOLE, TocItem
 from lazyfs.format.zeros import ZeroDigests
+from lazyfs.limits import MAX_CHUNK, MAX_HOLES, MAX_INNER
 
 _LEAST = 8  # items of a run that is worth columns
 _PREFIX = "sha256:"

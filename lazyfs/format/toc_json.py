@@ -14,16 +14,10 @@ from typing import Annotated, Literal
 import msgspec
 
 from lazyfs.format.entry import Kind
-from lazyfs.units import GiB, MiB
+from lazyfs.units import MiB
 
-MAX_TOC = 200 * MiB  # bytes, compressed and decompressed alike: half a million files with all their attributes
-MAX_STORAGE_TOC = 150 * MiB  # bytes; where containers/storage draws the line, for TOC and tar headers
-MAX_ENTRIES = 4_000_000  # names and chunks together
-MAX_CHUNK = 64 * MiB  # bytes; a chunk is held in memory whole
-MAX_INNER = 64 * MiB  # bytes before a chunk in its frame; they are decompressed to get at it
 HOLE = 4 * MiB  # bytes; a larger chunk of zeros is read in pieces of this size
 MIN_HOLE = 1024  # bytes; writers call no shorter run of zeros a hole
-MAX_HOLES = 64 * GiB  # bytes of zeros in one layer: a TOC can claim terabytes for nothing
 MAX_ID = 0xFFFFFFFE  # chown(2) takes -1 for "leave it"
 MAX_MAJOR, MAX_MINOR = 0xFFF, 0xFFFFF  # what a Linux dev_t holds
 

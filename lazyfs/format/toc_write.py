@@ -10,17 +10,8 @@ from lazyfs.digest import text as digest_text
 from lazyfs.errors import TocInvalid
 from lazyfs.format.entry import Chunk, Entry, Kind
 from lazyfs.format.rfc3339 import TimeTable
-from lazyfs.format.toc_json import (
-    LOST,
-    MAX_ENTRIES,
-    MAX_ID,
-    MAX_MAJOR,
-    MAX_MINOR,
-    MAX_TOC,
-    TYPE_OF,
-    TocItem,
-    is_utf8,
-)
+from lazyfs.format.toc_json import LOST, MAX_ID, MAX_MAJOR, MAX_MINOR, TYPE_OF, TocItem, is_utf8
+from lazyfs.limits import MAX_TOC, MAX_TOC_ITEMS
 
 
 class TocWriter:
@@ -97,8 +88,8 @@ class TocWriter:
             out += b","
         self._count += 1
         self._encode_into(item, out, len(out))
-        if len(out) > MAX_TOC or self._count > MAX_ENTRIES:
-            raise TocInvalid(f"the layer needs a TOC of more than {MAX_TOC} bytes or {MAX_ENTRIES} entries")
+        if len(out) > MAX_TOC or self._count > MAX_TOC_ITEMS:
+            raise TocInvalid(f"the layer needs a TOC of more than {MAX_TOC} bytes or {MAX_TOC_ITEMS} entries")
 
     def finish(self) -> bytes:
         """Return the whole TOC. Nothing can be added afterwards."""

@@ -30,21 +30,13 @@ from lazyfs.digest import is_digest
 from lazyfs.errors import FrameInvalid, TarInvalid, TraceInvalid
 from lazyfs.format.codec import FrameDecoder
 from lazyfs.format.entry import clean_path
-from lazyfs.units import MiB
+from lazyfs.limits import MAX_COMMAND, MAX_READS, MAX_REQUESTS, MAX_SPANS, MAX_TRACE, MAX_TRACE_JSON, MAX_TRACE_LAYERS
 
 VERSION = 1
-MAX_TRACE = 1 * MiB  # bytes of the frame
-MAX_READS = 50_000
-MAX_REQUESTS = 50_000
-MAX_SPANS = 256
-MAX_LAYERS = 1024
-MAX_COMMAND = 1000  # words
-# bytes: as many reads and requests as there may be, with numbers as large as real ones and a file of 64 bytes for each.
-_MAX_JSON = 8 * MiB
 # What takes the interpreter's time is how many things there are: so these are counted before any is made. Few names
 # have a bracket or a quote in them.
 _MAX_BRACKETS = MAX_READS + MAX_REQUESTS + MAX_SPANS + 16
-_MAX_QUOTES = 2 * (MAX_READS + MAX_LAYERS + MAX_COMMAND + 16)
+_MAX_QUOTES = 2 * (MAX_READS + MAX_TRACE_LAYERS + MAX_COMMAND + 16)
 _MAX_NUMBER = (1 << 62) - 1
 _MAX_TIME = 1 << 40  # milliseconds
 _LEVEL = 9  # of zstd: a trace is written once and fetched often
@@ -114,7 +106,7 @@ _Span = tuple[_Number, _Number, _Number]
 class _Document(msgspec.Struct):
     version: int
     manifest: str
-    layers: Annotated[list[str], Meta(max_length=MAX_LAYERS)]
+    layers: Annotated[list[str], Meta(max_length=MAX_TRACE_LAYERS)]
     paths: Annotated[list[str], Meta(max_length=MAX_READS)]
     reads: Annotated[list[_Read], Meta(max_length=MAX_READS)]
     requests: Annotated[list[_Request], Meta(max_length=MAX_REQUESTS)] = []
@@ -187,7 +179,7 @@ def decode(raw: bytes) -> Trace:
     """
     ensure_within(len(raw), MAX_TRACE, f"the trace has {len(raw)} bytes")
     try:
-        text = FrameDecoder().decode(raw, _MAX_JSON)
+        text = FrameDecoder().decode(raw, MAX_TRACE_JSON)
     except FrameInvalid as error:
         raise TraceInvalid(f"the trace can't be decoded: {str(error)[:200]}") from None
     return _parsed(text)
@@ -197,8 +189,8 @@ def _parsed(text: bytes) -> Trace:
     """Check a document and return its trace. Raise TraceInvalid."""
     if _excess(text) > 1:
         raise TraceInvalid(
-            f"the trace is too large: more than {MAX_READS} reads or files, {MAX_REQUESTS} requests, or {_MAX_JSON} "
-            f"bytes of JSON"
+            f"the trace is too large: more than {MAX_READS} reads or files, {MAX_REQUESTS} requests, or "
+            f"{MAX_TRACE_JSON} bytes of JSON"
         )
     try:
         found = _DECODER.decode(text)
@@ -232,8 +224,8 @@ def _parsed(text: bytes) -> Trace:
 
 def _excess(text: bytes) -> float:
     """Return how many times as large as allowed a document is, at least, as far as that can be told unread. Quick."""
-    if len(text) > _MAX_JSON:
-        return len(text) / _MAX_JSON
+    if len(text) > MAX_TRACE_JSON:
+        return len(text) / MAX_TRACE_JSON
     return max(text.count(b"[") / _MAX_BRACKETS, text.count(b'"') / _MAX_QUOTES)
 
 

@@ -21,7 +21,7 @@ from lazyfs.format.footer import (
     Footer,
     check_toc_range,
 )
-from lazyfs.format.toc_json import MAX_TOC
+from lazyfs.limits import MAX_TOC
 from lazyfs.oci import TOC_DIGEST, ZSTD_CHECKSUM, ZSTD_POSITION
 
 FOOTER_SIZE = SKIPPABLE_HEADER + STARGZ_BODY.size  # 48 bytes

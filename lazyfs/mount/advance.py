@@ -23,18 +23,16 @@ from lazyfs.chunks.remote import Remote
 from lazyfs.chunks.schedule import Priority, Scheduler
 from lazyfs.errors import LazyfsError
 from lazyfs.format.table import LayerTable
-from lazyfs.format.trace import MAX_SPANS, Span, Trace
+from lazyfs.format.trace import Span, Trace
+from lazyfs.limits import EARLY_TRY, MAX_EARLY_BYTES, MAX_SPAN, MAX_SPANS
 from lazyfs.mount.plan import Range
 from lazyfs.registry.repository import Repository
 from lazyfs.units import KiB, MiB
 
 log = logging.getLogger(__name__)
 
-MOST = 8 * MiB  # compressed bytes in memory for one start: what 200 Mbit/s bring in 0.3 s
-LARGEST = 1 * MiB  # bytes of a span: one that is larger than that is not asked for, nor told of
 _WINDOW = 1 * MiB  # bytes of reads within which the order is that of the blobs
 _GAP = 16 * KiB  # bytes between two frames of a span at most: another request costs more
-_LONGEST = 30.0  # seconds of a request
 _WELCOME = 5.0  # seconds between looks while a host wants to be left alone
 
 
@@ -104,7 +102,7 @@ class Advance:
 
         def job() -> bytes:
             span = coming.span
-            deadline = time.monotonic() + _LONGEST
+            deadline = time.monotonic() + EARLY_TRY
             data, _ = fetch_bytes(self._repository, coming.digest, span.blob_offset, span.size, deadline, ticket.flow)
             return data
 
@@ -146,11 +144,11 @@ async def _behind(coming: _Coming, skipped: int) -> bytes | None:
 
 def _usable(trace: Trace, digests: Sequence[str]) -> Iterator[tuple[str, Span]]:
     """Yield the spans that may be asked for, with their blobs: a trace is a stranger's."""
-    own, left = set(digests), MOST
+    own, left = set(digests), MAX_EARLY_BYTES
     seen: set[Span] = set()
     for span in trace.spans:
         digest = trace.layers[span.layer]
-        if digest in own and span not in seen and 0 < span.size <= min(left, LARGEST):
+        if digest in own and span not in seen and 0 < span.size <= min(left, MAX_SPAN):
             seen.add(span)
             left -= span.size
             yield digest, span
@@ -183,7 +181,7 @@ def spans_of(frames: Iterable[tuple[int, LayerTable, int]]) -> tuple[Span, ...]:
             out += _joined(window)
             total += size
             window, size = [], 0
-        if total >= MOST:
+        if total >= MAX_EARLY_BYTES:
             break
     out += _joined(window)
     return tuple(out[:MAX_SPANS])
@@ -193,11 +191,11 @@ def _joined(window: list[tuple[int, int, int]]) -> Iterator[Span]:
     for place, group in groupby(sorted(window), key=lambda each: each[0]):
         begin = end = -1
         for _, at, size in group:
-            if begin >= 0 and at - end <= _GAP and at + size - begin <= LARGEST:
+            if begin >= 0 and at - end <= _GAP and at + size - begin <= MAX_SPAN:
                 end = max(end, at + size)
                 continue
-            if 0 < end - begin <= LARGEST:
+            if 0 < end - begin <= MAX_SPAN:
                 yield Span(place, begin, end - begin)
             begin, end = at, at + size
-        if 0 < end - begin <= LARGEST:
+        if 0 < end - begin <= MAX_SPAN:
             yield Span(place, begin, end - begin)

@@ -21,15 +21,11 @@ from lazyfs.errors import LazyfsError
 from lazyfs.format import elf
 from lazyfs.format.entry import Kind
 from lazyfs.format.table import NO_FRAME
+from lazyfs.limits import MAX_AHEAD, MAX_AHEAD_DEPTH, MAX_AHEAD_FILES, MAX_SYMLINKS
 from lazyfs.mount.forest import Planted
-from lazyfs.units import MiB
 
 log = logging.getLogger(__name__)
 
-MAX_BYTES = 32 * MiB  # uncompressed bytes fetched ahead of one exec
-_MAX_FILES = 64
-_MAX_DEPTH = 4  # scripts whose interpreters are scripts, programs whose libraries need libraries
-_MAX_LINKS = 40
 _WORDS = 3  # of the command line: `entrypoint.sh postgres` names two programs
 _STRINGS = 64 << 10  # bytes of a string table that are looked at
 _SEARCH = (b"lib", b"usr/lib", b"lib64", b"usr/lib64", b"usr/local/lib")
@@ -59,7 +55,7 @@ def find(planted: Planted, path: bytes) -> tuple[ServedLayer, int] | None:
         if tree.kind[child] == Kind.SYMLINK:
             links += 1
             target = planted.layers[tree.layer[child]].table.link(tree.source[child])
-            if links > _MAX_LINKS or len(todo) > 4096:
+            if links > MAX_SYMLINKS or len(todo) > 4096:
                 return None
             if target.startswith(b"/"):
                 del at[1:]
@@ -101,7 +97,7 @@ class Ahead:
         try:
             async with trio.open_nursery() as nursery:
                 for name in _ALWAYS:
-                    nursery.start_soon(job.bring, name, _MAX_DEPTH)
+                    nursery.start_soon(job.bring, name, MAX_AHEAD_DEPTH)
                 for word in words:
                     for candidate in [word] if b"/" in word else [d + b"/" + word for d in path.split(b":")]:
                         if find(planted, candidate) is not None:
@@ -119,7 +115,7 @@ class _Job:
         self._remote = remote
         self._planted = planted
         self._seen: set[tuple[int, int]] = set()
-        self._left = MAX_BYTES
+        self._left = MAX_AHEAD
 
     async def bring(self, path: bytes, depth: int) -> None:
         """Fetch the file at `path`, and side by side what it needs in turn."""
@@ -128,13 +124,13 @@ class _Job:
             return
         layer, row = found
         size = layer.table.size[row]
-        if (layer.number, row) in self._seen or len(self._seen) >= _MAX_FILES or not 0 < size <= self._left:
+        if (layer.number, row) in self._seen or len(self._seen) >= MAX_AHEAD_FILES or not 0 < size <= self._left:
             return
         self._seen.add((layer.number, row))
         self._left -= size
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._fetch, layer, row)
-            if depth < _MAX_DEPTH:
+            if depth < MAX_AHEAD_DEPTH:
                 for name in await self._needs(layer, row, path):
                     nursery.start_soon(self.bring, name, depth + 1)
 

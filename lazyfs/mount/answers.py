@@ -16,17 +16,14 @@ import trio
 
 from lazyfs.errors import LazyfsError
 from lazyfs.format.trace import Trace
+from lazyfs.limits import MAX_ANSWER_BYTES, MAX_ANSWERS, TRACE_ANSWER
 from lazyfs.mount.filling import guard
 from lazyfs.registry.offline import OfflineRepository
 from lazyfs.registry.repository import Repository
-from lazyfs.units import MiB
 
 log = logging.getLogger(__name__)
 
-_ANSWER = 5.0  # seconds for a registry to answer
 _AGAIN = 30.0  # seconds for which its answer is remembered
-_MOST = 64  # answers
-_BYTES = 24 * MiB  # of memory in all of them: one of the largest, or dozens of usual ones
 _READ = 300  # bytes of memory that a read takes without its path, about
 
 # (repository, manifest's digest, deadline, blob digests of its layers where they are known) → what it has
@@ -81,9 +78,9 @@ class Answers:
         return answer
 
     async def _answer(self, repository: Repository, manifest: str, layers: Sequence[str] | None) -> Trace | None:
-        job = partial(self._find, repository, manifest, time.monotonic() + _ANSWER, layers)
+        job = partial(self._find, repository, manifest, time.monotonic() + TRACE_ANSWER, layers)
         try:
-            with trio.move_on_after(_ANSWER):
+            with trio.move_on_after(TRACE_ANSWER):
                 return await trio.to_thread.run_sync(job, limiter=self._network, abandon_on_cancel=True)
             log.info("no trace from the registry in time: image=%s", manifest)
         except LazyfsError as error:
@@ -96,10 +93,10 @@ class Answers:
     def _remember(self, key: _Key, answer: Trace | None) -> None:
         size = _READ if answer is None else _size(answer)
         self._known.pop(key, None)
-        if size > _BYTES:
+        if size > MAX_ANSWER_BYTES:
             return
         self._known[key] = trio.current_time() + _AGAIN, answer, size
-        while len(self._known) > _MOST or self.size > _BYTES:
+        while len(self._known) > MAX_ANSWERS or self.size > MAX_ANSWER_BYTES:
             self._known.popitem(last=False)
         if not self._forgetting:
             self._forgetting = True

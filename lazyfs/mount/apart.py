@@ -14,14 +14,11 @@ import trio
 
 from lazyfs.chunks.single_flight import SingleFlight
 from lazyfs.errors import LazyfsError, RegistryError
+from lazyfs.limits import HOST_THREADS, HOST_WHOLE, MAX_APART_HOSTS
 
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
-
-_HOST_THREADS = 64  # requests to one host at a time, those that nobody waits for any more included
-_WHOLE = 16  # of them, layers fetched in full: threads for these are the node's, not the host's
-_HOSTS = 256  # hosts remembered while nothing is under way
 
 
 class Links:
@@ -30,15 +27,15 @@ class Links:
     def __init__(self) -> None:
         self._limiters: dict[str, trio.CapacityLimiter] = {}
 
-    def limiter(self, host: str, threads: int = _HOST_THREADS) -> trio.CapacityLimiter:
+    def limiter(self, host: str, threads: int = HOST_THREADS) -> trio.CapacityLimiter:
         """Return the limit of what is asked of a host at a time."""
-        if len(self._limiters) >= _HOSTS and host not in self._limiters:
+        if len(self._limiters) >= MAX_APART_HOSTS and host not in self._limiters:
             self._limiters = {name: one for name, one in self._limiters.items() if one.borrowed_tokens}
         return self._limiters.setdefault(host, trio.CapacityLimiter(threads))
 
     def whole(self, host: str) -> trio.CapacityLimiter:
         """Return the limit of a host's layers that are fetched in full at a time, to be held by a task."""
-        return self.limiter(f"whole layers of {host}", _WHOLE)
+        return self.limiter(f"whole layers of {host}", HOST_WHOLE)
 
     async def ask(self, host: str, request: Callable[[], T]) -> T:
         """Return what `request` returns, from a thread that is left behind when we are cancelled. A checkpoint."""

@@ -14,6 +14,7 @@ from lazyfs import oci
 from lazyfs.chunks.clear import Clearing
 from lazyfs.chunks.store import Store
 from lazyfs.errors import DocumentInvalid, UsageError
+from lazyfs.limits import MAX_CALL_DEADLINE, MAX_LAYERS, MAX_PAGE
 from lazyfs.mount.chain_documents import parse_reference
 from lazyfs.mount.chain_layers import ChainLayers, ChainSource
 from lazyfs.mount.chain_resolving import ChainResolver
@@ -24,9 +25,6 @@ from lazyfs.reference import Reference
 from lazyfs.registry.config import access as accesses
 from lazyfs.registry.config.access import Access
 from lazyfs.registry.repository import Repository
-
-_LONGEST = 3600.0  # seconds that a call may ask for
-_PAGE = 512 << 10  # bytes of a list of chains, about
 
 Open = Callable[[Reference, Access | None], Repository]
 
@@ -113,7 +111,7 @@ class ChainCalls:
         chains = sorted((chain for chain in self._chains.all() if chain.id > after), key=lambda chain: chain.id)
         for chain in chains:
             size += 500 + 80 * len(chain.layers)
-            if rows and size > _PAGE:
+            if rows and size > MAX_PAGE:
                 break
             rows.append(
                 {"chain": chain.id, "image": chain.image, "lowerdirs": [chain.path], "layers": chain.digests}
@@ -155,8 +153,8 @@ def _size(args: dict[str, Any], name: str) -> int:
 
 def _seconds(args: dict[str, Any]) -> float:
     value = args.get("deadline")
-    if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value <= _LONGEST:
-        raise UsageError(f"deadline is a number of seconds up to {_LONGEST:.0f}, not {str(value)[:100]!r}")
+    if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value <= MAX_CALL_DEADLINE:
+        raise UsageError(f"deadline is a number of seconds up to {MAX_CALL_DEADLINE:.0f}, not {str(value)[:100]!r}")
     return float(value)
 
 
@@ -169,8 +167,8 @@ def _digests(args: dict[str, Any]) -> list[str]:
 
 def _layers(args: dict[str, Any]) -> list[ChainLayer]:
     value = args.get("layers")
-    if not isinstance(value, list) or not 0 < len(value) <= oci.MAX_LAYERS:
-        raise UsageError(f"layers is a list of 1 to {oci.MAX_LAYERS} objects")
+    if not isinstance(value, list) or not 0 < len(value) <= MAX_LAYERS:
+        raise UsageError(f"layers is a list of 1 to {MAX_LAYERS} objects")
     return [_layer(one, number) for number, one in enumerate(value)]
 
 

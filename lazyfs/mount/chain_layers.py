@@ -12,6 +12,7 @@ import trio
 
 from lazyfs.chunks.single_flight import SingleFlight
 from lazyfs.errors import DaemonFault, ImageIncomplete, LazyfsError, first_of
+from lazyfs.limits import BUILDERS, LOCAL_THREADS, MAX_REFUSED, MAX_WAITING_TOCS
 from lazyfs.mount.apart import Apart, Links
 from lazyfs.mount.filling import Fillings
 from lazyfs.mount.keeping import Keeping
@@ -26,17 +27,13 @@ from lazyfs.units import MiB
 
 T = TypeVar("T")
 
-_LOCAL_THREADS = 16  # jobs that need the disk alone
-_BUILDERS = 2  # tables built at a time, of small TOCs and of large ones
 _LARGE = 1 * MiB  # compressed bytes of a large one
 _SETTLE = 10.0  # seconds that whoever removes layers waits for what is still at work on them
 _LOOK = 0.02
 _TAILS_FIRST = 0.1  # seconds that a table lets TOCs go first
-_WAITING = 64 * MiB  # bytes of TOCs that wait for their table to be built; more are fetched again when it is their turn
 _PERSISTENT = (
     1024  # layers of a host that come even where nobody waits for them any more: calls are made again and again
 )
-_REFUSED = 1000  # malformed TOCs remembered
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,8 +71,8 @@ class ChainLayers:
         self._keeping = keeping
         self._apart = apart
         self._links = links
-        self._local = trio.CapacityLimiter(_LOCAL_THREADS)
-        self._builders = {large: trio.CapacityLimiter(_BUILDERS) for large in (False, True)}
+        self._local = trio.CapacityLimiter(LOCAL_THREADS)
+        self._builders = {large: trio.CapacityLimiter(BUILDERS) for large in (False, True)}
         self._promised: Counter[str] = Counter()  # layers that are being kept ready in the background
         self._promises: dict[str, tuple[object, str]] = {}  # what was said of them, and their diff IDs
         self._tails: SingleFlight[object, TocParts | str] = SingleFlight()
@@ -146,7 +143,7 @@ class ChainLayers:
         after all is remembered; its layer is then fetched in full when it is to be shown.
         """
         wanted = await self._look(source, descriptor, diff_id)
-        if self._waiting > _WAITING and wanted.parts is not None:
+        if self._waiting > MAX_WAITING_TOCS and wanted.parts is not None:
             wanted = replace(wanted, parts=TocParts({}, doubtful=True))
         if wanted.parts is not None and not wanted.parts.doubtful and self.trusts(source):
             self._waiting += wanted.parts.size
@@ -228,7 +225,7 @@ class ChainLayers:
 
     def _refuse(self, descriptor: Descriptor, reason: str) -> None:
         self._refused[_claims(descriptor)] = reason
-        while len(self._refused) > _REFUSED:
+        while len(self._refused) > MAX_REFUSED:
             self._refused.popitem(last=False)
 
     async def _keep(self, prepared: Prepared) -> None:

@@ -20,14 +20,11 @@ import trio
 import lazyfs
 from lazyfs.answer import encode_error
 from lazyfs.errors import DaemonFault, LazyfsError, UsageError, first_of
+from lazyfs.limits import MAX_CLIENTS, MAX_LINE, MAX_REQUEST_ID, SEND_TIMEOUT
 
 log = logging.getLogger(__name__)
 
 PROTOCOL = 1
-MAX_LINE = 1 << 20  # bytes of one message
-MAX_CLIENTS = 256
-_SEND_TIMEOUT = 30.0  # seconds that a client may take to read an answer
-_MAX_ID = 100  # characters of a request's number
 _UCRED = struct.Struct("3i")  # pid, uid, gid
 
 
@@ -169,7 +166,7 @@ def _parse(line: bytes) -> dict[str, Any]:
 
 def _is_id(value: object) -> bool:
     """Tell whether a request may be called that: it is repeated in each answer, so it is nothing large or deep."""
-    return value is None or (isinstance(value, int | float | str) and len(str(value)) <= _MAX_ID)
+    return value is None or (isinstance(value, int | float | str) and len(str(value)) <= MAX_REQUEST_ID)
 
 
 async def _read_lines(
@@ -205,7 +202,7 @@ async def _send(stream: trio.SocketStream, message: dict[str, Any]) -> None:
         ).encode()
         data += b"\n"
     try:
-        with trio.fail_after(_SEND_TIMEOUT):
+        with trio.fail_after(SEND_TIMEOUT):
             await stream.send_all(data)
     except OSError as error:
         if error.errno == errno.EPIPE:

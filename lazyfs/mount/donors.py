@@ -12,10 +12,9 @@ from lazyfs.chunks.layer_store import LayerStore
 from lazyfs.chunks.store import Store
 from lazyfs.errors import LazyfsError
 from lazyfs.format.table import LayerTable
+from lazyfs.limits import MAX_DONORS
 
 log = logging.getLogger(__name__)
-
-_OPEN = 16  # layers held open for copying; a mapped table and three files each
 
 
 class Donors:
@@ -64,7 +63,7 @@ class Donors:
                 return self._open[number]
             donor = self._try_open(number)
             self._open[number] = donor
-            while len(self._open) > _OPEN:
+            while len(self._open) > MAX_DONORS:
                 _, old = self._open.popitem(last=False)
                 if old is not None:
                     old.close()

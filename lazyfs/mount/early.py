@@ -10,13 +10,13 @@ from collections.abc import Set
 
 import trio
 
+from lazyfs.limits import MAX_EARLY
 from lazyfs.mount.apart import Apart
 from lazyfs.mount.chain_documents import ChainImage
 from lazyfs.mount.chain_layers import ChainLayers, ChainSource
 from lazyfs.mount.starts import Starts
 from lazyfs.oci import ImageConfig
 
-_IMAGES = 8  # at a time; a node that pulls more has enough to do
 _LONGEST = 300.0  # seconds; as long as the layers of a pull are kept for its container
 
 
@@ -44,7 +44,7 @@ class Early:
         Nothing where layers have to be checked whole before they are used.
         """
         digest = image.manifest.digest
-        if digest in self._running or len(self._running) >= _IMAGES or not self._layers.trusts(source):
+        if digest in self._running or len(self._running) >= MAX_EARLY or not self._layers.trusts(source):
             return
         scope = trio.CancelScope()
         self._running[digest] = frozenset(layer.digest for layer in image.manifest.layers), scope

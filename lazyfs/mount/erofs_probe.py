@@ -22,6 +22,7 @@ from lazyfs.format.erofs_write import write_erofs
 from lazyfs.format.listing import Listing
 from lazyfs.format.table import FORM_PLAIN, LayerTable
 from lazyfs.format.table_build import LayerFacts, build_table
+from lazyfs.limits import PROBE_TIMEOUT
 from lazyfs.mount import erofs_mount
 from lazyfs.mount.erofs_mount import Method
 from lazyfs.mount.forest import PROBE_GOOD, PROBE_SIZE
@@ -30,7 +31,6 @@ from lazyfs.units import PAGE
 
 log = logging.getLogger(__name__)
 
-DEADLINE = 10.0  # seconds for all of it
 _WHOLE = 2 * PAGE  # bytes of the file that can be read from end to end; the next one, a read-ahead long, follows
 _LABEL = b"security.lazyfs"  # an attribute of the kind that file capabilities are
 _KEY = "probe"
@@ -47,7 +47,8 @@ class Verdict:
 def probe(directory: Path, device: Path) -> Verdict:
     """Try the driver. `directory` is empty and in the store, `device` the probe's file in the session.
 
-    Blocking, for DEADLINE at most. Everything is mounted by a thread in a mount namespace of its own, which goes with
+    Blocking, for PROBE_TIMEOUT at most. Everything is mounted by a thread in a mount namespace of its own,
+    which goes with
     it, whatever happens.
     """
     found = _apart(partial(_try_methods, directory, device))
@@ -57,7 +58,7 @@ def probe(directory: Path, device: Path) -> Verdict:
 def try_with(directory: Path, problem_of: Callable[[Path], str]) -> str:
     """Return what `problem_of` says of a mount as the driver makes them, or why there is none; it shows zeros.
 
-    `directory` is empty. Blocking, for DEADLINE at most, and as `probe`.
+    `directory` is empty. Blocking, for PROBE_TIMEOUT at most, and as `probe`.
     """
     found = _apart(partial(_try_with, directory, problem_of))
     return found.reason if isinstance(found, Verdict) else found
@@ -80,8 +81,8 @@ def _apart(work: Callable[[], Verdict]) -> Verdict | str:
 
     thread = threading.Thread(target=run, name="erofs-probe", daemon=True)
     thread.start()
-    thread.join(DEADLINE)
-    return found[0] if found else f"its self-test did not end within {DEADLINE:.0f} s"
+    thread.join(PROBE_TIMEOUT)
+    return found[0] if found else f"its self-test did not end within {PROBE_TIMEOUT:.0f} s"
 
 
 def _try_with(scratch: Path, problem_of: Callable[[Path], str]) -> Verdict:

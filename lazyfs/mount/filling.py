@@ -17,13 +17,13 @@ from lazyfs.chunks.read import Reader
 from lazyfs.chunks.schedule import STEP_BACK
 from lazyfs.config import Settings
 from lazyfs.errors import DaemonFault, ReadDeadline, StoreFull
+from lazyfs.limits import FILL_PATIENCE
 from lazyfs.mount.donors import Donors
 from lazyfs.mount.preparing import Preparer
 from lazyfs.registry.offline import OfflineRepository
 
 log = logging.getLogger(__name__)
 
-_PATIENCE = 300.0  # seconds without a byte after which a wait fails, where reads wait for ever
 _PATIENCE_IN_TROUBLE = 30.0  # the same where the last request has failed
 _LOOK = 0.5  # seconds between looks at how far a layer is
 _ROUNDS = 3  # fills of one layer after which its chunks don't stay
@@ -166,7 +166,7 @@ class Fillings:
         """
         await trio.to_thread.run_sync(layer.table.ensure_names)
         filling = self._fillings.get(layer.digest)
-        patience = self._settings.read_timeout or _PATIENCE
+        patience = self._settings.read_timeout or FILL_PATIENCE
         while filling is not None and not filling.checked.is_set():
             before = sum(layer.bytes_by_priority)
             filling.wanted.set()
@@ -221,7 +221,7 @@ class Fillings:
             arrived = sum(layer.bytes_by_priority)
             if arrived != before:
                 since, before = trio.current_time(), arrived
-            patience = self._settings.read_timeout or _PATIENCE
+            patience = self._settings.read_timeout or FILL_PATIENCE
             if trouble is not None:
                 patience = min(patience, _PATIENCE_IN_TROUBLE)
             if trio.current_time() - since >= patience and not idle.is_set():

@@ -27,6 +27,7 @@ from lazyfs.errors import (
     RegistryError,
     first_of,
 )
+from lazyfs.limits import DOCUMENT_THREADS
 from lazyfs.log import fields
 from lazyfs.mount import missing
 from lazyfs.mount.ahead import Ahead, command_of
@@ -57,8 +58,6 @@ from lazyfs.units import format_size
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
-
-_THREADS = 16  # documents and tails fetched at once
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,9 +136,9 @@ class Images:
         self._nursery = nursery
         self.on_hop = on_hop
         self._transport = Transport()
-        self._pool = ThreadPoolExecutor(_THREADS, "documents")
+        self._pool = ThreadPoolExecutor(DOCUMENT_THREADS, "documents")
         self.resolver = resolver(self._pool)
-        self._limiter = trio.CapacityLimiter(_THREADS)
+        self._limiter = trio.CapacityLimiter(DOCUMENT_THREADS)
         self._verdicts = trio.CapacityLimiter(2)  # at once: whoever prepares the layer anew must find it
         whole = WholeLayers(scheduler, preparer.unpacking.lines)
         self.layers = Layers(preparer, self.fillings, reader, whole, self._limiter)

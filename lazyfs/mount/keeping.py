@@ -7,10 +7,10 @@ from collections.abc import Callable, Iterable
 
 import trio
 
+from lazyfs.limits import MAX_KEPT_LAYERS
 from lazyfs.mount.layers import Layers
 from lazyfs.mount.preparing import Prepared
 
-_LAYERS = 1024  # held at most, four open files each
 _SECONDS = 300.0  # from a pull to the start of its container
 _LOOK = 15.0  # seconds between looks for what has been held long enough
 
@@ -31,7 +31,7 @@ class Keeping:
         digest = prepared.layer.digest
         gone = [self._kept.pop(digest)[0]] if digest in self._kept else []
         self._kept[digest] = prepared, self._now() + _SECONDS
-        while len(self._kept) > _LAYERS:
+        while len(self._kept) > MAX_KEPT_LAYERS:
             gone.append(self._kept.popitem(last=False)[1][0])
         await self._layers.drop([one.layer for one in gone])
 

@@ -11,12 +11,12 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 
-from lazyfs.chunks.flights import MAX_FRAMES
 from lazyfs.chunks.frames import needed
 from lazyfs.chunks.layer import ServedLayer
 from lazyfs.format.entry import Kind
 from lazyfs.format.table import NO_FRAME, LayerTable
 from lazyfs.format.trace import Read, Trace
+from lazyfs.limits import MAX_FRAMES
 
 _LOOK = 2000  # reads of a trace that are looked up in one go
 _PIECE = 256 << 10  # compressed bytes of a range that is cut no further

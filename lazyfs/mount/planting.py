@@ -17,17 +17,15 @@ from lazyfs.chunks.schedule import Scheduler
 from lazyfs.chunks.single_flight import SingleFlight
 from lazyfs.errors import FormatError, StoreBroken, StoreError, TableInvalid
 from lazyfs.format import erofs_write
+from lazyfs.limits import MAX_TREE_BYTES, MAX_TREES
 from lazyfs.log import fields
 from lazyfs.mount.filling import Fillings
 from lazyfs.mount.forest import Forest, Planted
 from lazyfs.mount.preparing import Prepared, Preparer
 from lazyfs.tree import Tree, tree_key
-from lazyfs.units import GiB
 
 log = logging.getLogger(__name__)
 
-_KEPT = 400  # files of trees, two each; the oldest go when one is built
-_KEPT_BYTES = 8 * GiB  # of them together: an image may have gigabytes that its layer had no bytes for
 _THREADS = 4
 IMAGE = ".erofs"  # behind a tree's name: its image for the erofs driver
 
@@ -167,7 +165,7 @@ def _make_room(directory: Path) -> None:
         total = 0
         for number, (_, size, path) in enumerate(files):
             total += size
-            if number >= _KEPT or total > _KEPT_BYTES:
+            if number >= MAX_TREES or total > MAX_TREE_BYTES:
                 path.unlink(missing_ok=True)
     except OSError as error:
         raise StoreBroken(f"{directory} can't be used: {error.strerror}") from None

@@ -34,6 +34,7 @@ from lazyfs.errors import (
 from lazyfs.format.footer import Form
 from lazyfs.format.lazy import TABLE_FORMS, NotLazy, TocSource, toc_source
 from lazyfs.format.table import FORM_PLAIN, VERSION, LayerTable
+from lazyfs.limits import BUILT_AT_ONCE, DECODED_AT_ONCE, LARGE_AT_ONCE
 from lazyfs.mount.toc_parts import LARGE_TAIL, Parts, TocParts, fetch_parts, fetch_range, read_parts
 from lazyfs.mount.unpacking import Unpacking
 from lazyfs.oci import GITHUB_ZSTD_CHECKSUM, TOC_DIGEST, ZSTD_CHECKSUM, Descriptor, Manifest
@@ -44,9 +45,6 @@ log = logging.getLogger(__name__)
 
 # An image may have hundreds of layers, each with a TOC of 200 MiB: to hold them, or what they parse to, takes a node.
 _LARGE_TOC = 16 * MiB  # bytes of JSON; larger ones take a gigabyte to turn into a table
-_LARGE_AT_ONCE = 2
-_BUILT_AT_ONCE = 8  # tables
-_DECODED_AT_ONCE = 4  # TOCs held against their digest: a small one may swell to 200 MiB
 
 # What a layer's `source` file calls its form.
 _SOURCE_FORMS = {
@@ -101,9 +99,9 @@ class Preparer:
         self._catalog = catalog
         self._settings = settings
         self.builder = Builder()
-        self._building = threading.BoundedSemaphore(_BUILT_AT_ONCE)
-        self._decoding = threading.BoundedSemaphore(_DECODED_AT_ONCE)
-        self._large = threading.BoundedSemaphore(_LARGE_AT_ONCE)
+        self._building = threading.BoundedSemaphore(BUILT_AT_ONCE)
+        self._decoding = threading.BoundedSemaphore(DECODED_AT_ONCE)
+        self._large = threading.BoundedSemaphore(LARGE_AT_ONCE)
         self.unpacking = Unpacking(store, settings.host_connections, self.builder.warm)
 
     def begin_tails(

@@ -13,6 +13,7 @@ import trio
 from lazyfs.chunks.census import Census, HeldLayer
 from lazyfs.chunks.layer import ServedLayer
 from lazyfs.errors import RegistryError, Unauthorized
+from lazyfs.limits import MAX_REACHABLE, REACHABLE_TIMEOUT
 from lazyfs.mount import missing
 from lazyfs.mount.apart import Links
 from lazyfs.mount.chain_layers import ChainSource
@@ -20,9 +21,7 @@ from lazyfs.registry.hops import Hop, OnHop
 from lazyfs.registry.offline import OfflineRepository
 from lazyfs.registry.repository import Repository
 
-_PATIENCE = 5.0  # seconds for the registry to say anything
 _FRESH = 30.0  # seconds for which an answer tells that it is there
-_HOSTS = 1000  # remembered; with more of them all are asked again
 
 
 class Reachable:
@@ -68,22 +67,22 @@ class Reachable:
         if time.monotonic() - self._heard.get(host, -_FRESH) < _FRESH:
             return ""
         try:
-            with trio.move_on_after(min(_PATIENCE, max(0.1, source.deadline - time.monotonic()))):
+            with trio.move_on_after(min(REACHABLE_TIMEOUT, max(0.1, source.deadline - time.monotonic()))):
                 await self._links.ask(host, partial(_ask_a_byte, source.repository, layer.digest))
                 self._note(host)
                 return ""
         except RegistryError as error:
             # What the registry says of this blob alone is no reason to keep a container from what is here.
             return error.message if error.temporary or isinstance(error, Unauthorized) else ""
-        return f"{host} has not answered within {_PATIENCE:.0f} s"
+        return f"{host} has not answered within {REACHABLE_TIMEOUT:.0f} s"
 
     def _note(self, host: str) -> None:
-        if len(self._heard) >= _HOSTS:
+        if len(self._heard) >= MAX_REACHABLE:
             self._heard = {}
         self._heard[host] = time.monotonic()
 
 
 def _ask_a_byte(repository: Repository, digest: str) -> None:
     """Ask as readers would, so that a mirror that is well is enough. Blocking."""
-    with repository.fetch(digest, 0, 1, deadline=time.monotonic() + _PATIENCE) as stream:
+    with repository.fetch(digest, 0, 1, deadline=time.monotonic() + REACHABLE_TIMEOUT) as stream:
         stream.read(1)

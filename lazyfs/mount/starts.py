@@ -24,6 +24,7 @@ from lazyfs.chunks.trace_files import TraceFiles
 from lazyfs.config import Settings
 from lazyfs.errors import LazyfsError
 from lazyfs.format.trace import Trace, fitting, merged, stripped
+from lazyfs.limits import MAX_ADVANCES, MAX_PULLED
 from lazyfs.mount.advance import Advance
 from lazyfs.mount.answers import Answers, Find
 from lazyfs.mount.filling import guard
@@ -41,8 +42,6 @@ NODE, REGISTRY, NONE = "node", "registry", "none"  # where a mount's trace came 
 _QUIET = 10.0  # seconds without a first demand after which a start is over
 _LONGEST = 60.0  # seconds of one that are noted at most
 _LOOK = 0.5  # seconds between looks at that
-_PULLED = 64
-_ADVANCES = 8  # at a time: each may have some megabytes in memory
 _LAST_WORDS = 3.0  # seconds that the end of the daemon waits for what was learned
 
 
@@ -147,7 +146,7 @@ class Starts:
         if early:
             start.clear.set()
             self._pulled[manifest] = start.asked
-            while len(self._pulled) > _PULLED:
+            while len(self._pulled) > MAX_PULLED:
                 self._pulled.popitem(last=False)
         elif manifest in self._pulled:
             start.asked = self._pulled.pop(manifest)
@@ -267,7 +266,7 @@ class Starts:
 
     async def _run_advance(self, start: Start, advance: Advance) -> None:
         await start.clear.wait()
-        if self._advances >= _ADVANCES:
+        if self._advances >= MAX_ADVANCES:
             return
         self._advances += 1
         try:

@@ -11,13 +11,13 @@ import trio
 
 from lazyfs.chunks.stock import Stock, Verification, check_names
 from lazyfs.errors import UsageError
+from lazyfs.limits import MAX_CALL_NUMBER
 from lazyfs.mount.control import Say
 from lazyfs.mount.fetching import Fetcher, Wanted
 from lazyfs.mount.resolving import Pull
 from lazyfs.registry.config import access as accesses
 
 T = TypeVar("T")
-_MOST = 1 << 62  # bytes or seconds that a call may name; more is no size of a store, nor fits where it is compared
 
 
 class StockCalls:
@@ -94,6 +94,8 @@ def _wanted(args: dict[str, Any]) -> Wanted:
 
 def _number(args: dict[str, Any], key: str) -> float | None:
     value = args.get(key)
-    if value is None or (isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < _MOST):
+    if value is None or (
+        isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < MAX_CALL_NUMBER
+    ):
         return value
-    raise UsageError(f"{key} is a number below {_MOST}, not {str(value)[:100]!r}")
+    raise UsageError(f"{key} is a number below {MAX_CALL_NUMBER}, not {str(value)[:100]!r}")

@@ -13,7 +13,8 @@ from collections.abc import Iterable, Iterator
 from lazyfs.chunks.layer import ServedLayer
 from lazyfs.format.entry import Kind
 from lazyfs.format.table import NO_FRAME, LayerTable
-from lazyfs.format.trace import MAX_LAYERS, MAX_READS, MAX_REQUESTS, Read, Request, Trace
+from lazyfs.format.trace import Read, Request, Trace
+from lazyfs.limits import MAX_READS, MAX_REQUESTS, MAX_TRACE_LAYERS
 from lazyfs.mount.advance import spans_of
 
 
@@ -72,7 +73,7 @@ class Recorder:
 
         Blocking, milliseconds for large layers; after `detach`, in any thread.
         """
-        named = tuple(digests)[:MAX_LAYERS]
+        named = tuple(digests)[:MAX_TRACE_LAYERS]
         places = {digest: place for place, digest in reversed(list(enumerate(named)))}
         place_of = {number: places[one.digest] for number, one in self._layers.items() if one.digest in places}
         by_layer: dict[int, set[int]] = defaultdict(set)

@@ -11,10 +11,10 @@ import trio
 
 from lazyfs.chunks.lines import Lines
 from lazyfs.chunks.schedule import Scheduler
+from lazyfs.limits import WHOLE_THREADS
 
 T = TypeVar("T")
 
-_THREADS = 128  # layers that are fetched or wait for their turn; most wait, so that they hold up no other image
 _LOOK = 0.2  # seconds between two looks at a host's readers
 
 
@@ -24,7 +24,7 @@ class WholeLayers:
     def __init__(self, scheduler: Scheduler, lines: Lines) -> None:
         self._scheduler = scheduler
         self._lines = lines
-        self._limiter = trio.CapacityLimiter(_THREADS)
+        self._limiter = trio.CapacityLimiter(WHOLE_THREADS)
         self._wanted: Counter[str] = Counter()
 
     @contextmanager

@@ -24,22 +24,20 @@ from lazyfs.errors import (
     TrustError,
     Unauthorized,
 )
+from lazyfs.limits import MAX_HEALTH_BLOBS, MAX_HEALTH_HOSTS, MAX_SIT_OUT
 
 log = logging.getLogger(__name__)
 
 _OPENS_AT = 3  # failures in a row; one that costs a reader seconds counts as three
 _FIRST_PAUSE, _LONGEST_PAUSE = 2.0, 120.0  # seconds that a failing host is left alone, doubling
 UNTOLD = 30.0  # seconds to wait after a 429 that doesn't say
-_LONGEST_WAIT = 3600.0  # seconds; whatever a 429 asks for, it is tried again then
 _LIES = 3  # wrong answers after which a host is asked last, whatever it is asked for
 _DISTRUST, _LONGEST_DISTRUST = 600.0, 86_400.0  # seconds, doubling
 _ABSENT = 60.0  # seconds for which "I don't have it", or "you may not", is remembered
-_BLOBS = 4096  # blobs and tags remembered
 _SMOOTHING = 0.3  # weight of the newest sample in the moving averages
 _SAMPLE = 64 << 10  # bytes from which a body says something of a host's speed
 _SHARE = 8  # a host is slow at less than this part of the fastest other one's rate
 _SLOW = 16 << 10  # bytes a second that are slow where no other host's rate is known
-_HOSTS = 1024  # hosts remembered
 
 
 @dataclass(slots=True)
@@ -179,7 +177,7 @@ class Health:
                 self._lied(host, found, what, error.message)
                 return
             if isinstance(error, TooManyRequests):
-                wait = min(error.retry_after or UNTOLD, _LONGEST_WAIT)
+                wait = min(error.retry_after or UNTOLD, MAX_SIT_OUT)
                 found.limited = max(found.limited, now + wait)
                 log.warning("%s limits how often it may be asked: not asked for %.0f s", host, wait)
                 return
@@ -207,7 +205,7 @@ class Health:
             if remaining is not None:
                 found.remaining = remaining
             if retry_after:
-                found.limited = max(found.limited, self._clock() + min(retry_after, _LONGEST_WAIT))
+                found.limited = max(found.limited, self._clock() + min(retry_after, MAX_SIT_OUT))
 
     def blame(self, what: str, reason: str) -> list[str]:
         """Note that a blob turned out wrong as a whole. Return the hosts that sent bytes of it since the last time."""
@@ -263,7 +261,7 @@ class Health:
         found = self._hosts.get(name)
         if found is None:
             found = self._hosts[name] = _Host()
-            while len(self._hosts) > _HOSTS:
+            while len(self._hosts) > MAX_HEALTH_HOSTS:
                 self._hosts.popitem(last=False)
         return found
 
@@ -271,7 +269,7 @@ class Health:
         found = self._things.get(what)
         if found is None:
             found = self._things[what] = _Thing()
-            while len(self._things) > _BLOBS:
+            while len(self._things) > MAX_HEALTH_BLOBS:
                 self._things.popitem(last=False)
         else:
             self._things.move_to_end(what)

@@ -11,8 +11,7 @@ from collections.abc import Callable
 from lazyfs import digest as digests
 from lazyfs import oci
 from lazyfs.errors import DocumentInvalid, ManifestMissing
-
-MAX_REFERRERS = 1000  # of one manifest, that are listed
+from lazyfs.limits import MAX_LAYERS, MAX_REFERRERS
 
 
 def fallback_tag(digest: str) -> str:
@@ -58,7 +57,7 @@ def listed_with(old: list[oci.Descriptor], entry: oci.Descriptor) -> bytes:
     Raise DocumentInvalid when it is full.
     """
     entries = [known for known in old if known.digest != entry.digest]
-    if len(entries) >= oci.MAX_LAYERS:
+    if len(entries) >= MAX_LAYERS:
         raise DocumentInvalid(f"the list of referrers already has {len(entries)} entries")
     return oci.canonical_json(
         {

@@ -6,12 +6,11 @@ from dataclasses import dataclass
 
 from lazyfs import oci
 from lazyfs.errors import DocumentInvalid, ManifestMissing, PlatformMissing
+from lazyfs.limits import MAX_INDEX_DEPTH
 from lazyfs.oci import ImageConfig, Index, Manifest
 from lazyfs.reference import Reference
 from lazyfs.registry.mirrored import MirroredRepository
 from lazyfs.registry.repository import Repository
-
-MAX_DEPTH = 3  # indexes within indexes
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +62,7 @@ def doubt_tag(repository: Repository, reference: Reference) -> bool:
 def _resolve(repository: Repository, reference: Reference, wanted: str, deadline: float | None) -> ResolvedImage:
     media_type, raw = repository.manifest(reference.target, deadline=deadline)
     way: list[Index] = []
-    for _ in range(MAX_DEPTH + 1):
+    for _ in range(MAX_INDEX_DEPTH + 1):
         check_unambiguous(raw)
         if not oci.is_index(media_type, raw):
             outermost = way[0] if way else None
@@ -74,7 +73,7 @@ def _resolve(repository: Repository, reference: Reference, wanted: str, deadline
         media_type, raw = repository.manifest(chosen.digest, deadline=deadline)
         if len(raw) != chosen.size:
             raise DocumentInvalid(f"manifest {chosen.digest} has {len(raw)} bytes, its descriptor says {chosen.size}")
-    raise DocumentInvalid(f"{reference} is an index of indexes deeper than {MAX_DEPTH}")
+    raise DocumentInvalid(f"{reference} is an index of indexes deeper than {MAX_INDEX_DEPTH}")
 
 
 def fetch_config(

@@ -20,11 +20,11 @@ from collections.abc import Sequence
 from lazyfs import digest as digests
 from lazyfs import oci
 from lazyfs.errors import LazyfsError, ManifestMissing, PushRejected, TraceInvalid
-from lazyfs.format.trace import MAX_READS, MAX_TRACE, Trace, decode, encode, ensure_within, merged
+from lazyfs.format.trace import Trace, decode, encode, ensure_within, merged
+from lazyfs.limits import MAX_INLINE, MAX_READS, MAX_TRACE, MAX_TRACE_MANIFEST, MAX_TRACES
 from lazyfs.oci import Descriptor
 from lazyfs.registry.referrers import fallback_tag
 from lazyfs.registry.repository import Repository
-from lazyfs.units import KiB
 
 log = logging.getLogger(__name__)
 
@@ -32,9 +32,6 @@ ARTIFACT = "application/vnd.lazyfs.trace.v1"  # the artifact's type
 LAYER = ARTIFACT + "+zstd"  # its layer's media type
 INLINE = "dev.lazyfs.trace"  # annotation: the trace's file in base64
 READS = "dev.lazyfs.trace.reads"  # annotation: how many reads it tells of
-MAX_INLINE = 64 * KiB  # characters of base64
-MAX_FOUND = 8  # traces of one manifest that are read; with so many there, no more of them ride inline
-_MAX_MANIFEST = 256 * KiB  # bytes of an artifact's manifest
 _EMPTY_TYPE = "application/vnd.oci.empty.v1+json"  # OCI image-spec 1.1, "Guidance for an Empty Descriptor"
 _EMPTY = b"{}"
 _CREATED = "org.opencontainers.image.created"
@@ -56,14 +53,14 @@ def find(
     newest trace decides which they are). `subject` describes the manifest: with it what we attached inline is checked
     without a request. Blocking: one request where the traces ride so and the registry lists referrers, else two, one
     more for each other inline trace, two more for each large one. Raise RegistryError and DocumentInvalid when the list
-    can't be had; a trace that can't be read is passed over, and those beyond `deadline` and MAX_FOUND are.
+    can't be had; a trace that can't be read is passed over, and those beyond `deadline` and MAX_TRACES are.
     """
     listed = _newest_first(repository.referrers(manifest_digest, deadline=deadline))
-    if len(listed) > MAX_FOUND:
-        log.info("%s has %d traces: the newest %d are read", manifest_digest, len(listed), MAX_FOUND)
+    if len(listed) > MAX_TRACES:
+        log.info("%s has %d traces: the newest %d are read", manifest_digest, len(listed), MAX_TRACES)
     found: Trace | None = None
     lines = 0  # reads and requests of all that were decoded: that takes the interpreter's time, away from readers
-    for entry in listed[:MAX_FOUND]:
+    for entry in listed[:MAX_TRACES]:
         if time.monotonic() >= deadline or lines >= MAX_READS:
             why = "what was read before is enough" if lines >= MAX_READS else "there is no time"
             log.warning("trace %s of %s and older ones are passed over: %s", entry.digest, manifest_digest, why)
@@ -99,7 +96,7 @@ def attach(repository: Repository, subject: Descriptor, trace: Trace) -> Descrip
         if known.digest in there:
             return known
     # The list is one document with a bound, for everybody's referrers: it isn't filled with traces.
-    artifact, manifest = forms[0] if len(there) < MAX_FOUND else forms[-1]
+    artifact, manifest = forms[0] if len(there) < MAX_TRACES else forms[-1]
     for blob in (_EMPTY, raw):
         repository.push_blob(digests.of(blob), len(blob), io.BytesIO(blob))
     for attempt in range(_TRIES):
@@ -207,7 +204,7 @@ def _unpacked(inline: str) -> bytes:
 
 def _layer(repository: Repository, entry: Descriptor, manifest_digest: str, deadline: float) -> Descriptor:
     """Return the one layer of an artifact: the trace. Raise TraceInvalid, and what reading its manifest raises."""
-    ensure_within(entry.size, _MAX_MANIFEST, f"its manifest has {entry.size} bytes")
+    ensure_within(entry.size, MAX_TRACE_MANIFEST, f"its manifest has {entry.size} bytes")
     media_type, raw = repository.manifest(entry.digest, deadline=deadline)
     manifest = oci.parse_manifest(raw, media_type)
     if manifest.subject is None or manifest.subject.digest != manifest_digest:

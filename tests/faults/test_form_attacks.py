@@ -13,12 +13,12 @@ import pytest
 import trio
 import zstandard
 
-from lazyfs.chunks import frames as frames_module
 from lazyfs.chunks.frames import fetch_frames
 from lazyfs.config import Settings
 from lazyfs.errors import TocMismatch
 from lazyfs.format.entry import LANDMARK, NO_LANDMARK, TOC_NAME
 from lazyfs.format.lazy import TocSource, toc_source
+from lazyfs.limits import MAX_DECODED
 from lazyfs.mount.preparing import Preparer
 from lazyfs.oci import OCI_LAYER_ZSTD, OCI_MANIFEST, TOC_DIGEST, ZSTD_POSITION, Descriptor, Manifest
 from lazyfs.units import MiB
@@ -206,7 +206,7 @@ async def test_small_frames_of_much_content_are_handed_on_as_they_come(scratch: 
         fetched = await trio.to_thread.run_sync(job)
     assert not fetched.damaged
     assert sum(handed) == size * count
-    assert max(handed) <= frames_module._READY + size + MiB
+    assert max(handed) <= MAX_DECODED + size + MiB
 
 
 async def test_large_tails_wait_for_their_turn(scratch: Path, registry: FakeRegistry) -> None:

@@ -13,8 +13,9 @@ import trio.testing
 from lazyfs.config import Settings
 from lazyfs.control_client import PROTOCOL, Daemon
 from lazyfs.errors import DaemonFault, DaemonUnreachable, LazyfsError, UsageError
+from lazyfs.limits import MAX_LINE
 from lazyfs.mount.chain_calls import ChainCalls
-from lazyfs.mount.control import MAX_LINE, ControlServer, Say
+from lazyfs.mount.control import ControlServer, Say
 from lazyfs.mount.mounted import Mounted
 from lazyfs.mount.stock_calls import StockCalls
 from lazyfs.registry.config import hosts_toml, registries_conf

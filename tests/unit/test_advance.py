@@ -21,8 +21,9 @@ from lazyfs.chunks.layer import ServedLayer
 from lazyfs.chunks.trace_files import TraceFiles
 from lazyfs.config import Settings
 from lazyfs.format.table import LayerTable
-from lazyfs.format.trace import MAX_SPANS, Span, Trace, stripped
-from lazyfs.mount.advance import LARGEST, MOST, Advance, spans_of
+from lazyfs.format.trace import Span, Trace, stripped
+from lazyfs.limits import MAX_EARLY_BYTES, MAX_SPAN, MAX_SPANS
+from lazyfs.mount.advance import Advance, spans_of
 from lazyfs.mount.starts import Start, Starts
 from lazyfs.mount.tracing import Recorder
 from lazyfs.registry.health import Health
@@ -271,7 +272,7 @@ HOSTILE = st.lists(
         Span,
         st.integers(0, 1),
         st.one_of(st.integers(0, len(BLOB.blob)), st.just(1 << 61)),
-        st.one_of(st.integers(0, 3 * CHUNK), st.just(LARGEST + 1), st.just(1 << 61)),
+        st.one_of(st.integers(0, 3 * CHUNK), st.just(MAX_SPAN + 1), st.just(1 << 61)),
     ),
     max_size=12,
 )
@@ -293,7 +294,7 @@ async def test_no_trace_makes_a_wrong_byte_or_much_traffic(
             nursery.start_soon(advance.run)
             await trio.sleep(0.01)
             advance.land(one.remote, [layer])
-        assert sum(asked) <= MOST and max(asked, default=0) <= LARGEST
+        assert sum(asked) <= MAX_EARLY_BYTES and max(asked, default=0) <= MAX_SPAN
         with trio.fail_after(DEADLINE):
             for name in WANTED[:2]:
                 assert await one.read(layer, name) == FILES[name]
@@ -304,7 +305,7 @@ async def test_no_trace_makes_a_wrong_byte_or_much_traffic(
 def test_what_is_told_covers_what_was_read_and_has_a_bound(table: LayerTable, order: list[int]) -> None:
     order = [frame for frame in order if frame < table.frame_count]
     spans = spans_of((0, table, frame) for frame in order)
-    assert len(spans) <= MAX_SPANS and all(0 < span.size <= LARGEST for span in spans)
+    assert len(spans) <= MAX_SPANS and all(0 < span.size <= MAX_SPAN for span in spans)
     for frame in order:
         begin, end = table.frame_blob_offset[frame], table.frame_blob_offset[frame] + needed(table, frame)
         assert any(span.blob_offset <= begin and end <= span.blob_offset + span.size for span in spans)

@@ -15,7 +15,7 @@ import pytest
 from lazyfs import digest as digests
 from lazyfs.chunks.catalog import MAX_NUMBER, Catalog, MountRecord, Pin
 from lazyfs.errors import DocumentInvalid, StoreBroken, StoreFull
-from lazyfs.oci import MAX_DOCUMENT
+from lazyfs.limits import MAX_DOCUMENT
 from tests.helpers.chunk_tables import table_of
 
 LAYER = "sha256:" + "a" * 64

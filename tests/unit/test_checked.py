@@ -91,7 +91,7 @@ def test_a_file_that_was_just_written_is_not_remembered(tmp_path: Path) -> None:
 
 
 def test_the_memory_is_bounded(tmp_path: Path, memory: Checked, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(checked, "_KEPT", 2)
+    monkeypatch.setattr(checked, "MAX_CHECKED", 2)
     files = [written(tmp_path / str(number)).stat() for number in range(3)]
     for found in files:
         memory.note(found)

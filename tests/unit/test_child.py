@@ -220,7 +220,7 @@ def test_memory_is_bounded(tmp_path: Path) -> None:
     Path(job["toc"]).write_text(f'{{"version":1,"entries":[{names}]}}')
     code = (
         "import lazyfs.child as child, sys\n"
-        "child.MEMORY = 60 << 20\n"
+        "child.CHILD_MEMORY = 60 << 20\n"
         "from lazyfs.format import toc, table_build\n"
         "sys.exit(child.main())\n"
     )

@@ -16,9 +16,10 @@ from lazyfs.chunks.catalog import Catalog, Pin
 from lazyfs.chunks.census import Census, HeldImage, HeldLayer
 from lazyfs.chunks.clear import Clearing, Goal, choose, find, find_layer
 from lazyfs.chunks.recheck import Checked, recheck_documents
-from lazyfs.chunks.stock import PAGE_BYTES, Stock
+from lazyfs.chunks.stock import Stock
 from lazyfs.chunks.store import Store
 from lazyfs.errors import ManifestMissing, UsageError
+from lazyfs.limits import MAX_PAGE
 from lazyfs.oci import OCI_MANIFEST
 from lazyfs.units import MiB
 from tests.helpers.chunk_tables import table_of
@@ -222,7 +223,7 @@ def test_lists_come_in_pages_that_fit_a_message(census: Census) -> None:
     more = True
     while more:
         answer = stock.images(seen[-1] if seen else "")
-        assert len(json.dumps(answer)) < 2 * PAGE_BYTES
+        assert len(json.dumps(answer)) < 2 * MAX_PAGE
         seen += [image["digest"] for image in answer["images"]]
         more, pages = answer["more"], pages + 1
     assert seen == sorted(set(seen)) and len(seen) == 260 and pages > 1

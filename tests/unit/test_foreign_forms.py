@@ -36,7 +36,7 @@ from lazyfs.format.lazy import TABLE_FORMS, NotLazy, Toc, TocSource, read_toc, t
 from lazyfs.format.table import NO_FRAME, LayerTable
 from lazyfs.format.table_build import LayerFacts, build_table
 from lazyfs.format.toc import parse_toc
-from lazyfs.format.toc_json import MAX_TOC
+from lazyfs.limits import MAX_TOC
 from tests.helpers.blobs import LayerBlob, annotated, flipped, toc_entry
 from tests.helpers.foreign import (
     estargz_footer,

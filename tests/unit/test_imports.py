@@ -10,7 +10,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 VALUES = (
-    "errors", "answer", "digest", "units", "oci", "reference", "config", "log", "notify", "stats", "scrape",
+    "errors", "answer", "digest", "units", "limits", "oci", "reference", "config", "log", "notify", "stats", "scrape",
     "exposition", "process", "private",
 )  # fmt: skip
 PACKAGES = ("format", "containerd", "registry", "chunks", "mount", "container", "deploy", "cli")

@@ -19,9 +19,10 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from lazyfs.errors import StoreBroken, UsageError
 from lazyfs.exposition import Metric, render
+from lazyfs.limits import MAX_STAT_HOSTS
 from lazyfs.mount import metrics as daemon_metrics
 from lazyfs.scrape import Scrapes, parse_address
-from lazyfs.stats import MAX_HOSTS, OTHER, Counts, Histogram, Histograms, Names
+from lazyfs.stats import OTHER, Counts, Histogram, Histograms, Names
 from snapshotter import metrics as snapshotter_metrics
 from snapshotter.metrics import Held, Metrics
 from snapshotter.reasons import Outcome
@@ -57,7 +58,7 @@ def test_a_histogram_counts_each_once_and_up_to_its_bound(times: list[float]) ->
 def test_labels_are_bounded() -> None:
     names = Names()
     told = {names.bounded(f"host{number}") for number in range(1000)}
-    assert len(told) == MAX_HOSTS + 1 and OTHER in told
+    assert len(told) == MAX_STAT_HOSTS + 1 and OTHER in told
     assert names.bounded("host3") == "host3" and names.bounded("new") == OTHER
     counts, histograms = Counts(most=2), Histograms((1.0,), most=2)
     for label in "abcda":
@@ -232,14 +233,14 @@ def test_a_request_without_end_is_cut_off() -> None:
 
 
 def test_a_silent_client_holds_up_nobody_for_long(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lazyfs.scrape._CLIENT", 0.2)
+    monkeypatch.setattr("lazyfs.scrape.SCRAPE_TIMEOUT", 0.2)
     with listening() as port, socket.create_connection(("127.0.0.1", port)) as silent:
         silent.sendall(b"GET /met")
         assert ask(port, get("/metrics")).startswith(b"HTTP/1.1 200 ")
 
 
 def test_a_client_that_takes_nothing_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lazyfs.scrape._CLIENT", 0.2)
+    monkeypatch.setattr("lazyfs.scrape.SCRAPE_TIMEOUT", 0.2)
     with listening(b"x" * (16 << 20)) as port, socket.create_connection(("127.0.0.1", port)) as slow:
         slow.sendall(get("/metrics"))
         assert ask(port, get("/other")).split()[1] == b"404"

@@ -186,7 +186,7 @@ def test_real_paths_are_bounded() -> None:
 
 
 def test_the_number_of_names_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(namespace, "MAX_ENTRIES", 100)
+    monkeypatch.setattr(namespace, "MAX_NAMES", 100)
     with pytest.raises(TarInvalid, match="more than 100 entries"):
         survivors(*(entry(b"%d" % i) for i in range(101)))
     with pytest.raises(TarInvalid, match="more than 100 entries"):

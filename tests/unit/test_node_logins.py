@@ -16,19 +16,18 @@ from hypothesis import strategies as st
 
 from lazyfs import reference
 from lazyfs.errors import DaemonUnreachable, Unauthorized, UsageError
-from lazyfs.mount.control import MAX_LINE
+from lazyfs.limits import MAX_LINE, MAX_LOGIN_PLACES, MAX_SEEN_LOGINS
 from lazyfs.registry.config.access import Access, from_json, of_node
 from lazyfs.registry.config.credential_programs import CredentialPrograms
 from lazyfs.registry.config.credentials import Credentials
 from lazyfs.registry.config.logins import Logins
-from lazyfs.registry.config.node_logins import MAX_PLACES
 from lazyfs.registry.config.node_logins import NodeLogins as Held
 from lazyfs.registry.endpoints import Endpoint
 from lazyfs.registry.http.retry import RetryPolicy
 from lazyfs.registry.http.transport import Transport
 from lazyfs.registry.open import OpenOptions, open_repository
 from lazyfs.registry.repository import Repository
-from snapshotter.node_logins import MAX_LOGINS, Login, NodeLogins, decode
+from snapshotter.node_logins import Login, NodeLogins, decode
 from tests.helpers.fake_registry import FakeRegistry, Fault
 
 SECRET = "hunter2-correct-horse"
@@ -113,11 +112,11 @@ def test_a_login_for_another_server_is_not_kept(image: str, server: str, kept: b
 
 def test_what_was_pulled_from_longest_ago_goes_and_the_document_fits_a_message() -> None:
     logins = NodeLogins(patience=0)
-    for number in range(MAX_LOGINS + 5):
+    for number in range(MAX_SEEN_LOGINS + 5):
         logins.note(f"a.example/r{number}", username="u", password="p")
         logins.note("a.example/r0", username="u", password="p")
     places = [entry["repository"] for entry in logins.document()]
-    assert len(places) == MAX_LOGINS and places[-1] == "r0" and places[0] == "r6"
+    assert len(places) == MAX_SEEN_LOGINS and places[-1] == "r0" and places[0] == "r6"
     for number in range(60):
         logins.note(f"a.example/big{number}", identity_token="\u00e9" * 10_000)
     size = len(json.dumps({"id": 1, "call": "set_logins", "args": {"logins": logins.document()}}))
@@ -192,10 +191,10 @@ def test_a_bad_document_changes_nothing_and_is_not_repeated(document: object) ->
 def test_what_is_not_told_again_stays_within_bounds() -> None:
     """A snapshotter that was restarted tells of its first pull, and pods go on reading with the logins of before."""
     held = Held()
-    held.update([login("a.example", f"r{number}", username="u") for number in range(MAX_PLACES)])
+    held.update([login("a.example", f"r{number}", username="u") for number in range(MAX_LOGIN_PLACES)])
     held.update([])
     held.update([login("a.example", "r0", username="v"), login("b.example", username="w")])
-    assert len(held) == MAX_PLACES
+    assert len(held) == MAX_LOGIN_PLACES
     names = [one and one.username for one in (held.find("a.example", f"r{number}") for number in range(3))]
     assert names == ["v", None, "u"] and held.find("b.example", "any") is not None
 

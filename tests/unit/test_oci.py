@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from lazyfs import oci
 from lazyfs.digest import of
 from lazyfs.errors import DocumentInvalid, PlatformMissing
+from lazyfs.limits import MAX_BLOB, MAX_DOCUMENT, MAX_LAYERS
 
 D = of(b"x")
 DESCRIPTOR: dict[str, Any] = {"mediaType": oci.OCI_LAYER_GZIP, "digest": D, "size": 5}
@@ -57,15 +58,15 @@ def test_the_media_type_may_come_from_the_header_alone() -> None:
     "raw",
     [
         b"", b"[]", b"{", b"\xff", b"null", b"[" * 100_000, manifest(schemaVersion=1), manifest(layers=None),
-        manifest(layers={}), manifest(layers=[DESCRIPTOR] * (oci.MAX_LAYERS + 1)), manifest(config=None),
+        manifest(layers={}), manifest(layers=[DESCRIPTOR] * (MAX_LAYERS + 1)), manifest(config=None),
         manifest(mediaType="text/html"), manifest(mediaType=5),
         manifest(annotations={"a": 1}), manifest(annotations=[]),
         manifest(layers=[{**DESCRIPTOR, "size": -1}]), manifest(layers=[{**DESCRIPTOR, "size": "5"}]),
-        manifest(layers=[{**DESCRIPTOR, "size": True}]), manifest(layers=[{**DESCRIPTOR, "size": oci.MAX_BLOB + 1}]),
+        manifest(layers=[{**DESCRIPTOR, "size": True}]), manifest(layers=[{**DESCRIPTOR, "size": MAX_BLOB + 1}]),
         manifest(layers=[{**DESCRIPTOR, "size": 1.5}]), manifest(layers=[{**DESCRIPTOR, "digest": "sha256:../x"}]),
         manifest(layers=[{**DESCRIPTOR, "digest": D.upper()}]), manifest(layers=[{**DESCRIPTOR, "digest": 5}]),
         manifest(layers=[{**DESCRIPTOR, "digest": D + "\n"}]), manifest(layers=[{**DESCRIPTOR, "mediaType": 5}]),
-        manifest(layers=["x"]), manifest(layers=[DESCRIPTOR, {**DESCRIPTOR, "size": 6}]), b" " * (oci.MAX_DOCUMENT + 1),
+        manifest(layers=["x"]), manifest(layers=[DESCRIPTOR, {**DESCRIPTOR, "size": 6}]), b" " * (MAX_DOCUMENT + 1),
     ],
 )  # fmt: skip
 def test_a_bad_manifest_is_refused(raw: bytes) -> None:

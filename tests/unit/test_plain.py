@@ -277,9 +277,9 @@ print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)
 
 
 def test_a_bomb_is_given_up_in_time(registry: FakeRegistry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(plain, "_CPU_BASE", 2)
+    monkeypatch.setattr(plain, "UNPACK_CPU", 2)
     blob = bomb(20 << 30)
-    monkeypatch.setattr(plain, "_CPU_RATE", len(blob) + 1)
+    monkeypatch.setattr(plain, "UNPACK_CPU_RATE", len(blob) + 1)
     started = time.monotonic()
     with pytest.raises(TarInvalid, match="processor time"):
         unpack(registry, tmp_path, blob, b"", diff_id="")
@@ -331,7 +331,7 @@ def test_a_child_that_takes_nothing_is_given_up(
     registry: FakeRegistry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Stopped, or in the hands of a disk that hangs: it would hold a thread and a connection for ever."""
-    monkeypatch.setattr(plain, "_WAIT", 0.5)
+    monkeypatch.setattr(plain, "UNPACK_WAIT", 0.5)
     tar = tars.tar_of(tars.file("f", os.urandom(6 << 20)))
     started: list[subprocess.Popen[bytes]] = []
     real = subprocess.Popen

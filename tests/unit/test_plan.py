@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from lazyfs.chunks.flights import MAX_FRAMES
 from lazyfs.format.trace import Read, Trace
+from lazyfs.limits import MAX_FRAMES
 from lazyfs.mount.plan import Plan, Range
 from tests.helpers.blobs import zstd_chunked_layer
 from tests.helpers.chunk_tables import noise

@@ -88,9 +88,9 @@ def test_the_newest_files_stay_within_both_bounds(tmp_path: Path, monkeypatch: p
         path = directory / f"{age}"
         path.write_bytes(bytes(100))
         os.utime(path, (1_000_000 - age, 1_000_000 - age))
-    monkeypatch.setattr(planting, "_KEPT", 5)
+    monkeypatch.setattr(planting, "MAX_TREES", 5)
     planting._make_room(directory)
     assert sorted(os.listdir(directory)) == ["0", "1", "2", "3", "4"]
-    monkeypatch.setattr(planting, "_KEPT_BYTES", 350)
+    monkeypatch.setattr(planting, "MAX_TREE_BYTES", 350)
     planting._make_room(directory)
     assert sorted(os.listdir(directory)) == ["0", "1", "2"]

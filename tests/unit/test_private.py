@@ -54,11 +54,11 @@ def _attach(settings: Settings) -> None:
 
 
 def _make_room(settings: Settings) -> None:
-    planting._KEPT, before = 1, planting._KEPT
+    planting.MAX_TREES, before = 1, planting.MAX_TREES
     try:
         planting._make_room(settings.root / "trees")
     finally:
-        planting._KEPT = before
+        planting.MAX_TREES = before
 
 
 @pytest.mark.parametrize(

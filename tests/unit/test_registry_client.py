@@ -25,6 +25,7 @@ from lazyfs.errors import (
     TooManyRequests,
     Unauthorized,
 )
+from lazyfs.limits import MAX_DOCUMENT
 from lazyfs.registry.hops import Hop
 from lazyfs.registry.http.retry import RetryPolicy
 from lazyfs.registry.open import OpenOptions, open_repository
@@ -149,11 +150,11 @@ def test_a_tampered_manifest_is_refused_by_tag_and_by_digest(
 
 
 def test_a_document_without_end_is_not_read(repository: Repository, registry: FakeRegistry) -> None:
-    registry.add_manifest("team/app", "huge", oci.OCI_MANIFEST, b" " * (oci.MAX_DOCUMENT + 1))
+    registry.add_manifest("team/app", "huge", oci.OCI_MANIFEST, b" " * (MAX_DOCUMENT + 1))
     with pytest.raises(DocumentInvalid, match="more than"):
         repository.manifest("huge")
     with pytest.raises(DocumentInvalid, match="more than"):
-        repository.blob(oci.Descriptor(oci.OCI_CONFIG, of(b""), oci.MAX_DOCUMENT + 1))
+        repository.blob(oci.Descriptor(oci.OCI_CONFIG, of(b""), MAX_DOCUMENT + 1))
 
 
 def test_what_is_not_there_has_an_error_of_its_own(repository: Repository) -> None:

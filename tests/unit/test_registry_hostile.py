@@ -14,11 +14,12 @@ import pytest
 
 from lazyfs import reference
 from lazyfs.errors import BadAnswer, DocumentInvalid, LazyfsError, RegistryError, RegistryTimeout
+from lazyfs.limits import MAX_HEADER
 from lazyfs.registry.config.access import Access
 from lazyfs.registry.config.hosts_toml import HostRule
 from lazyfs.registry.endpoints import Endpoint
 from lazyfs.registry.http.addresses import split_named
-from lazyfs.registry.http.connections import MAX_HEADER, Limits
+from lazyfs.registry.http.connections import Limits
 from lazyfs.registry.http.retry import RetryPolicy
 from lazyfs.registry.http.transport import Transport
 from lazyfs.registry.open import OpenOptions, open_repository

@@ -24,6 +24,7 @@ from lazyfs.errors import (
     RegistryFault,
     UsageError,
 )
+from lazyfs.limits import MAX_DOCUMENT
 from lazyfs.registry.http.retry import RetryPolicy
 from lazyfs.registry.local.layout import LayoutRepository
 from lazyfs.registry.open import OpenOptions, open_repository
@@ -280,7 +281,7 @@ def test_a_strangers_layout(layout: LayoutRepository) -> None:
     assert not layout.has_blob(of(BLOB))
 
     with (layout.path / "index.json").open("wb") as huge:
-        huge.truncate(oci.MAX_DOCUMENT + 1)
+        huge.truncate(MAX_DOCUMENT + 1)
     with pytest.raises(DocumentInvalid, match="more than"):
         layout.manifest("v1")
 

@@ -13,9 +13,10 @@ import pytest
 
 from lazyfs import reference
 from lazyfs.errors import BadAnswer, RegistryUnreachable, Unauthorized
+from lazyfs.limits import MAX_SIGNED
 from lazyfs.registry.config.access import Access
 from lazyfs.registry.hops import Hop
-from lazyfs.registry.http.ranges import MAX_SIGNED, SignedUrls
+from lazyfs.registry.http.ranges import SignedUrls
 from lazyfs.registry.http.retry import RetryPolicy
 from lazyfs.registry.open import OpenOptions, open_repository
 from lazyfs.registry.repository import Repository

@@ -12,6 +12,7 @@ import pytest
 from lazyfs import oci, reference
 from lazyfs.digest import EMPTY, of
 from lazyfs.errors import DocumentInvalid
+from lazyfs.limits import MAX_LAYERS
 from lazyfs.registry.config.access import Access
 from lazyfs.registry.local.layout import LayoutRepository
 from lazyfs.registry.open import OpenOptions, open_repository
@@ -101,7 +102,7 @@ def test_the_only_image_stays_the_only_one_beside_its_sbom(tmp_path: Path) -> No
 
 
 def test_a_list_has_an_end() -> None:
-    many = [oci.Descriptor(oci.OCI_MANIFEST, of(b"%d" % n), 1) for n in range(oci.MAX_LAYERS)]
+    many = [oci.Descriptor(oci.OCI_MANIFEST, of(b"%d" % n), 1) for n in range(MAX_LAYERS)]
     with pytest.raises(DocumentInvalid, match="already has"):
         listed_with(many, SUBJECT)
 

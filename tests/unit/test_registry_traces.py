@@ -16,7 +16,8 @@ import pytest
 from lazyfs import oci
 from lazyfs.digest import of
 from lazyfs.errors import PushRejected, TraceInvalid, Unauthorized
-from lazyfs.format.trace import MAX_TRACE, Read, Trace, decode, encode
+from lazyfs.format.trace import Read, Trace, decode, encode
+from lazyfs.limits import MAX_INLINE, MAX_TRACE, MAX_TRACES
 from lazyfs.registry import traces
 from lazyfs.registry.referrers import fallback_tag, listed_with
 from lazyfs.registry.repository import Repository
@@ -187,7 +188,7 @@ def test_what_is_foreign_tampered_or_enormous_is_passed_over(
         put(registry, b"x", inline=in_base64(encode(other))),
         put(registry, b"x", inline="%%%"),
         put(registry, b"x", inline=in_base64(b"no trace")),
-        put(registry, b"x", inline="A" * (traces.MAX_INLINE + 4)),
+        put(registry, b"x", inline="A" * (MAX_INLINE + 4)),
         put(registry, bytes(MAX_TRACE + 1)),
     ]
     assert find(repository) == SMALL
@@ -234,14 +235,14 @@ def test_a_tampered_layer_is_passed_over(registry: FakeRegistry) -> None:
 
 def test_no_more_than_eight_are_read_the_newest(registry: FakeRegistry) -> None:
     repository = opened_at(registry)
-    for number in range(traces.MAX_FOUND + 3):
+    for number in range(MAX_TRACES + 3):
         traces.attach(repository, SUBJECT, reading(*map(str, range(number + 1))))
     listed = repository.referrers(SUBJECT.digest)
-    assert len(listed) == traces.MAX_FOUND + 3
+    assert len(listed) == MAX_TRACES + 3
     # The list stays short: the last ones don't ride in it.
-    assert sum(traces.INLINE in entry.annotations for entry in listed) == traces.MAX_FOUND
+    assert sum(traces.INLINE in entry.annotations for entry in listed) == MAX_TRACES
     registry.clear_log()
-    assert len(files(find(repository))) == traces.MAX_FOUND + 3
+    assert len(files(find(repository))) == MAX_TRACES + 3
     assert registry.count("GET", "/blobs/") == 3
     repository.close()
 

@@ -11,12 +11,12 @@ import trio
 import trio.testing
 
 from lazyfs.chunks import flights
-from lazyfs.chunks.flights import MAX_FRAMES
 from lazyfs.chunks.layer import ServedLayer
 from lazyfs.chunks.link import Link
 from lazyfs.chunks.schedule import Priority
 from lazyfs.chunks.windows import WINDOW
 from lazyfs.errors import BlobMissing, DaemonFault, DigestMismatch, LayerQuarantined, ReadDeadline, RegistryError
+from lazyfs.limits import MAX_FRAMES
 from lazyfs.registry.repository import ByteStream
 from tests.helpers.blobs import LayerBlob, flipped_chunk, zstd_chunked_layer
 from tests.helpers.chunk_tables import noise

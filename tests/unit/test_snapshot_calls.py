@@ -340,7 +340,7 @@ def test_over_the_socket_what_asks_nobody_is_answered_whoever_waits(
     def connect(settings: Settings, store: Store, directories: Directories) -> Collaborators:
         return Collaborators(others, others, others)
 
-    monkeypatch.setattr(server, "THREADS", 2)
+    monkeypatch.setattr(server, "CALL_THREADS", 2)
     with serving(scratch, connect) as client, ThreadPoolExecutor(2) as pool:
         with pytest.raises(Refused):
             client.prepare("k", "", {REF_LABEL: CHAINS[0]})

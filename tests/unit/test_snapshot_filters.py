@@ -9,9 +9,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lazyfs.errors import SnapshotInvalid
+from lazyfs.limits import MAX_PATTERN
 from snapshotter.filters import parse_all
 from snapshotter.model import Kind, Snapshot
-from snapshotter.regexp import MAX_PATTERN, Pattern, PatternInvalid
+from snapshotter.regexp import Pattern, PatternInvalid
 
 REF = "containerd.io/snapshot.ref"
 CHAIN = "sha256:" + "a" * 64

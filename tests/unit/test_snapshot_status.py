@@ -6,6 +6,7 @@ import pytest
 from grpc import StatusCode
 
 from lazyfs import errors
+from lazyfs.limits import MAX_GRPC_WORDS
 from snapshotter import status
 
 
@@ -50,4 +51,4 @@ def test_what_passes_may_be_asked_again() -> None:
 def test_a_message_is_one_line_that_a_header_can_carry() -> None:
     error = errors.SnapshotMissing("k", "no\nsnapshot \udcff" + "é" * 5000)
     text = status.message_of(error)
-    assert "\n" not in text and text.startswith("no snapshot ?é") and len(text.encode()) <= 2 * status.MAX_MESSAGE
+    assert "\n" not in text and text.startswith("no snapshot ?é") and len(text.encode()) <= 2 * MAX_GRPC_WORDS

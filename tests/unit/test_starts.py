@@ -18,7 +18,8 @@ from lazyfs.chunks.layer import ServedLayer
 from lazyfs.chunks.trace_files import TraceFiles
 from lazyfs.config import Settings
 from lazyfs.errors import LazyfsError, RegistryUnreachable
-from lazyfs.format.trace import MAX_READS, Read, Trace
+from lazyfs.format.trace import Read, Trace
+from lazyfs.limits import MAX_READS
 from lazyfs.mount import answers as answers_module
 from lazyfs.mount.answers import Answers, Find
 from lazyfs.mount.plan import credible
@@ -166,7 +167,7 @@ async def test_answers_are_forgotten_when_nobody_asks_again(
 
 
 async def test_answers_have_a_bound_in_bytes(nursery: trio.Nursery, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(answers_module, "_BYTES", 100_000)
+    monkeypatch.setattr(answers_module, "MAX_ANSWER_BYTES", 100_000)
     long = replace(TOLD_OF, reads=tuple(Read(b"%04d" % number + b"/x" * 1000, 0, 0, 1) for number in range(20)))
     answers = Answers(lambda where, *_: long if where.name == "app" else TOLD_OF, nursery, lambda error: None)
     for host in range(5):

@@ -297,7 +297,7 @@ def test_heaps_are_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     chunks = {b"f": [Chunk(0, 4097, 0, 0, b"d" * 32)]}
     with pytest.raises(TocInvalid, match="claims more than 4096 bytes"):
         table_at(tmp_path / "table", [regular(b"f", 4097)], chunks)
-    monkeypatch.setattr(table_build, "_MAX_HEAP", 1000)
+    monkeypatch.setattr(table_build, "MAX_TABLE_HEAP", 1000)
     with pytest.raises(TocInvalid, match="bytes of names"):
         table_at(tmp_path / "table", [entry(b"%0200d" % i) for i in range(10)])
 

@@ -14,7 +14,8 @@ from lazyfs.errors import (
     DocumentInvalid,
     TarInvalid,
 )
-from lazyfs.registry.local.tar_members import MAX_MEMBERS, MAX_NAMES, find_members, follow
+from lazyfs.limits import MAX_ARCHIVE_NAMES, MAX_MEMBERS
+from lazyfs.registry.local.tar_members import find_members, follow
 from tests.helpers.archives import IMAGE, docker_archive, opened
 from tests.helpers.tars import declared, dir_, file, global_pax, header, sparse, symlink, tar_of
 
@@ -110,7 +111,7 @@ def test_members_are_bounded() -> None:
 
 def test_all_names_together_are_bounded() -> None:
     long = b"n" * 4000
-    raw = tar_of(*(symlink(b"%d" % number, long) for number in range(MAX_NAMES // len(long) + 1)))
+    raw = tar_of(*(symlink(b"%d" % number, long) for number in range(MAX_ARCHIVE_NAMES // len(long) + 1)))
     with pytest.raises(TarInvalid, match="names have more than"):
         find_members(lambda size, at: raw[at : at + size], len(raw))
 

@@ -19,11 +19,11 @@ from lazyfs import digest as digests
 from lazyfs.errors import TocInvalid
 from lazyfs.format import toc as toc_module
 from lazyfs.format import toc_content, toc_write
-from lazyfs.format.entry import MAX_FILE, Chunk, Entry, Kind
+from lazyfs.format.entry import Chunk, Entry, Kind
 from lazyfs.format.rfc3339 import EARLIEST, LATEST, format_time, parse_time
 from lazyfs.format.toc import parse_toc
-from lazyfs.format.toc_json import MAX_CHUNK, MAX_INNER
 from lazyfs.format.toc_write import TocWriter
+from lazyfs.limits import MAX_CHUNK, MAX_FILE_SIZE, MAX_INNER
 from lazyfs.units import MiB
 
 DIGEST = bytes(range(32))
@@ -275,7 +275,7 @@ def test_what_is_no_toc_is_refused(raw: bytes) -> None:
     ([{"name": "a", "type": "dir", "nameRaw": "/w=="}], "raw name"),
     ([{"name": "a", "type": "symlink", "linkName": "b", "linkNameRaw": "/w=="}], "raw name"),
     ([reg(size=-1)], "size"),
-    ([reg(size=MAX_FILE + 1)], "size"),
+    ([reg(size=MAX_FILE_SIZE + 1)], "size"),
     ([{"name": "a", "type": "reg", "digest": TEXT}], "empty"),
     ([{"name": "a", "type": "reg", "size": 1}], "digest"),
     ([reg(chunkDigest="sha512:" + "0" * 128)], "digest"),
@@ -323,7 +323,7 @@ def test_a_refusal_names_the_entry() -> None:
 
 
 def test_too_many_entries_are_refused_before_they_take_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(toc_module, "MAX_ENTRIES", 10)
+    monkeypatch.setattr(toc_module, "MAX_TOC_ITEMS", 10)
     with pytest.raises(TocInvalid, match="more than"):
         read([{"name": "a", "type": "dir"}] * 11)
     with pytest.raises(TocInvalid, match="more than"):

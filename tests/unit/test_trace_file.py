@@ -11,7 +11,8 @@ import pytest
 from lazyfs.cli.trace_file import check_place, read_trace, write_trace
 from lazyfs.digest import EMPTY
 from lazyfs.errors import StoreBroken, TraceInvalid, UsageError
-from lazyfs.format.trace import MAX_TRACE, Trace, encode
+from lazyfs.format.trace import Trace, encode
+from lazyfs.limits import MAX_TRACE
 
 TRACE = Trace(EMPTY, (), ())
 

@@ -19,7 +19,8 @@ from hypothesis import strategies as st
 
 from lazyfs.cli import waterfall, waterfall_html, waterfall_text
 from lazyfs.cli.main import main
-from lazyfs.format.trace import MAX_TRACE, Read, Request, Trace, encode
+from lazyfs.format.trace import Read, Request, Trace, encode
+from lazyfs.limits import MAX_TRACE
 from tests.unit.test_trace import LAYERS, MANIFEST, every
 
 EVIL = (

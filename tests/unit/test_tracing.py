@@ -181,7 +181,7 @@ def test_no_link_is_followed(scratch: Path) -> None:
 
 
 def test_the_files_used_longest_ago_go(scratch: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(trace_files, "MAX_FILES", 3)
+    monkeypatch.setattr(trace_files, "MAX_TRACE_FILES", 3)
     monkeypatch.setattr(trace_files, "MAX_RECORDS", 2)
     files = TraceFiles(scratch)
     manifests = ["sha256:" + f"{number}" * 64 for number in range(5)]

@@ -14,8 +14,8 @@ import trio
 
 from lazyfs.chunks.layer import ServedLayer
 from lazyfs.chunks.layer_store import LayerStore
-from lazyfs.chunks.verify_ahead import READERS
 from lazyfs.errors import LayerQuarantined
+from lazyfs.limits import READERS
 from lazyfs.units import KiB, MiB
 from tests.helpers.blobs import zstd_chunked_layer
 from tests.helpers.chunk_tables import noise

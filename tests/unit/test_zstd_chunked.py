@@ -19,7 +19,7 @@ from lazyfs.format.footer import MAX_FOOTER, STARGZ_BODY, STARGZ_MAGIC, Form, pa
 from lazyfs.format.lazy import TAIL, NotLazy, Toc, TocSource, refusal, toc_source
 from lazyfs.format.lazy import read_toc as read_any
 from lazyfs.format.toc import parse_toc
-from lazyfs.format.toc_json import MAX_TOC
+from lazyfs.limits import MAX_TOC
 from tests.helpers.blobs import LayerBlob, annotated, flipped, without_sparse, zstd_chunked_layer
 from tests.helpers.odd import odd_tar
 from tests.helpers.tars import file, tar_of

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from lazyfs.errors import UsageError
+from lazyfs.limits import MAX_VARIABLE, MAX_VARIABLES
 
 CERTS_DIR = Path("/etc/containerd/certs.d")
 # What credential programs may look at. Clouds' own variables carry the identity that their programs log in with.
@@ -24,8 +25,6 @@ _PASSED = frozenset(
     }
 )
 _PASSED_PREFIXES = ("XDG_", "AWS_", "GOOGLE_", "CLOUDSDK_", "AZURE_")
-_MAX_VALUE = 16 << 10  # characters of one variable; longer ones are left out
-_MAX_VALUES = 256 << 10  # of all of them; the control socket takes 1 MiB a message
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,9 +153,9 @@ def _registries_conf(found: Mapping[str, str], user: Path) -> tuple[Path, ...]:
 
 def _for_programs(found: Mapping[str, str]) -> tuple[tuple[str, str], ...]:
     kept = []
-    room = _MAX_VALUES
+    room = MAX_VARIABLES
     for name, value in sorted(found.items(), key=lambda item: (item[0] not in _PASSED, item[0])):
-        if (name in _PASSED or name.startswith(_PASSED_PREFIXES)) and len(value) <= min(_MAX_VALUE, room):
+        if (name in _PASSED or name.startswith(_PASSED_PREFIXES)) and len(value) <= min(MAX_VARIABLE, room):
             kept.append((name, value))
             room -= len(value)
     return tuple(sorted(kept))

@@ -10,10 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from lazyfs.errors import UsageError
+from lazyfs.limits import MAX_CONFIG_FILE
 
 log = logging.getLogger(__name__)
-
-MAX_FILE = 256 << 10  # bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +80,7 @@ def read_section(path: Path, of_use: re.Pattern[bytes] | None = None) -> Section
         raise UsageError(f"{path} is not TOML: {str(error)[:200] or 'nested too deeply'}") from None
 
 
-def read_bounded(path: Path, limit: int = MAX_FILE) -> bytes | None:
+def read_bounded(path: Path, limit: int = MAX_CONFIG_FILE) -> bytes | None:
     """Return a file's bytes, None when there is no such file for us. Blocking. Raise UsageError when it can't be read.
 
     What only others may read is passed over, as containerd's files in the hands of an ordinary user.

@@ -19,14 +19,11 @@ import time
 from dataclasses import dataclass
 
 from lazyfs.errors import UsageError
+from lazyfs.limits import MAX_PROGRAM_ANSWER, MAX_PROGRAM_LOGINS, MAX_PROGRAM_WORDS, PROGRAM_TIMEOUT
 from lazyfs.registry.config.credentials import Credentials
 
-PATIENCE = 15.0  # seconds for one answer
-MAX_ANSWER = 64 << 10  # bytes; clouds' tokens have a few thousand
-MAX_WORDS = 4 << 10  # bytes of complaints that are read
 KEEP_FOUND = 300.0  # seconds
 KEEP_NONE = 60.0  # seconds, failures too: a program that hangs must not cost its deadline each time
-MAX_KEPT = 256
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]{0,63}")
 _NONE = "credentials not found"
 _TOKEN_USER = "<token>"  # the secret is an identity token then
@@ -50,7 +47,7 @@ class _Kept:
 class CredentialPrograms:
     """Ask programs; remember what they said for some minutes, in memory alone. Thread-safe."""
 
-    def __init__(self, patience: float = PATIENCE) -> None:
+    def __init__(self, patience: float = PROGRAM_TIMEOUT) -> None:
         self._patience = patience
         self._lock = threading.Lock()
         self._asking: dict[tuple[str, ...], threading.Lock] = {}
@@ -71,7 +68,7 @@ class CredentialPrograms:
         """
         key = (name, server, *(f"{variable}={value}" for variable, value in environment))
         with self._lock:
-            if len(self._kept) >= MAX_KEPT:
+            if len(self._kept) >= MAX_PROGRAM_LOGINS:
                 self._kept.clear()
                 self._asking.clear()
             mine = self._asking.setdefault(key, threading.Lock())
@@ -186,9 +183,9 @@ def _exchange(process: subprocess.Popen[bytes], question: bytes, deadline: float
                 for fd in ready - {ended}:
                     if not _read(fd, parts[fd]):
                         selector.unregister(fd)
-                if len(parts[out]) > MAX_ANSWER:
-                    raise UsageError(f"the credential helper {program} printed more than {MAX_ANSWER} bytes")
-                del parts[err][MAX_WORDS:]
+                if len(parts[out]) > MAX_PROGRAM_ANSWER:
+                    raise UsageError(f"the credential helper {program} printed more than {MAX_PROGRAM_ANSWER} bytes")
+                del parts[err][MAX_PROGRAM_WORDS:]
                 if ended in ready and ready <= {ended}:
                     return bytes(parts[out]), bytes(parts[err])
     finally:

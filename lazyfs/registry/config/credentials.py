@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from lazyfs.errors import UsageError
+from lazyfs.limits import MAX_AUTH_FILE
 from lazyfs.registry.config.config_files import read_bounded
 
-MAX_CONFIG = 1 << 20  # bytes
 # All names under which Docker Hub's credentials have been stored; the first is docker login's own.
 _HUB = ("index.docker.io", "docker.io", "registry-1.docker.io", "registry.hub.docker.com")
 HUB_SERVERS = ("https://index.docker.io/v1/", "docker.io")  # what programs have been told to keep them under
@@ -96,7 +96,7 @@ def read_auth_file(path: Path) -> AuthFile | None:
 
     Raise UsageError for a file that can't be read or is not what Docker and podman write.
     """
-    raw = read_bounded(path, MAX_CONFIG)
+    raw = read_bounded(path, MAX_AUTH_FILE)
     if raw is None:
         return None
     try:

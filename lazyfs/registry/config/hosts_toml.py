@@ -13,10 +13,10 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from lazyfs.errors import UsageError
+from lazyfs.limits import MAX_DIAL_TIMEOUT, MAX_HOST_RULES
 from lazyfs.registry.config.config_files import Section, read_section
 from lazyfs.registry.endpoints import NO_TLS, Tls
 
-MAX_HOSTS = 32
 _HOST = re.compile(r"(?:[A-Za-z0-9](?:[A-Za-z0-9._-]*[A-Za-z0-9])?|\[[0-9A-Fa-f:.]+\])(?::[0-9]{1,5})?")
 _PATH = re.compile(r"(?:/[A-Za-z0-9._~%!$&'()*+,;=:@-]+)*")
 _HEADER_NAME = re.compile(r"[A-Za-z0-9!#$%&'*+.^_`|~-]+")
@@ -25,7 +25,6 @@ _OURS = frozenset({"host", "content-length", "transfer-encoding", "connection", 
 _CAPABILITIES = frozenset({"pull", "resolve", "push"})
 _DURATION = re.compile(r"([0-9]+(?:\.[0-9]+)?)(ms|s|m)")
 _UNITS = {"ms": 0.001, "s": 1.0, "m": 60.0}
-_MAX_TIMEOUT = 300.0  # seconds
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,8 +129,8 @@ def _directory_names(host: str) -> tuple[str, ...]:
 
 def _parse(top: Section) -> tuple[HostRule, ...]:
     hosts = top.table("host")
-    if len(hosts.values) >= MAX_HOSTS:
-        raise top.wrong("host", f"has more than {MAX_HOSTS - 1} entries")
+    if len(hosts.values) >= MAX_HOST_RULES:
+        raise top.wrong("host", f"has more than {MAX_HOST_RULES - 1} entries")
     found = [_rule(hosts.table(url), url, hosts, url) for url in hosts.values]
     found.append(_rule(top, top.text("server"), top, "server"))
     return tuple(found)
@@ -196,4 +195,4 @@ def _timeout(section: Section) -> float:
     match = _DURATION.fullmatch(text)
     if match is None:
         raise section.wrong("dial_timeout", 'is no duration like "3s"')
-    return min(float(match[1]) * _UNITS[match[2]], _MAX_TIMEOUT)
+    return min(float(match[1]) * _UNITS[match[2]], MAX_DIAL_TIMEOUT)

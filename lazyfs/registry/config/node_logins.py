@@ -13,10 +13,9 @@ from collections.abc import Collection
 from typing import Any
 
 from lazyfs.errors import UsageError
+from lazyfs.limits import MAX_LOGIN_PLACES, MAX_TOLD_LOGINS
 from lazyfs.registry.config.credentials import Credentials, names_of
 
-MAX_LOGINS = 4000  # of one call; its size is bounded by the control socket
-MAX_PLACES = 1000  # repositories; those not told of for longest go
 SOURCE = "the node's image service"
 _SECRETS = ("username", "password", "identity_token", "registry_token")
 _TOKEN = re.compile(r"[\x21-\x7e]*")
@@ -39,7 +38,7 @@ class NodeLogins:
         They take the place of what was told of the same repositories. Others stay: a snapshotter that was restarted
         knows less than was told before, and images are still read. Several of one repository are tried in their order.
         """
-        if not isinstance(document, list) or len(document) > MAX_LOGINS:
+        if not isinstance(document, list) or len(document) > MAX_TOLD_LOGINS:
             raise UsageError("set_logins: `logins` is no list, or too long a one")
         taken: dict[tuple[str, str], list[Credentials]] = {}
         for entry in document:
@@ -49,7 +48,7 @@ class NodeLogins:
             for place, logins in taken.items():
                 self._by_place[place] = logins
                 self._by_place.move_to_end(place)
-            while len(self._by_place) > MAX_PLACES:
+            while len(self._by_place) > MAX_LOGIN_PLACES:
                 self._by_place.popitem(last=False)
 
     def find(self, host: str, repository: str, refused: Collection[Credentials] = ()) -> Credentials | None:

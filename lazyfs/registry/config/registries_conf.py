@@ -11,10 +11,9 @@ from enum import Enum
 from pathlib import Path
 
 from lazyfs.errors import UsageError
+from lazyfs.limits import MAX_CONF_FILES, MAX_MIRRORS
 from lazyfs.registry.config.config_files import Section, read_section
 
-MAX_FILES = 64  # in one directory
-MAX_MIRRORS = 31
 # The sentinel in `credential-helpers` that stands for the files of logins.
 AUTH_FILES = "containers-auth.json"
 # Files of short names alone are common and long: parsing one would take a start two milliseconds.
@@ -103,8 +102,8 @@ def _files(paths: tuple[Path, ...]) -> list[Path]:
             continue  # a home that isn't ours
         except OSError as error:
             raise UsageError(f"{path} can't be read: {error.strerror}") from None
-        if len(inside) > MAX_FILES:
-            raise UsageError(f"{path} holds more than {MAX_FILES} files")
+        if len(inside) > MAX_CONF_FILES:
+            raise UsageError(f"{path} holds more than {MAX_CONF_FILES} files")
         found += inside
     return found
 

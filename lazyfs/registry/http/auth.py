@@ -16,16 +16,14 @@ from dataclasses import dataclass
 from urllib.parse import urlencode, urlunsplit
 
 from lazyfs.errors import BadAnswer, RegistryTimeout, Unauthorized, UsageError
+from lazyfs.limits import MAX_CHALLENGE, MAX_TOKEN, MAX_TOKEN_TRIES
 from lazyfs.registry.config.credentials import Credentials
 from lazyfs.registry.config.logins import Found, Logins
 from lazyfs.registry.http.addresses import split_named
 from lazyfs.registry.http.status import error_for
 from lazyfs.registry.http.transport import Answer
 
-MAX_CHALLENGE = 8 << 10  # bytes of a WWW-Authenticate header
-MAX_TOKEN = 64 << 10  # bytes of a token endpoint's answer
 DEFAULT_LIFETIME = 60.0  # seconds, where the endpoint doesn't say
-MAX_TRIES = 4  # logins that are tried one after another for one token
 MARGIN = 0.1  # of its lifetime: a token is renewed this long before it expires
 
 _TOKEN = r"[A-Za-z0-9!#$%&'*+.^_`|~-]+"
@@ -192,7 +190,7 @@ class Authorizer:
                 break
             except Unauthorized:
                 # What a program said some minutes ago may have expired, and the node may have been told another login.
-                if found.credentials is None or (fresh and not self._logins.of_node) or len(tried) >= MAX_TRIES:
+                if found.credentials is None or (fresh and not self._logins.of_node) or len(tried) >= MAX_TOKEN_TRIES:
                     raise
                 tried.append(found.credentials)
                 before, found, fresh = self._tried, self._find(deadline, True, tried), True

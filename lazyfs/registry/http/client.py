@@ -10,6 +10,7 @@ from urllib.parse import quote
 from lazyfs import digest as digests
 from lazyfs import oci
 from lazyfs.errors import BadAnswer, BlobMissing, DocumentInvalid, ManifestMissing, RegistryError
+from lazyfs.limits import MAX_DOCUMENT
 from lazyfs.registry.endpoints import Endpoint
 from lazyfs.registry.hops import HopKind
 from lazyfs.registry.http.exchange import Exchange
@@ -77,7 +78,7 @@ class RemoteRepository:
             media_type = answer.headers.get("Content-Type", "").partition(";")[0].strip()
             if media_type in oci.INDEX_TYPES:
                 answer.kind = "index"
-            return media_type, answer.read_all(oci.MAX_DOCUMENT), answer.headers.get("Docker-Content-Digest", "")
+            return media_type, answer.read_all(MAX_DOCUMENT), answer.headers.get("Docker-Content-Digest", "")
 
         media_type, raw, declared = self._retry.run(attempt, limit)
         expected = target if digests.is_digest(target) else declared
@@ -89,8 +90,8 @@ class RemoteRepository:
         """Return a small document whole, verified; see Repository."""
         digest, size = descriptor.digest, descriptor.size
         what = f"document {digest} of {self.name}"
-        if size > oci.MAX_DOCUMENT:
-            raise DocumentInvalid(f"{what} has {size} bytes, more than the {oci.MAX_DOCUMENT} allowed")
+        if size > MAX_DOCUMENT:
+            raise DocumentInvalid(f"{what} has {size} bytes, more than the {MAX_DOCUMENT} allowed")
         limit = self._exchange.timeouts.deadline(deadline)
 
         def attempt() -> bytes:

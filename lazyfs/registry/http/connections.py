@@ -22,11 +22,11 @@ from urllib3.connection import HTTPConnection, HTTPSConnection
 from urllib3.connectionpool import HTTPConnectionPool, HTTPSConnectionPool
 from urllib3.exceptions import HTTPError, NameResolutionError
 
+from lazyfs.limits import MAX_HEADER
 from lazyfs.registry.http.addresses import refusal
 from lazyfs.registry.http.pace import Pace
 from lazyfs.registry.http.tls import TlsContexts
 
-MAX_HEADER = 128 << 10  # bytes of an answer's header, provisional answers before it included
 _LAST_WORD = 0.2  # seconds for an alert that is on its way
 
 

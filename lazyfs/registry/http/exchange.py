@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from urllib.parse import quote, urljoin, urlsplit
 
 from lazyfs.errors import BadAnswer
+from lazyfs.limits import MAX_LOCATION, MAX_LOGIN_TRIES, MAX_REDIRECTS
 from lazyfs.registry.config.access import Access
 from lazyfs.registry.config.logins import Logins
 from lazyfs.registry.endpoints import Endpoint
@@ -24,9 +25,6 @@ from lazyfs.registry.http.pace import Pace
 from lazyfs.registry.http.tls import speaks_tls
 from lazyfs.registry.http.transport import Answer, Transport, host_of
 
-MAX_REDIRECTS = 5
-MAX_LOGINS = 4  # tried for one request
-MAX_LOCATION = 16 << 10  # bytes of a Location header; signed URLs have one or two thousand
 REDIRECTS = frozenset({301, 302, 303, 307, 308})
 
 
@@ -126,13 +124,13 @@ class Exchange:
                 answer.discard()
                 if not logins:
                     self._auth.renew(answer, authorization, _soon(deadline, pace))
-                elif logins >= MAX_LOGINS or not self._auth.another(authorization, _soon(deadline, pace)):
+                elif logins >= MAX_LOGIN_TRIES or not self._auth.another(authorization, _soon(deadline, pace)):
                     raise self._auth.refused(what, 401)
                 logins += 1
             elif answer.status == 403 and home:
                 answer.discard()
                 again = self._auth.another if logins else self._auth.changed
-                if logins >= MAX_LOGINS or not again(authorization, _soon(deadline, pace)):
+                if logins >= MAX_LOGIN_TRIES or not again(authorization, _soon(deadline, pace)):
                     raise self._auth.refused(what, 403)
                 logins += 1
             elif answer.status in REDIRECTS:

@@ -7,11 +7,11 @@ import threading
 from collections import OrderedDict
 
 from lazyfs.errors import BadAnswer
+from lazyfs.limits import MAX_SIGNED
 from lazyfs.registry.http.transport import Answer
 from lazyfs.registry.repository import ByteStream
 
 MAX_READ = 256 << 10  # bytes per read at most, so that a reader can decode while more comes
-MAX_SIGNED = 1024  # signed URLs remembered per repository
 
 _CONTENT_RANGE = re.compile(r"bytes (\d{1,20})-(\d{1,20})/(\d{1,20}|\*)")
 

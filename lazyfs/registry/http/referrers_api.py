@@ -6,12 +6,10 @@ from urllib.parse import quote
 
 from lazyfs import oci
 from lazyfs.errors import ManifestMissing
+from lazyfs.limits import MAX_DOCUMENT, MAX_REFERRER_PAGES, MAX_REFERRERS
 from lazyfs.registry.http.exchange import Exchange, follow_location
 from lazyfs.registry.http.retry import RetryPolicy
 from lazyfs.registry.http.status import error_for
-from lazyfs.registry.referrers import MAX_REFERRERS
-
-_MAX_PAGES = 20
 
 
 class ReferrersApi:
@@ -27,7 +25,7 @@ class ReferrersApi:
         found: list[oci.Descriptor] = []
         url = f"{self._root}/referrers/{quote(digest, safe=':')}"
         what = f"the referrers of {digest}"
-        for _ in range(_MAX_PAGES):
+        for _ in range(MAX_REFERRER_PAGES):
             page = self._retry.run(lambda address=url: self._page(address, what, deadline), deadline)  # type: ignore[misc]
             if page is None:
                 return None
@@ -49,7 +47,7 @@ class ReferrersApi:
             raise error_for(answer, ManifestMissing)
         kind = answer.headers.get("Content-Type", "").partition(";")[0].strip()
         following = answer.headers.get("Link", "")
-        raw = answer.read_all(oci.MAX_DOCUMENT)
+        raw = answer.read_all(MAX_DOCUMENT)
         if kind != oci.OCI_INDEX:  # a front page for every address, as some proxies have
             return None
         listed = list(oci.parse_index(raw, kind).manifests)

@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 
 from lazyfs.errors import BadAnswer, BlobMissing, RegistryError, RegistryFault, TooManyRequests, Unauthorized
+from lazyfs.limits import MAX_REGISTRY_WORDS, MAX_WAIT
 from lazyfs.registry.http.tls import wants_certificate
 from lazyfs.registry.http.transport import Answer
-from lazyfs.registry.http.waits import MAX_WAIT, retry_after
+from lazyfs.registry.http.waits import retry_after
 
 __all__ = ["MAX_WAIT", "error_for", "registry_words", "retry_after"]
 
-MAX_WORDS = 200  # characters of a registry's own message that are repeated
 # What nginx and Apache's kin say after the handshake, where others end it.
 _NO_CERTIFICATE = (b"No required SSL certificate was sent", b"The SSL certificate error")
 
@@ -49,4 +49,4 @@ def registry_words(body: bytes) -> str:
         words = f"{first.get('code', '')} {first.get('message', '')}"
     except (ValueError, KeyError, IndexError, TypeError, AttributeError, RecursionError):
         return ""
-    return "".join(c if c.isprintable() else " " for c in words).strip()[:MAX_WORDS]
+    return "".join(c if c.isprintable() else " " for c in words).strip()[:MAX_REGISTRY_WORDS]

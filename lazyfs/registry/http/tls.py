@@ -11,12 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lazyfs.errors import UsageError
+from lazyfs.limits import MAX_CERTIFICATES, MAX_PEM
 from lazyfs.registry.config.config_files import read_bounded
 from lazyfs.registry.endpoints import NO_TLS, Tls
 from lazyfs.registry.http.environment import Authorities, load_authorities
 
-MAX_PEM = 1 << 20  # bytes of one file of certificates
-MAX_FILES = 256  # certificates in one directory
 LOOK_AGAIN = 5.0  # seconds after which a changed certificate file is noticed
 _HANDSHAKE = 2.0  # seconds in which a server that speaks TLS answers a handshake
 
@@ -168,7 +167,7 @@ def _pem_files(path: Path) -> list[Path]:
         found = sorted(one for one in path.iterdir() if one.suffix in (".pem", ".crt", ".0") and one.is_file())
     except OSError as error:
         raise UsageError(f"{path} can't be read: {error.strerror}") from None
-    if not found or len(found) > MAX_FILES:
+    if not found or len(found) > MAX_CERTIFICATES:
         raise UsageError(f"{path} holds {'no' if not found else 'too many'} certificates")
     return found
 

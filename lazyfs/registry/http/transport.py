@@ -14,6 +14,7 @@ from urllib3.exceptions import HTTPError, NameResolutionError, ReadTimeoutError
 
 from lazyfs import __version__
 from lazyfs.errors import BadAnswer, DocumentInvalid, RegistryError, RegistryTimeout, RegistryUnreachable, UsageError
+from lazyfs.limits import MAX_CAUSES, MAX_DISCARD, POOL_SIZE
 from lazyfs.registry.config.credential_programs import CredentialPrograms
 from lazyfs.registry.config.node_logins import NodeLogins
 from lazyfs.registry.endpoints import NO_TLS, Tls
@@ -25,10 +26,7 @@ from lazyfs.registry.http.environment import Authorities, Proxies
 from lazyfs.registry.http.tls import TlsContexts, explain
 from lazyfs.registry.http.waits import retry_after
 
-POOL_SIZE = 32  # idle connections kept per host
-MAX_DISCARD = 64 << 10  # bytes of an unwanted body read to keep its connection; more, and the connection goes
 _MAX_DIGITS = 18  # of a length that is looked at; int() raises for thousands
-MAX_CAUSES = 10  # how deep a chain of causes is looked through
 
 
 class Answer:

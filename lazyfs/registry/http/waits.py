@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from email.utils import parsedate_to_datetime
 
-MAX_WAIT = 86_400.0  # seconds; a Retry-After beyond it says nothing more
+from lazyfs.limits import MAX_WAIT
 
 
 def retry_after(header: str) -> float:

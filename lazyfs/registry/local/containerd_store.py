@@ -25,6 +25,7 @@ from lazyfs.errors import (
     PushRejected,
     ReferenceInvalid,
 )
+from lazyfs.limits import MAX_DOCUMENT
 from lazyfs.reference import docker_name
 from lazyfs.registry.local.files import PIECE
 from lazyfs.registry.repository import ByteStream, Repository
@@ -163,8 +164,8 @@ class ContainerdRepository:
         digests.parse(digest)
         info = self.client.content.info(digest, deadline=deadline)
         size = info.size if info is not None else 1  # reading it tells what is missing
-        if size > oci.MAX_DOCUMENT:
-            raise DocumentInvalid(f"{digest} in containerd has {size} bytes, more than the {oci.MAX_DOCUMENT} allowed")
+        if size > MAX_DOCUMENT:
+            raise DocumentInvalid(f"{digest} in containerd has {size} bytes, more than the {MAX_DOCUMENT} allowed")
         with self.client.content.read(digest, 0, size, deadline=deadline) as stream:
             raw = b"".join(iter(lambda: stream.read(PIECE), b""))
         digests.check(raw, digest, f"document {digest} in containerd")

@@ -18,13 +18,13 @@ from typing import Any, BinaryIO
 from lazyfs import digest as digests
 from lazyfs import oci
 from lazyfs.errors import BlobMissing, DocumentInvalid, ManifestMissing, ReferenceInvalid, UsageError
+from lazyfs.limits import MAX_DOCUMENT, MAX_IMAGES, MAX_LAYERS
 from lazyfs.reference import docker_name
 from lazyfs.registry.local.files import PIECE, FileStream, OpenRange, part_of, read_all
 from lazyfs.registry.local.tar_members import ArchiveFile, Identity
 from lazyfs.registry.repository import ByteStream, Repository
 
 DOCUMENT = "manifest.json"
-MAX_IMAGES = 1000  # of one archive
 _NAMED_BY_DIGEST = re.compile(r"(?:.*/)?blobs/sha256/([0-9a-f]{64})")
 _MAGICS = ((b"\x1f\x8b", oci.OCI_LAYER_GZIP), (b"\x28\xb5\x2f\xfd", oci.OCI_LAYER_ZSTD))
 WRITING = "a docker archive can't hold a converted image: it has no place for the annotations that make layers lazy"
@@ -84,7 +84,7 @@ class DockerArchiveRepository:
     def blob(self, descriptor: oci.Descriptor, *, deadline: float | None = None) -> bytes:
         """Return a small document, verified; see Repository."""
         what = f"document {descriptor.digest}"
-        raw = read_all(self._open(descriptor.digest, what), oci.MAX_DOCUMENT, self.host, what)
+        raw = read_all(self._open(descriptor.digest, what), MAX_DOCUMENT, self.host, what)
         digests.check(raw, descriptor.digest, f"{what} in {self.host}")
         return raw
 
@@ -211,7 +211,7 @@ class DockerArchiveRepository:
 
     def _read(self, name: str) -> bytes:
         missing = self._archive.open(name, f"member {name[:200]!r}", ManifestMissing)
-        return read_all(missing, oci.MAX_DOCUMENT, self.host, f"member {name[:200]!r}")
+        return read_all(missing, MAX_DOCUMENT, self.host, f"member {name[:200]!r}")
 
 
 def not_writable() -> UsageError:
@@ -236,8 +236,8 @@ def _listed(item: Any, what: str) -> _Listed:
     if not isinstance(config, str) or not config:
         raise DocumentInvalid(f"{what} names no config")
     layers = _strings(item.get("Layers"), f"the layers of {what}")
-    if len(layers) > oci.MAX_LAYERS:
-        raise DocumentInvalid(f"{what} has more than {oci.MAX_LAYERS} layers")
+    if len(layers) > MAX_LAYERS:
+        raise DocumentInvalid(f"{what} has more than {MAX_LAYERS} layers")
     tags = []
     for tag in _strings(item.get("RepoTags"), f"the names of {what}"):
         try:

@@ -19,6 +19,7 @@ from typing import BinaryIO
 
 from lazyfs import digest as digests
 from lazyfs.errors import PushRejected, RegistryTimeout
+from lazyfs.limits import LOCK_TIMEOUT
 from lazyfs.registry.local.files import PIECE, OpenRange, fault
 from lazyfs.registry.local.layout_read import (
     INDEX,
@@ -32,7 +33,6 @@ from lazyfs.registry.local.layout_read import (
 )
 from lazyfs.registry.repository import Repository
 
-LOCK_TIMEOUT = 10.0  # seconds
 LOCK_POLL = 0.02  # seconds
 
 

@@ -11,8 +11,9 @@ from typing import Any
 from lazyfs import digest as digests
 from lazyfs import oci
 from lazyfs.errors import BlobMissing, FormatError, ManifestMissing, TrustError
+from lazyfs.limits import MAX_DOCUMENT, MAX_REFERRERS
 from lazyfs.registry.local.files import OpenRange, part_of, read_all
-from lazyfs.registry.referrers import MAX_REFERRERS, by_fallback_tag, described
+from lazyfs.registry.referrers import by_fallback_tag, described
 from lazyfs.registry.repository import ByteStream
 
 REF_NAME = "org.opencontainers.image.ref.name"
@@ -110,7 +111,7 @@ class LayoutReader:
         raise ManifestMissing(self.host, problem, hint=has)
 
     def _read(self, name: str, what: str, missing: Missing) -> bytes:
-        return read_all(self.open_file(name, what, missing), oci.MAX_DOCUMENT, self.host, what)
+        return read_all(self.open_file(name, what, missing), MAX_DOCUMENT, self.host, what)
 
 
 def blob_name(digest: str) -> str:

@@ -12,24 +12,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lazyfs.errors import DocumentInvalid, ManifestMissing, TarInvalid
-from lazyfs.format.tar_headers import (
-    BLOCK,
-    HEADER,
-    MAX_EXTENSION,
-    ZERO_BLOCK,
-    checksum_holds,
-    decimal,
-    number,
-    pax_records,
-)
+from lazyfs.format.tar_headers import BLOCK, HEADER, ZERO_BLOCK, checksum_holds, decimal, number, pax_records
 from lazyfs.format.tar_headers import pad as padding
+from lazyfs.limits import MAX_ARCHIVE_LINKS, MAX_ARCHIVE_NAMES, MAX_EXTENSION, MAX_MEMBERS
 from lazyfs.registry.local.files import OpenRange, fault
 from lazyfs.registry.local.layout import open_regular
 from lazyfs.registry.local.layout_read import Missing
 
-MAX_MEMBERS = 1 << 16  # of one archive; an image's has a few for each layer
-MAX_NAMES = 16 << 20  # bytes of all names and links of one archive
-MAX_LINKS = 8  # symlinks after one another
 _MAX_NAME = 4096  # bytes
 _FILES = (b"0", b"\0", b"7")
 _COMPRESSED = {
@@ -83,7 +72,7 @@ def find_members(read_at: ReadAt, total: int) -> dict[str, Member]:
     Raise TarInvalid: damage, an end that is missing, a name twice or one that leads out, a sparse member, too many.
     """
     found: dict[str, Member] = {}
-    at, count, room, names = 0, 0, MAX_NAMES, _Names()
+    at, count, room, names = 0, 0, MAX_ARCHIVE_NAMES, _Names()
     while at < total:
         block = read_at(BLOCK, at)
         if len(block) < BLOCK:
@@ -114,7 +103,7 @@ def find_members(read_at: ReadAt, total: int) -> dict[str, Member]:
             at += member.size + padding(member.size)
         room -= len(member.name) + len(member.link)
         if room < 0:
-            raise TarInvalid(f"its names have more than {MAX_NAMES} bytes together")
+            raise TarInvalid(f"its names have more than {MAX_ARCHIVE_NAMES} bytes together")
         old = found.get(member.name)
         if old is not None and not (old.is_directory and member.is_directory):
             raise TarInvalid("two members have this name", os.fsencode(member.name))
@@ -164,7 +153,7 @@ def follow(members: dict[str, Member], name: str) -> Member | None:
 
     Raise TarInvalid for links that lead out, or round in circles.
     """
-    for _ in range(MAX_LINKS):
+    for _ in range(MAX_ARCHIVE_LINKS):
         member = members.get(_clean(os.fsencode(name)))
         if member is None or member.is_file:
             return member
