@@ -62,7 +62,7 @@ def open_root(path: str) -> OwnedFd:
 def open_directory(parent: OwnedFd, name: str, *, create: bool) -> OwnedFd | None:
     """Open a directory below `parent`, None when it is missing and not to be made. Blocking.
 
-    Raise StoreFull or StoreBroken: also for a symbolic link and a foreign owner.
+    Raise StoreFull or StoreBroken: also for a symbolic link, a foreign owner, and a `parent` that was removed.
     """
     try:
         if create:
@@ -73,6 +73,11 @@ def open_directory(parent: OwnedFd, name: str, *, create: bool) -> OwnedFd | Non
         flags = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
         fd = OwnedFd(os.open(name, flags, dir_fd=parent.number))
     except FileNotFoundError:
+        if create and os.fstat(parent.number).st_nlink == 0:
+            raise StoreBroken(
+                f"the store's directory {name} can't be made: somebody has removed the store",
+                hint="unmount its images, and the next command makes it anew",
+            ) from None
         return None
     except OSError as error:
         raise translate(error, f"the store's directory {name}") from None

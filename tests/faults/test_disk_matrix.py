@@ -7,12 +7,15 @@ from __future__ import annotations
 
 import os
 import shutil
+import sqlite3
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from lazyfs.container import mounts
+from lazyfs.control_client import connect
 from tests.faults.cases import RIGHT, Area, Case, shows
 from tests.helpers import sabotage
 from tests.helpers.blobs import zstd_chunked_layer
@@ -129,8 +132,9 @@ LOSSES = {
 
 
 def lose(node: Node, image: AddedImage, loss: str, older: Path) -> None:
+    trees = node.root / "trees"
     files = [path for path in layer_directory(node, image).iterdir() if path.is_file()]
-    files += [path for path in (node.root / "trees").iterdir()]
+    files += list(trees.iterdir()) if loss == "tails" else []  # all of them: the first one's turn
     if loss == "older":
         for path in node.root.glob("catalog.db*"):
             path.unlink()
@@ -158,29 +162,32 @@ def lose(node: Node, image: AddedImage, loss: str, older: Path) -> None:
 )
 def test_writes_that_a_power_cut_took(scratch: Path, registry: FakeRegistry) -> None:
     with Node(scratch, DRIVER="fuse") as node:
-        node.umount(node.mount(add(registry, "first", zstd_chunked_layer(tar_of(file("f", b"f"))))))
-        until(lambda: not node.processes(), "the daemon ends")
+        first = add(registry, "first", zstd_chunked_layer(tar_of(file("f", b"f"))))
+        tree = node.mount(first)
         older = scratch / "older.db"
-        shutil.copy(node.root / "catalog.db", older)
+        with closing(sqlite3.connect(node.root / "catalog.db")) as now, closing(sqlite3.connect(older)) as copy:
+            now.backup(copy)
         images, contents = {}, {}
         for seed, loss in enumerate(LOSSES):
             contents[loss] = pattern(300_000, 50 + seed)
             images[loss] = add(registry, loss, zstd_chunked_layer(tar_of(file("data", contents[loss])), frame_size=0))
-        beside = node.mount(images["data"])
+        with connect(node.run_dir / "lazyfsd.sock") as daemon:
+            for image in images.values():
+                daemon.call("fetch_image", **asked(image), pull=None, pin=False, timeout=30)
+                daemon.call("mount_image", **asked(image), lease=True, driver="fuse", timeout=30)  # its tree is made
+            node.kill_all()
+        node.lazyfs("umount", tree)  # its record
         for loss, image in images.items():
-            done = node.lazyfs("fetch", image.reference)
-            assert done.returncode == 0, done.stderr
-            if loss != "data":
-                node.umount(node.mount(image))  # its tree is made
-        node.kill()
-        for entry in mounts.below(os.fsencode(node.place)):
-            mounts.umount(entry.dir, lazy=True)
-        assert beside not in node.shown()
-        for loss, image in images.items():
-            if loss != "older":
-                lose(node, image, loss, older)
-        lose(node, images["older"], "older", older)
-        trees = {loss: node.mount(image) for loss, image in images.items()}
-        for loss, tree in trees.items():
-            assert node.read(tree / "data") == contents[loss], loss
+            lose(node, image, loss, older)
+        again = node.mount(first, at=tree)
+        with connect(node.run_dir / "lazyfsd.sock") as daemon:
+            for loss, image in images.items():
+                shown = daemon.call("mount_image", **asked(image), lease=True, driver="fuse", timeout=30)
+                assert node.read(Path(shown["path"]) / "data") == contents[loss], loss
+        assert node.read(again / "f") == b"f"
         assert node.status()["cache"]["store"]["damaged"] > 0
+
+
+def asked(image: AddedImage) -> dict[str, Any]:
+    """Return what calls about an image have in common."""
+    return {"image": image.reference, "platform": None, "plain_http": None, "access": None}

@@ -13,9 +13,11 @@ from pathlib import Path
 import pytest
 
 from lazyfs.registry.mirrored import DELAY
+from tests.faults.cases import LASTING, RIGHT, Area, Case, shows
 from tests.helpers.blobs import LayerBlob, zstd_chunked_layer
 from tests.helpers.daemon import Node, pattern, until
 from tests.helpers.fake_registry import AddedImage, Fault
+from tests.helpers.fault_bench import metrics_of
 from tests.helpers.mirrors import Mirrors
 from tests.helpers.tars import file, tar_of
 
@@ -66,6 +68,15 @@ def sources(node: Node) -> dict[str, dict[str, object]]:
     return found
 
 
+@shows(
+    Case(
+        "network-mirrors",
+        Area.NETWORK,
+        "one mirror dies, drips or lies in mid-read, and the other one too",
+        RIGHT,
+        "`status`: source HOST: left alone, wrong answers",
+    ),
+)
 @pytest.mark.parametrize("pair", PAIRS, ids=lambda pair: "-".join(filter(None, pair)))
 def test_every_byte_is_right_and_the_delay_bounded(
     node: Node, mirrors: Mirrors, image: AddedImage, pair: tuple[str, str]
@@ -114,6 +125,16 @@ def test_wrong_headers_never_quarantine_a_good_layer(scratch: Path, mirrors: Mir
         assert mirrors.origin.count(path=image.layers[0]) > 0
 
 
+@shows(
+    Case(
+        "network-all-lie",
+        Area.NETWORK,
+        "all sources of a blob send the same wrong bytes",
+        LASTING,
+        "`status`: QUARANTINED, names the origin",
+        "`quarantined_layers`",
+    ),
+)
 def test_a_blob_that_all_sources_send_wrong_is_quarantined(scratch: Path, mirrors: Mirrors) -> None:
     blob = layer()
     image = mirrors.add_image("image", "latest", [blob])
@@ -125,6 +146,7 @@ def test_a_blob_that_all_sources_send_wrong_is_quarantined(scratch: Path, mirror
         node.mount(image)
         until(lambda: node.layer()["quarantine"], "the layer is quarantined", 60)
         assert mirrors.origin.host in node.layer()["quarantine"]
+        assert metrics_of(node)["lazyfsd_quarantined_layers", ""] == 1
 
 
 def test_a_mirror_that_lies_about_the_toc(node: Node, mirrors: Mirrors, image: AddedImage) -> None:
@@ -142,6 +164,9 @@ def test_a_mirror_that_lies_about_a_plain_layer(node: Node, mirrors: Mirrors) ->
     assert node.read(node.mount(image) / "data") == DATA
 
 
+@shows(
+    Case("network-stale-mirror", Area.NETWORK, "a mirror has an old tag, whose blobs are gone", RIGHT, "nothing"),
+)
 def test_a_mirror_with_a_stale_tag(node: Node, mirrors: Mirrors, image: AddedImage) -> None:
     old = mirrors.mirrors[0].add_image("image", "latest", [tar_of(file("data", b"old"))])
     for each in mirrors.all:
@@ -150,11 +175,22 @@ def test_a_mirror_with_a_stale_tag(node: Node, mirrors: Mirrors, image: AddedIma
     assert node.read(node.mount(image) / "data") == DATA
 
 
+@shows(
+    Case(
+        "network-mirrors-down",
+        Area.NETWORK,
+        "all mirrors are down",
+        RIGHT,
+        "`status`: source HOST: left alone",
+        "`registry_avoided`",
+    ),
+)
 def test_all_mirrors_down_from_the_start(node: Node, mirrors: Mirrors, image: AddedImage) -> None:
     for mirror in mirrors.mirrors:
         mirror.stop_listening()
     assert node.read(node.mount(image) / "data") == DATA
     assert {sources(node)[mirror.host]["state"] for mirror in mirrors.mirrors} <= {"left alone", "being tried again"}
+    assert any(metrics_of(node)["lazyfsd_registry_avoided", mirror.host] for mirror in mirrors.mirrors)
 
 
 def test_the_origin_down_and_a_mirror_up(node: Node, mirrors: Mirrors, image: AddedImage) -> None:

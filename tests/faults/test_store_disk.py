@@ -17,6 +17,7 @@ from lazyfs.chunks.health import RETRY_AFTER
 from lazyfs.chunks.store import Store
 from lazyfs.errors import StoreBroken, StoreFull, StoreLocked
 from lazyfs.units import MiB
+from tests.faults.cases import NOTHING_SHOWN, RIGHT, Area, Case, shows
 from tests.helpers.chunk_tables import ChunkTable, table_of
 
 _MS_RDONLY, _MS_REMOUNT = 1, 32
@@ -156,6 +157,15 @@ def test_truncated_files_are_misses_also_while_open(tmp_path: Path, catalog: Cat
         again.close()
 
 
+@shows(
+    Case(
+        "disk-planted",
+        Area.DISK,
+        "somebody plants links or FIFOs in place of the store's files",
+        RIGHT,
+        "nothing: what the link leads to is not touched",
+    ),
+)
 @pytest.mark.parametrize("name", ["data", "chunks", "used"])
 @pytest.mark.parametrize("plant", ["symlink", "dangling", "hardlink", "fifo"])
 def test_planted_file_is_removed_and_its_target_untouched(
@@ -207,6 +217,9 @@ def test_link_in_place_of_a_layer_directory_is_refused(tmp_path: Path, catalog: 
     store.close()
 
 
+@shows(
+    Case("disk-open-store", Area.DISK, "others may write to the store", NOTHING_SHOWN, "exit 9: “written by others”"),
+)
 def test_store_that_others_can_write_to_is_refused(tmp_path: Path, catalog: Catalog) -> None:
     root = tmp_path / "open"
     root.mkdir()

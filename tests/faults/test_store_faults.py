@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.faults.cases import NOTHING_SHOWN, RIGHT, Area, Case, shows
 from tests.helpers.blobs import zstd_chunked_layer
 from tests.helpers.daemon import Node, add, both_drivers, pattern, tmpfs, until
 from tests.helpers.fake_registry import AddedImage, FakeRegistry
@@ -39,6 +40,16 @@ def flip(path: Path, offset: int) -> None:
         handle.write(bytes([byte[0] ^ 0xFF]))
 
 
+@shows(
+    Case(
+        "disk-full-tmpfs",
+        Area.DISK,
+        "the disk holds half of the image",
+        RIGHT,
+        "`status`: passed by, or evicted",
+        "`store_write_failures_total`, or `store_evicted_bytes_total`",
+    ),
+)
 @both_drivers
 def test_disk_full_in_mid_read(node: Node, registry: FakeRegistry) -> None:
     node.settings["MEMORY_SIZE"] = "1MB"
@@ -53,6 +64,11 @@ def test_disk_full_in_mid_read(node: Node, registry: FakeRegistry) -> None:
         until(lambda: not node.processes(), "the daemon ends by itself")
 
 
+@shows(
+    Case(
+        "disk-full-at-start", Area.DISK, "the disk is full before the daemon starts", NOTHING_SHOWN, "exit 9: no space"
+    ),
+)
 def test_disk_full_from_the_start(node: Node, registry: FakeRegistry) -> None:
     with tmpfs(node.root, 1 << 20):
         with contextlib.suppress(OSError), (node.root / "filler").open("wb", buffering=0) as handle:
@@ -63,6 +79,15 @@ def test_disk_full_from_the_start(node: Node, registry: FakeRegistry) -> None:
         until(lambda: not node.processes(), "no daemon stays")
 
 
+@shows(
+    Case(
+        "disk-full-to-the-block",
+        Area.DISK,
+        "no free block is left",
+        "right bytes of what is here",
+        "`cache ls`, `rm` and `prune` work",
+    ),
+)
 @pytest.mark.parametrize("words", [("prune", "--all"), ("rm", "IMAGE")])
 def test_disk_without_a_free_block_starts_what_is_here_and_can_be_cleared(
     node: Node, registry: FakeRegistry, words: tuple[str, ...]
@@ -90,6 +115,16 @@ def test_disk_without_a_free_block_starts_what_is_here_and_can_be_cleared(
         until(lambda: not node.processes(), "the daemon ends by itself")
 
 
+@shows(
+    Case(
+        "disk-flipped",
+        Area.DISK,
+        "bits of chunks are flipped",
+        RIGHT,
+        "`status`: damaged chunks found and fetched again",
+        "`store_damaged_chunks_total`",
+    ),
+)
 @both_drivers
 def test_damaged_chunks_are_fetched_again(node: Node, registry: FakeRegistry) -> None:
     node.settings["MEMORY_SIZE"] = "0"
@@ -105,6 +140,16 @@ def test_damaged_chunks_are_fetched_again(node: Node, registry: FakeRegistry) ->
     assert node.status()["cache"]["store"]["damaged"] == 3
 
 
+@shows(
+    Case(
+        "disk-truncated",
+        Area.DISK,
+        "the file of chunks is cut short",
+        RIGHT,
+        "`status`: damaged chunks found and fetched again",
+        "`store_damaged_chunks_total`",
+    ),
+)
 @both_drivers
 def test_truncated_data_is_fetched_again(node: Node, registry: FakeRegistry) -> None:
     node.settings["MEMORY_SIZE"] = "0"
@@ -116,6 +161,40 @@ def test_truncated_data_is_fetched_again(node: Node, registry: FakeRegistry) -> 
     assert node.read(tree / "data") == DATA
 
 
+@shows(
+    Case(
+        "disk-damaged-flipped",
+        Area.DISK,
+        "between two mounts, of five images each another file is flipped",
+        RIGHT,
+        "nothing: it is made or fetched again",
+        param="flipped",
+    ),
+    Case(
+        "disk-damaged-truncated",
+        Area.DISK,
+        "between two mounts, of five images each another file is truncated",
+        RIGHT,
+        "nothing: it is made or fetched again",
+        param="truncated",
+    ),
+    Case(
+        "disk-damaged-emptied",
+        Area.DISK,
+        "between two mounts, of five images each another file is emptied",
+        RIGHT,
+        "nothing: it is made or fetched again",
+        param="emptied",
+    ),
+    Case(
+        "disk-damaged-removed",
+        Area.DISK,
+        "between two mounts, of five images each another file is removed",
+        RIGHT,
+        "nothing: it is made or fetched again",
+        param="removed",
+    ),
+)
 @pytest.mark.parametrize("damage", ["flipped", "truncated", "emptied", "removed"])
 def test_layer_file_damaged_between_mounts(node: Node, registry: FakeRegistry, damage: str) -> None:
     """Of five images side by side, of each another file."""
@@ -144,6 +223,17 @@ def test_layer_file_damaged_between_mounts(node: Node, registry: FakeRegistry, d
         assert node.read(tree / "small") == name.encode()
 
 
+@shows(
+    Case(
+        "disk-catalog-damaged",
+        Area.DISK,
+        "the catalog is damaged",
+        "right bytes, or nothing is shown",
+        "exit 9, names the file, or nothing",
+        param="catalog.db",
+    ),
+    Case("disk-tree-damaged", Area.DISK, "a merged tree is damaged", RIGHT, "nothing: it is made again", param="trees"),
+)
 @pytest.mark.parametrize("what", ["catalog.db", "trees"])
 def test_node_wide_file_damaged_between_mounts(node: Node, registry: FakeRegistry, what: str) -> None:
     image = image_of(registry)
@@ -162,6 +252,11 @@ def test_node_wide_file_damaged_between_mounts(node: Node, registry: FakeRegistr
         assert done.returncode == 9 and done.stderr.startswith("lazyfs: ") and "catalog.db" in done.stderr, done.stderr
 
 
+@shows(
+    Case(
+        "disk-layers-removed", Area.DISK, "`rm -rf` of the store's layers while an image is mounted", RIGHT, "nothing"
+    ),
+)
 @both_drivers
 def test_store_removed_under_the_daemon(node: Node, registry: FakeRegistry) -> None:
     image = image_of(registry)
@@ -171,6 +266,16 @@ def test_store_removed_under_the_daemon(node: Node, registry: FakeRegistry) -> N
     assert node.read(tree / "data") == DATA
 
 
+@shows(
+    Case(
+        "disk-plain-damaged",
+        Area.DISK,
+        "a chunk of a layer without a TOC is damaged",
+        RIGHT,
+        "nothing: the layer is fetched again",
+        "`store_damaged_chunks_total`",
+    ),
+)
 @both_drivers
 def test_plain_layer_damaged(node: Node, registry: FakeRegistry) -> None:
     node.settings["MEMORY_SIZE"] = "0"

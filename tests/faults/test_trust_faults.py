@@ -13,9 +13,11 @@ import pytest
 from lazyfs import oci
 from lazyfs.digest import of
 from lazyfs.format.zstd_chunked import encode_tail
+from tests.faults.cases import LASTING, NOTHING_SHOWN, Area, Case, shows
 from tests.helpers.blobs import LayerBlob, annotated, edited, flipped, flipped_chunk, toc_entry, zstd_chunked_layer
 from tests.helpers.daemon import Node, add, both_drivers, pattern, until
 from tests.helpers.fake_registry import AddedImage, FakeRegistry
+from tests.helpers.fault_bench import metrics_of
 from tests.helpers.tars import file, tar_of
 
 GOOD = pattern(1_500_000, 1)
@@ -29,6 +31,16 @@ def image_of(registry: FakeRegistry, layer: LayerBlob, diff_id: str | None = Non
     return add(registry, name, layer, rootfs=rootfs)
 
 
+@shows(
+    Case(
+        "input-tampered-chunk",
+        Area.INPUT,
+        "a chunk that is not what its TOC says",
+        LASTING,
+        "`status`: errors DigestMismatch or FrameInvalid",
+        '`errors_total{class="DigestMismatch"}`',
+    ),
+)
 @both_drivers
 def test_tampered_chunk(node: Node, registry: FakeRegistry) -> None:
     layer = flipped_chunk(zstd_chunked_layer(TAR, frame_size=0, chunk_size=2 << 20), b"other")
@@ -50,6 +62,15 @@ def test_toc_that_promises_another_chunk(node: Node, registry: FakeRegistry) -> 
     assert node.read(tree / "good") == GOOD
 
 
+@shows(
+    Case(
+        "input-tampered-toc",
+        Area.INPUT,
+        "a TOC that is not what the manifest says",
+        NOTHING_SHOWN,
+        "exit 6, names the TOC",
+    ),
+)
 def test_tampered_toc(node: Node, registry: FakeRegistry) -> None:
     honest = zstd_chunked_layer(TAR)
     layer = flipped(honest, honest.payload_end + 20)
@@ -97,6 +118,35 @@ def liars() -> dict[str, tuple[LayerBlob, str | None]]:
     }
 
 
+@shows(
+    Case(
+        "input-liar-diff-id",
+        Area.INPUT,
+        "a TOC, bytes or config that agree with their digests and lie: diff ID",
+        LASTING,
+        "`status`: QUARANTINED, and why; mounted again: exit 6",
+        "`quarantined_layers`",
+        param="diff ID",
+    ),
+    Case(
+        "input-liar-toc",
+        Area.INPUT,
+        "a TOC, bytes or config that agree with their digests and lie: TOC",
+        LASTING,
+        "`status`: QUARANTINED, and why; mounted again: exit 6",
+        "`quarantined_layers`",
+        param="TOC",
+    ),
+    Case(
+        "input-liar-content",
+        Area.INPUT,
+        "a TOC, bytes or config that agree with their digests and lie: content",
+        LASTING,
+        "`status`: QUARANTINED, and why; mounted again: exit 6",
+        "`quarantined_layers`",
+        param="content",
+    ),
+)
 @both_drivers
 @pytest.mark.parametrize("kind", ["diff ID", "TOC", "content"])
 def test_liar_is_quarantined(node: Node, registry: FakeRegistry, kind: str) -> None:
@@ -115,6 +165,7 @@ def test_liar_is_quarantined(node: Node, registry: FakeRegistry, kind: str) -> N
         assert image.layers[0][7:19] in reason or "digest" in reason, reason
         assert EIO in node.read_fails(directory / "good")
         assert "QUARANTINED" in node.lazyfs("status").stdout
+        assert metrics_of(node)["lazyfsd_quarantined_layers", ""] == 1
         node.umount(directory)
     else:
         assert done.returncode == 6, done.stderr
@@ -135,6 +186,15 @@ def test_diff_id_claimed_of_a_verified_layer(node: Node, registry: FakeRegistry)
     assert node.read(tree / "good") == GOOD  # the honest image is not punished for it
 
 
+@shows(
+    Case(
+        "input-plain-diff-id",
+        Area.INPUT,
+        "a layer without a TOC whose diff ID is another one",
+        NOTHING_SHOWN,
+        "exit 6: “diff ID”",
+    ),
+)
 def test_plain_layer_with_a_false_diff_id(node: Node, registry: FakeRegistry) -> None:
     image = add(registry, "plain", TAR, rootfs={"type": "layers", "diff_ids": [of(b"another")]})
     sentence = node.refused(6, "--quiet", "mount", image.reference, node.new_dir())

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from lazyfs.control_client import connect
 from lazyfs.errors import DaemonUnreachable
 from lazyfs.mount.control import MAX_CLIENTS, MAX_LINE
+from tests.faults.cases import RIGHT, Area, Case, shows
 from tests.helpers.blobs import zstd_chunked_layer
 from tests.helpers.daemon import Node, add, receive_line, until
 from tests.helpers.fake_registry import FakeRegistry
@@ -32,6 +33,9 @@ def ask(sock: socket.socket, line: bytes) -> dict[str, Any]:
     return answer
 
 
+@shows(
+    Case("users-garbage", Area.USERS, "garbage on the control socket", RIGHT, "an error for each line"),
+)
 def test_garbage_lines_are_answered(node: Node, registry: FakeRegistry) -> None:
     start(node, registry)
     pid = node.pid()
@@ -86,6 +90,9 @@ def test_wrong_types_and_values(node: Node, registry: FakeRegistry) -> None:
     assert [shown["dir"] for shown in node.status()["mounts"]] == [str(node.place / "mnt1")]
 
 
+@shows(
+    Case("users-endless-line", Area.USERS, "a line without end on the control socket", RIGHT, "the connection is cut"),
+)
 def test_a_line_without_end_is_cut_off(node: Node, registry: FakeRegistry) -> None:
     start(node, registry)
     with node.raw() as sock:
@@ -130,6 +137,15 @@ def test_a_client_that_reads_nothing_stops_only_itself(node: Node, registry: Fak
             assert "ok" in ask(other, b'{"id":1,"call":"status"}')
 
 
+@shows(
+    Case(
+        "users-connections",
+        Area.USERS,
+        "more connections to the control socket than allowed",
+        RIGHT,
+        "further ones are closed",
+    ),
+)
 def test_more_connections_than_allowed(node: Node, registry: FakeRegistry) -> None:
     start(node, registry)
     path = str(node.run_dir / "lazyfsd.sock")

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from lazyfs.container import mounts
+from tests.faults.cases import NOTHING_SHOWN, RIGHT, Area, Case, shows
 from tests.helpers.blobs import LayerBlob, zstd_chunked_layer
 from tests.helpers.daemon import Node, add, both_drivers, pattern, until
 from tests.helpers.fake_registry import FakeRegistry, Fault
@@ -42,6 +43,15 @@ def test_no_core_dump_takes_logins_to_the_disk(node: Node, registry: FakeRegistr
     assert cores and set(cores) <= {"0", "1"}  # bytes: as lazyfs.process.harden says
 
 
+@shows(
+    Case(
+        "processes-eight-starts",
+        Area.PROCESSES,
+        "eight commands start a daemon at once",
+        RIGHT,
+        "nothing: there is one daemon",
+    ),
+)
 def test_eight_commands_at_once_start_one_daemon(node: Node, registry: FakeRegistry) -> None:
     image = add(registry, "one", layer())
     directories = [node.new_dir() for _ in range(8)]
@@ -54,6 +64,11 @@ def test_eight_commands_at_once_start_one_daemon(node: Node, registry: FakeRegis
     assert registry.count("GET", "/blobs/" + image.config) == 1
 
 
+@shows(
+    Case(
+        "users-umount-outside", Area.USERS, "umount(8) in place of `lazyfs umount`", "–", "nothing: the daemon sees it"
+    ),
+)
 def test_plain_umount_is_noticed(node: Node, registry: FakeRegistry) -> None:
     tree = node.mount(add(registry, "one", layer()))
     mounts.umount(os.fsencode(tree))
@@ -72,6 +87,15 @@ def test_sigterm_unmounts_all(node: Node, registry: FakeRegistry) -> None:
         node.lazyfs("umount", tree)
 
 
+@shows(
+    Case(
+        "processes-terminated",
+        Area.PROCESSES,
+        "lazyfsd is asked to end (SIGTERM) while readers wait for bytes",
+        "an error at once",
+        "nothing stays mounted",
+    ),
+)
 @both_drivers
 def test_sigterm_while_readers_wait(node: Node, registry: FakeRegistry) -> None:
     node.settings["READ_TIMEOUT"] = "0"
@@ -87,6 +111,15 @@ def test_sigterm_while_readers_wait(node: Node, registry: FakeRegistry) -> None:
     node.lazyfs("umount", tree)
 
 
+@shows(
+    Case(
+        "processes-daemon-killed",
+        Area.PROCESSES,
+        "lazyfsd is killed (-9)",
+        "an error, at once; right bytes once it is mounted again",
+        "`umount` and `mount` work: the next daemon cleans up",
+    ),
+)
 @both_drivers
 def test_killed_daemon(node: Node, registry: FakeRegistry, driver: str) -> None:
     image = add(registry, "one", layer())
@@ -103,6 +136,15 @@ def test_killed_daemon(node: Node, registry: FakeRegistry, driver: str) -> None:
     node.lazyfs("umount", again)
 
 
+@shows(
+    Case(
+        "processes-daemon-killed-waiting",
+        Area.PROCESSES,
+        "lazyfsd is killed (-9) while readers wait for bytes",
+        "an error, at once",
+        "`umount` works",
+    ),
+)
 @both_drivers
 def test_killed_daemon_fails_waiting_readers_at_once(node: Node, registry: FakeRegistry) -> None:
     node.settings["READ_TIMEOUT"] = "0"
@@ -153,6 +195,15 @@ def test_complete_image_needs_no_request_by_digest(node: Node, registry: FakeReg
     assert node.status()["requests"]["count"] == 0
 
 
+@shows(
+    Case(
+        "processes-two-daemons",
+        Area.PROCESSES,
+        "a second daemon on one store",
+        "the first one's readers: right bytes",
+        "exit 9, names the store and the other daemon",
+    ),
+)
 def test_store_of_another_daemon(node: Node, registry: FakeRegistry) -> None:
     image = add(registry, "one", layer())
     node.mount(image)
@@ -162,6 +213,15 @@ def test_store_of_another_daemon(node: Node, registry: FakeRegistry) -> None:
     assert str(node.root) in sentence and "another" in sentence
 
 
+@shows(
+    Case(
+        "processes-client-killed",
+        Area.PROCESSES,
+        "`lazyfs mount` is killed (-9) while its registry does not answer",
+        NOTHING_SHOWN,
+        "the mount can be made again",
+    ),
+)
 def test_client_killed_during_a_mount(node: Node, registry: FakeRegistry) -> None:
     node.mount(add(registry, "other", zstd_chunked_layer(tar_of(file("x", b"x")))))
     image = add(registry, "one", layer())
@@ -178,6 +238,9 @@ def test_client_killed_during_a_mount(node: Node, registry: FakeRegistry) -> Non
     until(lambda: len(node.status()["mounts"]) == 1, "only the first mount is left")
 
 
+@shows(
+    Case("processes-dead-socket", Area.PROCESSES, "a killed daemon's socket is in the way", RIGHT, "nothing"),
+)
 def test_socket_of_a_dead_daemon_is_in_the_way(node: Node, registry: FakeRegistry) -> None:
     image = add(registry, "one", layer())
     tree = node.mount(image)
@@ -200,6 +263,9 @@ def test_open_files_survive_umount_of_another_mount(node: Node, registry: FakeRe
     assert node.finish(reader, 20).stdout == DATA
 
 
+@shows(
+    Case("users-busy", Area.USERS, "`umount` of a mount that is in use", RIGHT, "exit 8: “in use”, and `--lazy`"),
+)
 def test_busy_mount(node: Node, registry: FakeRegistry) -> None:
     tree = node.mount(add(registry, "one", layer()))
     os.mkfifo(node.place / "go")

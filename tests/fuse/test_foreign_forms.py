@@ -10,6 +10,7 @@ import pytest
 
 from lazyfs import oci
 from lazyfs.format.entry import LANDMARK, LANDMARK_CONTENT, NO_LANDMARK
+from tests.faults.cases import RIGHT, Area, Case, shows
 from tests.helpers.blobs import LayerBlob, flipped_chunk, zstd_chunked_layer
 from tests.helpers.daemon import Node, add, pattern, until
 from tests.helpers.fake_registry import FakeRegistry
@@ -75,6 +76,15 @@ def test_a_refused_form_is_fetched_in_full_and_told_why(
     assert reason in told.stdout, told.stdout
 
 
+@shows(
+    Case(
+        "input-toc-bomb",
+        Area.INPUT,
+        "a TOC that unpacks to more than it may",
+        RIGHT,
+        "the mount says why the layer is fetched in full",
+    ),
+)
 def test_a_toc_bomb_costs_a_full_fetch_and_no_more(node: Node, registry: FakeRegistry) -> None:
     """A TOC that is none: the layer still has a diff ID."""
     bomb = gzip.compress(bytes(20 << 20), mtime=0)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from lazyfs.format.trace import Read, Trace, encode
 from perf.shaper import Shaper
+from tests.faults.cases import RIGHT, Area, Case, shows
 from tests.helpers.blobs import zstd_chunked_layer
 from tests.helpers.daemon import Node, add, pattern, until
 from tests.helpers.fake_registry import FakeRegistry
@@ -18,6 +19,15 @@ MBIT = 160.0
 EACH = 20.0  # seconds for one of them: far more than its bytes take the link as it is then
 
 
+@shows(
+    Case(
+        "network-tenth",
+        Area.NETWORK,
+        "the link drops to a tenth in the middle of a start",
+        RIGHT,
+        "nothing: what is read comes before what is fetched ahead",
+    ),
+)
 def test_demand_overtakes_a_replay_on_a_link_that_drops_to_a_tenth(node: Node, registry: FakeRegistry) -> None:
     node.settings |= {"DRIVER": "fuse", "PREFETCH": "1", "BACKGROUND": "1", "LEARN": "0"}
     node.settings |= {"READ_TIMEOUT": f"{EACH:.0f}", "ANSWER_TIMEOUT": "10"}

@@ -141,8 +141,12 @@ class Bench:
         image = add(host, "victim", layer)
         return Victim(name, host, image, image.reference, content)
 
-    def show(self, victim: Victim, drivers: tuple[str, ...] = DRIVERS) -> None:
-        """Have the daemon show the image with each driver, as long as the bench lasts. Raise the daemon's error."""
+    def show(self, victim: Victim, drivers: tuple[str, ...] = DRIVERS) -> list[str]:
+        """Have the daemon show the image with each driver, as long as the bench lasts. Raise the daemon's error.
+
+        Return of each layer why it is not lazy, "" of one that is.
+        """
+        reasons: list[str] = []
         for driver in drivers:
             shown = self.control.call(
                 "mount_image",
@@ -156,6 +160,8 @@ class Bench:
             )
             assert shown["driver"] == driver, shown["reason"]
             victim.trees[driver] = Path(shown["path"])
+            reasons = [layer["reason"] for layer in shown["layers"]]
+        return reasons
 
     # -- what readers, users and metrics see
 
@@ -199,12 +205,17 @@ class Bench:
         return {label: value for (name, label), value in self.metrics().items() if name == "lazyfsd_errors_total"}
 
     def metrics(self) -> dict[tuple[str, str], float]:
-        """Return the daemon's metrics by name and the value of their (first) label, "" where they have none."""
-        with connect(self.node.run_dir / "lazyfsd.sock") as daemon:
-            text = daemon.call("metrics", timeout=10)["text"]
-        return {
-            (sample.name, next(iter(sample.labels.values()), "")): sample.value
-            for family in text_string_to_metric_families(text)
-            for sample in family.samples
-            if "le" not in sample.labels
-        }
+        """Return the daemon's metrics, see `metrics_of`."""
+        return metrics_of(self.node)
+
+
+def metrics_of(node: Node) -> dict[tuple[str, str], float]:
+    """Return a daemon's metrics by name and the value of their (first) label, "" where they have none."""
+    with connect(node.run_dir / "lazyfsd.sock") as daemon:
+        text = daemon.call("metrics", timeout=10)["text"]
+    return {
+        (sample.name, next(iter(sample.labels.values()), "")): sample.value
+        for family in text_string_to_metric_families(text)
+        for sample in family.samples
+        if "le" not in sample.labels
+    }

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from tests.faults.cases import RIGHT, Area, Case, shows
 from tests.helpers.cri import CriFailed, Pod
 from tests.helpers.daemon import until
 from tests.helpers.fake_registry import FakeRegistry
@@ -36,6 +37,15 @@ def images(registry: FakeRegistry, scratch: Path) -> Little:
     return Little(registry, scratch)
 
 
+@shows(
+    Case(
+        "processes-snapshotter-killed",
+        Area.PROCESSES,
+        "the snapshotter is killed (-9) twenty times, anywhere in pulls, starts and removals",
+        "running containers: right bytes",
+        "a step that was hit works when it is done again",
+    ),
+)
 def test_twenty_kills_disturb_no_container_and_no_pull_more_than_once(scratch: Path, images: Little) -> None:
     """Each round pulls an image, runs it and removes both, and the snapshotter is killed somewhere in it."""
     chance = random.Random(4)
@@ -91,6 +101,15 @@ def test_twenty_kills_disturb_no_container_and_no_pull_more_than_once(scratch: P
         assert len(node.daemons()) == 1 and number >= 4
 
 
+@shows(
+    Case(
+        "processes-all-killed",
+        Area.PROCESSES,
+        "containerd, snapshotter and lazyfsd are killed, and the registry is down",
+        RIGHT,
+        "whole images start; of others it is told what is missing",
+    ),
+)
 def test_complete_images_start_again_without_their_registry(scratch: Path, images: Little) -> None:
     """All three processes start again; of what is not complete it is told in bounded time what is missing."""
     whole, part = images.numbered(1), images.add("part", images.lazy(images.other_system))

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from tests.faults.cases import RIGHT, Area, Case, shows
 from tests.helpers import real
 from tests.helpers.cri import CriFailed, Said
 from tests.helpers.daemon import until
@@ -114,6 +115,15 @@ def test_pulls_of_the_same_layers_at_once_share_the_work(scratch: Path, images: 
         assert [run(node, image, *SAY).out for image in named] == ["1\n"] * 4
 
 
+@shows(
+    Case(
+        "network-pull-black-hole",
+        Area.NETWORK,
+        "a registry never answers ranges while an image is pulled",
+        RIGHT,
+        "the pull goes on in the ordinary way after `prepare_timeout`",
+    ),
+)
 def test_a_registry_that_never_answers_ranges_delays_a_pull_and_nobody_else(scratch: Path, images: Little) -> None:
     """The pull is an ordinary one after prepare_timeout; an image of another registry is lazy meanwhile."""
     hung = images.numbered(1)
@@ -146,6 +156,15 @@ def test_a_registry_that_never_answers_ranges_delays_a_pull_and_nobody_else(scra
             images.registry.clear_faults()
 
 
+@shows(
+    Case(
+        "processes-daemon-gone",
+        Area.PROCESSES,
+        "lazyfsd is gone when a pod starts",
+        RIGHT,
+        "nothing: another one is started",
+    ),
+)
 def test_a_daemon_that_is_gone_is_started_again(scratch: Path, images: Little) -> None:
     first, second = images.numbered(1), images.numbered(2)
     with PodNode(scratch, images.pause) as node:
@@ -162,6 +181,15 @@ def test_a_daemon_that_is_gone_is_started_again(scratch: Path, images: Little) -
         assert pid != again
 
 
+@shows(
+    Case(
+        "processes-daemon-silent",
+        Area.PROCESSES,
+        "lazyfsd is stopped (SIGSTOP) when a pod is pulled and started",
+        "–",
+        "bounded time, and it is told",
+    ),
+)
 def test_a_daemon_that_does_not_answer_delays_and_is_told(scratch: Path, images: Little) -> None:
     first = images.numbered(1)
     second = images.add("second", images.lazy(images.other_system), images.lazy(data(2)))
@@ -203,6 +231,15 @@ def test_a_snapshot_that_is_mounted_can_be_removed(scratch: Path, images: Little
         assert node.cri.run(container, *SAY).out == "1\n"
 
 
+@shows(
+    Case(
+        "processes-containerd-killed",
+        Area.PROCESSES,
+        "containerd is killed (-9) in the middle of a pull",
+        RIGHT,
+        "the pull goes on where it was",
+    ),
+)
 def test_containerd_killed_in_mid_pull_goes_on_where_it_was(scratch: Path, images: Little) -> None:
     """An image with a lazy layer below and plain ones above, slowly; afterwards the same pull ends well."""
     image = images.add("app", images.lazy(images.system), images.plain(data(1)), images.plain(data(2)))

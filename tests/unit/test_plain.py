@@ -38,6 +38,7 @@ from lazyfs.format.entry import Kind
 from lazyfs.format.table import FORM_PLAIN, LayerTable
 from lazyfs.registry.open import OpenOptions, open_repository
 from lazyfs.registry.repository import Repository
+from tests.faults.cases import NOTHING_SHOWN, Area, Case, shows
 from tests.helpers import tars
 from tests.helpers.blobs import scan
 from tests.helpers.fake_registry import FakeRegistry
@@ -253,6 +254,15 @@ def bomb(raw: int) -> bytes:
     return gzip.compress(tars.declared("zeros", size)) + zeros * (size // piece) + gzip.compress(bytes(1024))
 
 
+@shows(
+    Case(
+        "input-plain-bomb",
+        Area.INPUT,
+        "a layer without a TOC that unpacks to a thousand times its size",
+        "zeros, as holes",
+        "nothing: it takes neither memory nor disk",
+    ),
+)
 def test_a_bomb_takes_neither_memory_nor_disk(registry: FakeRegistry, tmp_path: Path) -> None:
     raw = 1 << 30
     blob = bomb(raw)
@@ -276,6 +286,15 @@ print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)
     assert int(told.stdout) < 400 << 10  # kibibytes
 
 
+@shows(
+    Case(
+        "input-plain-bomb-cpu",
+        Area.INPUT,
+        "the same of twenty gigabytes",
+        NOTHING_SHOWN,
+        "“it took more processor time to read than any layer may”",
+    ),
+)
 def test_a_bomb_is_given_up_in_time(registry: FakeRegistry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(plain, "UNPACK_CPU", 2)
     blob = bomb(20 << 30)
@@ -327,6 +346,15 @@ def test_a_killed_child_is_an_error(registry: FakeRegistry, tmp_path: Path, monk
     assert not (tmp_path / "table").exists()
 
 
+@shows(
+    Case(
+        "processes-unpacker-stopped",
+        Area.PROCESSES,
+        "the process that unpacks a plain layer is stopped",
+        NOTHING_SHOWN,
+        "“… has taken no byte for 60 s: it was stopped, or the disk of the store hangs”",
+    ),
+)
 def test_a_child_that_takes_nothing_is_given_up(
     registry: FakeRegistry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
