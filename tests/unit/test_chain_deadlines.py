@@ -15,6 +15,7 @@ from lazyfs.mount.apart import Apart
 from lazyfs.mount.chain_layers import ChainLayers, ChainSource
 from lazyfs.mount.chains import Chains
 from lazyfs.mount.forest import Forest
+from lazyfs.mount.inheritance import Inheritance
 from lazyfs.mount.keeping import Keeping
 from lazyfs.mount.planting import Planting
 from lazyfs.mount.reachable import Reachable
@@ -70,6 +71,7 @@ async def test_the_caller_is_answered_in_its_time_and_what_comes_late_is_taken_b
             chains = Chains(
                 cast(ChainLayers, parts), cast(Keeping, parts), cast(Reachable, parts), cast(Planting, parts),
                 cast(Forest, parts), Apart(nursery), cast(Showing, parts), cast(Starts, parts),
+                Inheritance(None),
             )  # fmt: skip
             with pytest.raises(RegistryTimeout, match="in time"):
                 await chains.mount(source, "", [])
