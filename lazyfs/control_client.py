@@ -354,7 +354,7 @@ def _read_line(fd: int, deadline: float) -> bytes:
         if left <= 0 or not coming.poll(left * 1000):
             return b""
         part = os.read(fd, 1 << 16)
-        if not part:
+        if not part or len(data) > MAX_LINE:
             return b""
         data += part
     return data

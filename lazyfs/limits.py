@@ -109,6 +109,8 @@ MAX_HEALTH_HOSTS = 1024  # hosts whose health is remembered
 MAX_HEALTH_BLOBS = 4096  # blobs and tags remembered that a host does not have, or keeps to itself
 MAX_STAT_HOSTS = 50  # hosts told apart in labels of metrics; a registry may redirect to any number of them
 MAX_SERIES = 1000  # combinations of labels of one metric; a bound on mistakes, not a number that is reached
+MAX_LINK_HOSTS = 256  # hosts whose link is known; with more, those of which nothing is under way are forgotten
+MAX_LIMITS_TOLD = 20  # hosts of which somebody who waits for an image is told that they limit how often they are asked
 MAX_OTHER_SOURCES = 3  # further sources of a layer that are remembered
 
 # -- Configuration and logins
@@ -119,6 +121,7 @@ MAX_DIAL_TIMEOUT = 300.0  # seconds of a dial_timeout; what says more gets this
 MAX_CONF_FILES = 64  # files of one registries.conf.d
 MAX_MIRRORS = 31  # mirrors of one registry
 MAX_PEM = MiB  # bytes of one file of certificates
+MAX_TLS_CONTEXTS = 64  # ways of talking TLS (authorities, certificate) whose files are loaded; the oldest go
 MAX_CERTIFICATES = 256  # certificates in one directory
 MAX_AUTH_FILE = MiB  # bytes of an auth.json or config.json
 MAX_PROGRAM_ANSWER = 64 * KiB  # bytes that a credential program answers; clouds' tokens have a few thousand
@@ -224,6 +227,7 @@ IN_FLIGHT = 32  # batches waiting for compression or for the writer, of all laye
 SIDE_BY_SIDE = 4  # layers converted at once: each has buffers of its own, and memory is promised
 UPLOADS = 4  # uploads at once
 SOURCE_DEPTH = 4  # blocks of 256 KiB between the threads that fetch a layer and convert it
+MAX_CALLS = 4096  # calls of containerd and kubelet that run or wait; further ones are refused
 CALL_THREADS = 192  # calls of containerd at once; fewer than the daemon takes connections, of which each has one
 LIST_THREADS = 16  # calls of containerd at once that wait for the local disk alone
 PULL_THREADS = 64  # pulls of kubelet's at once; of their own, since they wait for containerd and that for calls of its

@@ -27,7 +27,7 @@ from lazyfs import config, notify
 from lazyfs import log as logs
 from lazyfs.config import Settings
 from lazyfs.errors import LazyfsError, StoreBroken, UsageError
-from lazyfs.limits import CALL_THREADS, GRACE, MAX_GRPC_MESSAGE
+from lazyfs.limits import CALL_THREADS, GRACE, MAX_CALLS, MAX_GRPC_MESSAGE
 from lazyfs.process import harden
 from snapshotter.collaborators import Connect, Handler, no_collaborators
 from snapshotter.connect import connect
@@ -89,7 +89,12 @@ class Server:
             ("grpc.max_send_message_length", MAX_GRPC_MESSAGE),
             ("grpc.so_reuseport", 0),
         )
-        server = grpc.server(ThreadPoolExecutor(CALL_THREADS, "call"), interceptors=self._interceptors, options=options)
+        server = grpc.server(
+            ThreadPoolExecutor(CALL_THREADS, "call"),
+            interceptors=self._interceptors,
+            options=options,
+            maximum_concurrent_rpcs=MAX_CALLS,
+        )
         server.add_generic_rpc_handlers((Service(self.snapshotter, self._note_call).handler(), *self._more))
         before = os.umask(0o177)
         try:

@@ -20,6 +20,7 @@ import trio
 
 from lazyfs.chunks.link import Flow, Link
 from lazyfs.chunks.width import Width
+from lazyfs.limits import MAX_LINK_HOSTS
 from lazyfs.units import KiB, MiB
 
 T = TypeVar("T")
@@ -137,6 +138,11 @@ class _Host:
         self.link = Link()
         self.width = Width(connections)
         self.limiter = trio.CapacityLimiter(_THREADS * self._connections)
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether nothing is lost with this host but what was seen of its link."""
+        return not (self._queue or self._active or any(self.running) or self.mounts or self.starts or self.awaited)
 
     @property
     def has_readers(self) -> bool:
@@ -297,6 +303,8 @@ class Scheduler:
     def _host(self, name: str) -> _Host:
         host = self._hosts.get(name)
         if host is None:
+            if len(self._hosts) >= MAX_LINK_HOSTS:  # a registry may redirect to any number of them
+                self._hosts = {known: one for known, one in self._hosts.items() if not one.is_idle}
             host = self._hosts[name] = _Host(self._connections, self._clock)
         return host
 

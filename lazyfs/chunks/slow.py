@@ -118,6 +118,7 @@ class SlowRanges:
             return False  # the others get nothing either, or there is nothing to hold against it
         if now.at - self._doubted.get(one.host, float("-inf")) < _DOUBT:
             return False
+        self._doubted = {host: at for host, at in self._doubted.items() if now.at - at < _DOUBT}
         self._doubted[one.host] = now.at
         link.believe(mine)
         return True

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 
+from lazyfs.limits import MAX_LIMITS_TOLD
 from lazyfs.registry.hops import Hop, OnHop
 
 _SAT_OUT = 60.0  # seconds
@@ -30,7 +31,7 @@ class LimitTeller:
         if hop.status != 429:
             return
         with self._lock:
-            if hop.host in self._told:
+            if hop.host in self._told or len(self._told) >= MAX_LIMITS_TOLD:
                 return
             self._told.add(hop.host)
         said = sentence(hop.host, hop.retry_after)

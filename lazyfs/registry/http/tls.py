@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lazyfs.errors import UsageError
-from lazyfs.limits import MAX_CERTIFICATES, MAX_PEM
+from lazyfs.limits import MAX_CERTIFICATES, MAX_PEM, MAX_TLS_CONTEXTS
 from lazyfs.registry.config.config_files import read_bounded
 from lazyfs.registry.endpoints import NO_TLS, Tls
 from lazyfs.registry.http.environment import Authorities, load_authorities
@@ -86,6 +86,9 @@ class TlsContexts:
                     files = known.files if known is not None else files
             else:
                 context = known.context
+            self._loaded.pop(tls, None)
+            while len(self._loaded) >= MAX_TLS_CONTEXTS:
+                del self._loaded[next(iter(self._loaded))]  # the one that was looked at longest ago
             self._loaded[tls] = _Loaded(context, files, now)
             return context
 
