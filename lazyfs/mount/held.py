@@ -6,6 +6,7 @@ ready in milliseconds.
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import importlib
 import json
@@ -20,6 +21,7 @@ from lazyfs.mount import greeting as greetings
 from lazyfs.mount.greeting import Greeting
 from lazyfs.mount.holder import SERVES, WARM
 
+_URGENT = -10  # nice value of who takes over: every reader of the node waits for it, and others may fill the processors
 _MAX_ORDER = 64 * 1024  # bytes
 # What a daemon imports when it is first wanted: a standby has the time, and whoever takes over has not.
 _LATER = ("lazyfs.chunks", "lazyfs.mount", "lazyfs.registry")
@@ -74,13 +76,22 @@ class Leash:
             self._socket.close()
             self._socket = socket.socket(fileno=following)
             _import_all()
+            _set_priority(_URGENT)
 
     def serves(self) -> None:
-        """Say that requests are answered. Doesn't block."""
+        """Say that requests are answered, and be no more urgent than others from now on. Doesn't block."""
+        _set_priority(0)
         try:
             self._socket.send(SERVES, socket.MSG_DONTWAIT)
         except OSError:
             pass  # the holder has ended; who serves goes on
+
+
+def _set_priority(nice: int) -> None:
+    """Set the nice value of all of our threads, as far as we may (RLIMIT_NICE, CAP_SYS_NICE)."""
+    with contextlib.suppress(OSError):
+        for thread in os.listdir("/proc/self/task"):
+            os.setpriority(os.PRIO_PROCESS, int(thread), nice)
 
 
 def _import_all() -> None:
