@@ -26,7 +26,7 @@ from pathlib import Path
 from types import TracebackType
 
 from lazyfs import digest as digests
-from lazyfs import oci
+from lazyfs import oci, private
 from lazyfs.errors import FormatError, StoreBroken
 from lazyfs.limits import MAX_WORK_RECORD, MAX_WORK_RECORDS, MAX_WORK_SIZE
 
@@ -157,8 +157,8 @@ class WorkDirectory:
                 f"the work directory {self._path} belongs to another user, or others may write to it",
                 hint="name one of your own with --work-dir",
             )
-        self._layers.mkdir(0o700, exist_ok=True)
-        self._run.parent.mkdir(0o700, exist_ok=True)
+        private.make_directory(self._layers)
+        private.make_directory(self._run.parent)
 
     @contextlib.contextmanager
     def _locked(self) -> Iterator[None]:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from indexer.work import WorkDirectory
 from lazyfs import config, control_client, private
 from lazyfs.chunks.catalog import Catalog
 from lazyfs.chunks.census import Census
@@ -103,6 +104,17 @@ def test_sweeping_and_clearing_remove_nothing_behind_a_link(settings: Settings, 
     Clearing(Census(store, catalog, Nobody())).prune(Goal(everything=True))
     store.close()
     catalog.close()
+    assert content(precious) == before
+
+
+@pytest.mark.parametrize("name", ["runs", "layers"])
+def test_the_converters_work_directory_leads_nowhere_else(tmp_path: Path, precious: Path, name: str) -> None:
+    before = content(precious)
+    work = tmp_path / "work"
+    work.mkdir(mode=0o700)
+    (work / name).symlink_to(precious)
+    with pytest.raises(StoreBroken, match="is a symbolic link"), WorkDirectory(work):
+        pass
     assert content(precious) == before
 
 
