@@ -55,11 +55,9 @@ def _attach(settings: Settings) -> None:
 
 
 def _make_room(settings: Settings) -> None:
-    planting.MAX_TREES, before = 1, planting.MAX_TREES
-    try:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(planting, "MAX_TREES", 1)
         planting._make_room(settings.root / "trees")
-    finally:
-        planting.MAX_TREES = before
 
 
 @pytest.mark.parametrize(
