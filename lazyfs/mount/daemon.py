@@ -38,7 +38,7 @@ from lazyfs.config import Settings
 from lazyfs.container import sweep
 from lazyfs.control_client import holder_words, prepare_run, socket_of
 from lazyfs.errors import DaemonFault, LazyfsError, UsageError, first_of
-from lazyfs.mount import heap
+from lazyfs.mount import heap, pressure
 from lazyfs.mount.ahead import Ahead
 from lazyfs.mount.chain_service import serve_chains
 from lazyfs.mount.control import ControlServer
@@ -223,6 +223,7 @@ class Daemon:
             )
             nursery.start_soon(service.keeping.watch)
             nursery.start_soon(heap.give_back)
+            nursery.start_soon(pressure.watch, memory)
             uses.bind(images, mounted)
             store.irreplaceable = images.layers.offline
             server = ControlServer(socket_of(settings, self._solo, store_only=self._store_only), mounted)

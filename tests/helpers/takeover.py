@@ -5,11 +5,11 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import random
 import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 from lazyfs.control_client import Daemon, connect
@@ -18,7 +18,8 @@ from tests.helpers.daemon import Node, pattern, until
 
 FILES = {f"f{number}": 300_000 + 4096 * number for number in range(6)}  # names and sizes; contents: pattern(size)
 
-# Reads what `kind` says until its input ends, and prints: reads, the longest (seconds), what went wrong.
+# Reads what `kind` says until its input ends, and prints: reads, what went wrong, reads of more than 2 ms (when they
+# began on the machine's monotonic clock, how long they took; seconds).
 _READER = """
 import json, mmap, os, random, select, sys, time
 sys.path.insert(0, sys.argv[4])
@@ -27,7 +28,7 @@ kind, root, files = sys.argv[1], sys.argv[2], json.loads(sys.argv[3])
 want = {name: pattern(size) for name, size in files.items()}
 flags = os.O_RDONLY | (os.O_DIRECT if kind == "direct" else 0)
 held = {name: os.open(os.path.join(root, name), flags) for name in want}
-count, longest, wrong = 0, 0.0, []
+count, wrong, slow = 0, [], []
 print("reading", flush=True)
 while not select.select([0], [], [], 0)[0]:
     name = random.choice(list(want))
@@ -55,11 +56,24 @@ while not select.select([0], [], [], 0)[0]:
             wrong.append(f"{name} at {at}: {len(got)} bytes that are not its")
     except (OSError, AssertionError) as error:
         wrong.append(f"{name} at {at}: {error!r}")
-    longest = max(longest, time.monotonic() - began)
+    took = time.monotonic() - began
+    if took > 0.002 and len(slow) < 100_000:
+        slow.append((began, took))
     count += 1
-print(json.dumps([count, longest, wrong[:5]]))
+    time.sleep(float(sys.argv[5]))
+print(json.dumps([count, wrong[:5], slow]))
 """
 KINDS = ("held", "direct", "mmap", "opened", "names")
+
+
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """What a reader says at its end; see _READER."""
+
+    kind: str
+    count: int
+    wrong: list[str]
+    slow: list[tuple[float, float]]
 
 
 class Held:
@@ -113,11 +127,11 @@ def held(node: Node, **environment: str) -> Iterator[Held]:
 
 
 @contextlib.contextmanager
-def readers(node: Node, root: Path, kinds: tuple[str, ...] = KINDS) -> Iterator[list[list[object]]]:
-    """Have one reader of each kind at work; at the end the list says of each: reads, the longest, what went wrong."""
-    arguments = [str(root), json.dumps(FILES), str(Path(__file__).parents[2])]
+def readers(node: Node, root: Path, kinds: tuple[str, ...] = KINDS, *, pause: float = 0) -> Iterator[list[Reading]]:
+    """Have a reader of each kind at work, `pause` seconds between reads; at the end the list has what they say."""
+    arguments = [str(root), json.dumps(FILES), str(Path(__file__).parents[2]), str(pause)]
     started = [node.spawn([sys.executable, "-c", _READER, kind, *arguments], feed=True) for kind in kinds]
-    results: list[list[object]] = []
+    results: list[Reading] = []
     try:
         for one in started:
             assert one.stdout is not None and one.stdout.readline() == b"reading\n"
@@ -125,7 +139,7 @@ def readers(node: Node, root: Path, kinds: tuple[str, ...] = KINDS) -> Iterator[
         for kind, one in zip(kinds, started, strict=True):
             out, err = one.communicate(timeout=60)
             assert one.returncode == 0, (kind, err.decode())
-            results.append([kind, *json.loads(out)])
+            results.append(Reading(kind, *json.loads(out)))
     finally:
         for one in started:
             one.kill()
@@ -135,8 +149,3 @@ def readers(node: Node, root: Path, kinds: tuple[str, ...] = KINDS) -> Iterator[
 def contents() -> dict[str, bytes]:
     """Return what the files hold that readers read."""
     return {name: pattern(size) for name, size in FILES.items()}
-
-
-def pause(rng: random.Random) -> float:
-    """Return seconds until the next kill: some come while the one before is still taken over."""
-    return rng.choice((0.0, 0.05, 0.2, 0.5))

@@ -1,0 +1,171 @@
+"""Do readers notice that lazyfsd is killed, or upgraded?
+
+    python -m perf.kills [--kills 500] [--upgrades 50] [--out FILE]
+
+Fifteen readers (held files, opened ones, O_DIRECT, mmap, names) over the driver fuse, the driver erofs and an overlay
+that is written to, and a container of `lazyfs run`; the kernel's caches are dropped all the while. Every byte is
+compared. After each kill the next one waits until a daemon serves again, and up to half a second more. Prints JSON
+lines: what failed, the readers' longest wait around each kill (median, 95th percentile, worst), the memory of holder
+and standby; the machine. Exits with 1 when a read failed or was wrong, the median is above 20 ms
+or the worst above 2 s. Method: perf/README.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import random
+import statistics
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from perf import machine
+from perf.start import scratch
+from tests.helpers.blobs import zstd_chunked_layer
+from tests.helpers.daemon import Node, add
+from tests.helpers.fake_registry import FakeRegistry
+from tests.helpers.small_image import make_layout, make_tree
+from tests.helpers.takeover import KINDS, Held, Reading, contents, held, readers
+from tests.helpers.tars import file, tar_of
+
+MEDIAN, WORST = 0.020, 2.0  # seconds, promised
+_PAUSE = 0.005  # seconds between two reads of one reader: two cores do not become the measure
+_WARM = 1.0  # seconds: what a standby takes to be forked, and some
+_ON_EROFS = tuple(kind for kind in KINDS if kind != "direct")
+_LOOP = "while sleep 0.01; do cat /bin/id /usr/bin/stat /etc/passwd >/dev/null || echo failed; done"
+
+
+def rounds(daemon: Held, count: int, how: Callable[[], object]) -> list[float]:
+    """End the daemon `count` times; return when (monotonic seconds), once the next one served."""
+    rng, times = random.Random(count), []
+    for _ in range(count):
+        time.sleep(_WARM + rng.random() / 2)
+        times.append(time.monotonic())
+        how()
+    time.sleep(_WARM)
+    return times
+
+
+def stalls(times: list[float], readings: list[Reading]) -> list[float]:
+    """Return the longest read under way in the second after each of these times."""
+    slow = sorted((began, took) for reading in readings for began, took in reading.slow)
+    return [max((took for began, took in slow if began < at + 1 and began + took > at), default=0.0) for at in times]
+
+
+@contextlib.contextmanager
+def dropping_caches() -> Iterator[None]:
+    """Drop pages, names and attributes of the whole machine, twice a second."""
+    over = threading.Event()
+
+    def drop() -> None:
+        while not over.wait(0.5):
+            Path("/proc/sys/vm/drop_caches").write_text("3")
+
+    thread = threading.Thread(target=drop)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
+
+
+def memory(daemon: Held) -> dict[str, int]:
+    """Return bytes that holder, serving daemon and standby have for themselves alone."""
+    serving = daemon.pid()
+    standby = next(pid for pid in daemon.node.processes() if pid != serving)
+    found = {"holder": daemon.process.pid, "daemon": serving, "standby": standby}
+    return {name: _private(pid) for name, pid in found.items()}
+
+
+def _private(pid: int) -> int:
+    lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
+    return sum(int(line.split()[1]) * 1024 for line in lines if line.startswith("Private_"))
+
+
+def measure(place: Path, kills: int, upgrades: int) -> list[dict[str, Any]]:
+    """Return the results of both; see the module."""
+    with FakeRegistry() as registry, Node(place) as node, held(node) as daemon, contextlib.ExitStack() as stack:
+        files = zstd_chunked_layer(tar_of(*(file(name, data) for name, data in contents().items())))
+        image = add(registry, "image", files)
+        tree = place / "tree"
+        make_tree(tree)
+        layout = make_layout(tree, place / "layout", {})
+        trees = {
+            "fuse": (node.mount(image, "--driver", "fuse"), (*KINDS, "held", "opened")),
+            "erofs": (node.mount(image, "--driver", "erofs"), _ON_EROFS),
+            "overlay": (node.mount(image, "--rw"), _ON_EROFS),
+        }
+        container = node.spawn(node.words("run", "--network", "none", layout, "sh", "-c", _LOOP))
+        stack.callback(container.wait, 60)
+        stack.callback(container.terminate)
+        out = []
+        for what, count, how in (("kills", kills, daemon.kill), ("upgrades", upgrades, _upgrade(node))):
+            with contextlib.ExitStack() as reading:
+                results = [
+                    reading.enter_context(readers(node, where, kinds, pause=_PAUSE)) for where, kinds in trees.values()
+                ]
+                with dropping_caches():
+                    times = rounds(daemon, count, how)
+            out.append(_told(what, times, [one for result in results for one in result]))
+        assert container.poll() is None, "the container has ended"
+        container.terminate()
+        said, failed = container.communicate(timeout=60)
+        out.append({"what": "container", "failed": said.decode().count("failed"), "words": failed.decode()[:500]})
+        out.append({"what": "memory", "bytes": memory(daemon)})
+        for where, _ in trees.values():
+            node.umount(where)
+        return out
+
+
+def _upgrade(node: Node) -> Callable[[], None]:
+    def run() -> None:
+        done = node.lazyfs("upgrade")
+        assert done.returncode == 0, done.stderr
+
+    return run
+
+
+def _told(what: str, times: list[float], readings: list[Reading]) -> dict[str, Any]:
+    found = sorted(stalls(times, readings)) or [0.0]
+    return {
+        "what": what,
+        "count": len(times),
+        "readers": len(readings),
+        "reads": sum(reading.count for reading in readings),
+        "wrong": [word for reading in readings for word in reading.wrong],
+        "longest_wait_ms": {
+            "median": round(statistics.median(found) * 1000, 1),
+            "p95": round(found[int(len(found) * 0.95) - 1] * 1000, 1),
+            "worst": round(found[-1] * 1000, 1),
+        },
+    }
+
+
+def main() -> int:
+    """Print the results; return 1 when a promise is broken."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--kills", type=int, default=500)
+    parser.add_argument("--upgrades", type=int, default=50)
+    args = parser.parse_args()
+    with scratch() as place:
+        results = measure(place, args.kills, args.upgrades)
+    good = True
+    for result in results:
+        print(json.dumps(result | machine.facts()), flush=True)
+        waits = result.get("longest_wait_ms")
+        good &= not result.get("wrong") and not result.get("failed")
+        if waits is not None:
+            good &= waits["median"] <= MEDIAN * 1000 and waits["worst"] <= WORST * 1000
+    return 0 if good else 1
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("LAZYFS_TEST_SESSION", "perf")
+    sys.exit(main())
