@@ -181,7 +181,7 @@ class Images:
         remarks = await self._in_thread(partial(missing.check, self._census, reference, resolved, pull))
         with contextlib.ExitStack() as undo:
             try:
-                tails = self._preparer.begin_tails(repository, manifest, self._pool)
+                tails = self._preparer.begin_tails(repository, manifest, self._pool, self.layers.is_preparing)
                 start = self._begin_start(repository, reference.origin, manifest, tails, undo) if follow else None
                 config = await self._in_thread(resolved.config.result)
                 prepared = await self._prepare_all(repository, reference.origin, manifest, config, tails, say)

@@ -105,18 +105,24 @@ class Preparer:
         self.unpacking = Unpacking(store, settings.host_connections, self.builder.warm)
 
     def begin_tails(
-        self, repository: Repository, manifest: Manifest, pool: ThreadPoolExecutor
+        self,
+        repository: Repository,
+        manifest: Manifest,
+        pool: ThreadPoolExecutor,
+        is_preparing: Callable[[str], bool],
     ) -> dict[str, Future[bytes]]:
         """Start fetching the tails of layers that this node has no table of, beside the image config. By blob digest.
 
-        All documents behind the manifest cost one round trip together that way. Doesn't block.
+        All documents behind the manifest cost one round trip together that way. `is_preparing`: those that somebody has
+        asked for already. Doesn't block.
         """
         tails: dict[str, Future[bytes]] = {}
         for layer in manifest.layers:
             found = self._toc_source(layer)
             if not isinstance(found, TocSource) or found.size > LARGE_TAIL:
                 continue
-            if layer.digest not in tails and not self.has_table(layer.digest):
+            known = layer.digest in tails or is_preparing(layer.digest)
+            if not known and not self.has_table(layer.digest):
                 tails[layer.digest] = pool.submit(fetch_range, repository, layer.digest, found.blob_offset, found.size)
         return tails
 

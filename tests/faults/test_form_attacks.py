@@ -221,7 +221,7 @@ async def test_large_tails_wait_for_their_turn(scratch: Path, registry: FakeRegi
     async with served_node(scratch / "served") as one:
         preparer = Preparer(one.store, one.catalog, Settings(root=one.root, run=scratch))
         with ThreadPoolExecutor(2) as pool:
-            tails = preparer.begin_tails(one.repository(registry.host), manifest, pool)
+            tails = preparer.begin_tails(one.repository(registry.host), manifest, pool, lambda digest: False)
             assert list(tails) == [small.digest]
             assert tails[small.digest].result(10).endswith(small.tail[-48:])
         preparer.builder.close()
