@@ -8,7 +8,8 @@ from functools import partial
 
 import trio
 
-from lazyfs.chunks.flights import Flight, Flights, Given
+from lazyfs.chunks.flight import Flight
+from lazyfs.chunks.flights import Flights, Given
 from lazyfs.chunks.frames import needed
 from lazyfs.chunks.layer import ServedLayer
 from lazyfs.chunks.schedule import Priority, Scheduler

@@ -10,7 +10,8 @@ from bisect import bisect_right
 from collections import OrderedDict
 
 from lazyfs.chunks.crowds import STRETCH, Crowds
-from lazyfs.chunks.flights import Flight, Flights
+from lazyfs.chunks.flight import Flight
+from lazyfs.chunks.flights import Flights
 from lazyfs.chunks.layer import ServedLayer
 from lazyfs.chunks.schedule import Priority, Scheduler
 from lazyfs.chunks.strides import Strides
