@@ -1,0 +1,235 @@
+"""Random images, mounts, reads, kills, faults and evictions, for hours: is every byte right, is anything left?
+
+    python -m perf.soak --minutes 60 [--seed 1] [--calm]
+
+One node with a holder and a store too small for its images, a registry that fails now and then. Every read is compared;
+one that fails where the registry would have answered in time counts as failed. Each round ends with all images
+unmounted: what is left then (mounts, processes, files that belong to nobody) and what holder and daemon have (private
+memory, open files, threads) is noted. With --calm nothing is killed, so that the daemon's own drift shows. Prints a
+JSON line a round and one at the end, with the machine. Exits with 1 when a read was wrong or failed, something was left,
+or the daemon's memory grew by more than 5 % from the first third of the rounds to the last (--calm, six rounds or more).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import statistics
+import sys
+import time
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from lazyfs.container import mounts
+from perf import machine
+from perf.start import scratch
+from tests.helpers.blobs import zstd_chunked_layer
+from tests.helpers.daemon import Node, add, pattern, until
+from tests.helpers.fake_registry import AddedImage, FakeRegistry
+from tests.helpers.registry_faults import Fault
+from tests.helpers.takeover import Held, held
+from tests.helpers.tars import dir_, file, tar_of
+
+DRIFT = 0.05  # of the daemon's private memory, promised
+_IMAGES = 6
+_FILES = 8  # of an image
+_LARGEST = 400_000  # bytes of a file
+_MOUNTED = 4  # images at once
+_ACTIONS = 25  # of a round
+_SETTINGS = {
+    "STORE_SIZE": "3MiB", "MEMORY_SIZE": "4MiB", "READ_TIMEOUT": "60", "ANSWER_TIMEOUT": "2", "BACKGROUND": "1",
+    "DAEMON_LINGER": "600",
+}  # fmt: skip
+# What a registry does for a moment and a reader must not notice. Wrong bytes are no such thing: the host is distrusted.
+_FAULTS: tuple[tuple[Fault, dict[str, Any]], ...] = (
+    (Fault.REFUSE, {}), (Fault.RESET, {}), (Fault.TRUNCATE, {}), (Fault.STATUS, {"status": 503}),
+    (Fault.STATUS, {"status": 429, "retry_after": "1"}), (Fault.DELAY, {"seconds": 0.3}), (Fault.STALL, {}),
+)  # fmt: skip
+_READ = """
+import json, os, random, sys
+sys.path.insert(0, sys.argv[4])
+from tests.helpers.daemon import pattern
+root, files, rng = sys.argv[1], json.loads(sys.argv[2]), random.Random(int(sys.argv[3]))
+count = size = 0
+wrong = []
+for _ in range(30):
+    name = rng.choice(list(files))
+    want = pattern(files[name])
+    at = rng.randrange(len(want))
+    length = rng.choice((1, 4096, 70_000, len(want)))
+    try:
+        with open(os.path.join(root, name), "rb", buffering=0) as handle:
+            got = os.pread(handle.fileno(), length, at)
+            if rng.random() < 0.3:
+                os.posix_fadvise(handle.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        if got != want[at : at + length]:
+            wrong.append(f"{name} at {at}: {len(got)} bytes that are not its")
+    except OSError as error:
+        wrong.append(f"{name} at {at}: {error}")
+    count, size = count + 1, size + length
+print(json.dumps([count, size, wrong]))
+"""
+
+
+@dataclass
+class Tally:
+    """What has happened so far. Sizes in bytes."""
+
+    rounds: int = 0
+    mounts: int = 0
+    reads: int = 0
+    bytes: int = 0
+    kills: int = 0
+    upgrades: int = 0
+    faults: int = 0
+    wrong: list[str] = field(default_factory=list)
+    left: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Image:
+    """One image: its reference, and the size of each file, which is also what its content is made from."""
+
+    added: AddedImage
+    files: dict[str, int]
+
+
+class Soak:
+    """One node and what is done to it."""
+
+    def __init__(self, node: Node, daemon: Held, registry: FakeRegistry, rng: random.Random, *, calm: bool) -> None:
+        self._node = node
+        self._daemon = daemon
+        self._registry = registry
+        self._rng = rng
+        self._calm = calm
+        self._images = [self._image(number) for number in range(_IMAGES)]
+        self._shown: dict[Path, Image] = {}
+        self.tally = Tally()
+
+    def _image(self, number: int) -> Image:
+        layers, files = [], {}
+        for part in range(self._rng.randint(1, 3)):
+            members = []
+            for index in range(_FILES):
+                name, size = f"d{part}/f{index}", self._rng.randint(1, _LARGEST)
+                files[name] = size
+                members.append(file(name, pattern(size)))
+            layers.append(zstd_chunked_layer(tar_of(dir_(f"d{part}"), *members)))
+        return Image(add(self._registry, f"image{number}", *layers), files)
+
+    def round(self) -> dict[str, Any]:
+        """Do some of everything, and take all away again. Return what the processes have then."""
+        for _ in range(_ACTIONS):
+            self._rng.choice((self._mount, self._umount, self._read, self._read, self._fault, self._end))()
+        self._registry.clear_faults()
+        self._registry.release()
+        while self._shown:
+            self._umount()
+        self.tally.rounds += 1
+        until(lambda: not self._node.status()["mounts"], "nothing is mounted", 30)
+        self._look_for_rest()
+        serving = self._daemon.pid()
+        return {"holder": _has(self._daemon.process.pid), "daemon": _has(serving)}
+
+    def _mount(self) -> None:
+        if len(self._shown) < _MOUNTED:
+            image = self._rng.choice(self._images)
+            driver = self._rng.choice(("fuse", "erofs"))
+            self._shown[self._node.mount(image.added, "--driver", driver)] = image
+            self.tally.mounts += 1
+
+    def _umount(self) -> None:
+        if self._shown:
+            where = self._rng.choice(list(self._shown))
+            del self._shown[where]
+            self._node.umount(where)
+            where.rmdir()
+
+    def _read(self) -> None:
+        if not self._shown:
+            return self._mount()
+        where, image = self._rng.choice(list(self._shown.items()))
+        words = [str(where), json.dumps(image.files), str(self._rng.getrandbits(32)), str(Path(__file__).parents[1])]
+        done = self._node.tool(sys.executable, "-c", _READ, *words, timeout=120)
+        assert done.returncode == 0, done.stderr.decode(errors="replace")
+        count, size, wrong = json.loads(done.stdout)
+        self.tally.reads += count
+        self.tally.bytes += size
+        self.tally.wrong += wrong
+
+    def _fault(self) -> None:
+        kind, more = self._rng.choice(_FAULTS)
+        self._registry.fault(kind, path="/blobs/", times=self._rng.randint(1, 3), **more)
+        self.tally.faults += 1
+
+    def _end(self) -> None:
+        if self._calm:
+            return
+        if self._rng.random() < 0.8:
+            self._daemon.kill()
+            self.tally.kills += 1
+        else:
+            done = self._node.lazyfs("upgrade")
+            assert done.returncode == 0, done.stderr
+            self.tally.upgrades += 1
+
+    def _look_for_rest(self) -> None:
+        shown = {entry.dir for entry in mounts.below(os.fsencode(self._node.place))}
+        shown.discard(os.fsencode(self._node.run_dir / "mnt"))
+        self.tally.left += [f"mount {os.fsdecode(path)}" for path in shown]
+        daemons = len(self._node.processes())
+        if daemons > 2:  # the one that serves and its standby
+            self.tally.left.append(f"{daemons} daemons")
+
+
+def _has(pid: int) -> dict[str, int]:
+    """Return a process's private memory (bytes), open files and threads."""
+    lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
+    return {
+        "private": sum(int(line.split()[1]) * 1024 for line in lines if line.startswith("Private_")),
+        "fds": len(os.listdir(f"/proc/{pid}/fd")),
+        "threads": len(os.listdir(f"/proc/{pid}/task")),
+    }
+
+
+def drift(values: list[int]) -> float:
+    """Return the growth of the median from the first third of the values to the last; 0 for fewer than six."""
+    third = len(values) // 3
+    if third < 2:
+        return 0.0
+    return statistics.median(values[-third:]) / statistics.median(values[:third]) - 1
+
+
+def main() -> int:
+    """Soak, print, return 1 when something was wrong."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--minutes", type=float, default=60.0)
+    parser.add_argument("--seed", type=int, default=int(time.time()))
+    parser.add_argument("--calm", action="store_true", help="kill and upgrade nothing")
+    args = parser.parse_args()
+    until_then = time.monotonic() + args.minutes * 60
+    rounds: list[dict[str, Any]] = []
+    with scratch() as place, FakeRegistry() as registry, Node(place, (), **_SETTINGS) as node, held(node) as daemon:
+        soak = Soak(node, daemon, registry, random.Random(args.seed), calm=args.calm)
+        while not rounds or time.monotonic() < until_then:
+            rounds.append(soak.round())
+            print(json.dumps({"what": "round", **rounds[-1], "so_far": asdict(soak.tally)}), flush=True)
+    grown = {
+        f"{who}_{what}": round(drift([one[who][what] for one in rounds]), 3)
+        for who in ("holder", "daemon")
+        for what in ("private", "fds", "threads")
+    }
+    tally = soak.tally
+    result = {"what": "soak", "seed": args.seed, "calm": args.calm, **asdict(tally), "drift": grown}
+    print(json.dumps(result | machine.facts()), flush=True)
+    leaks = args.calm and (grown["daemon_private"] > DRIFT or grown["daemon_fds"] > DRIFT)
+    return 1 if tally.wrong or tally.left or leaks else 0
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("LAZYFS_TEST_SESSION", "perf")
+    sys.exit(main())
