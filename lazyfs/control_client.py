@@ -25,6 +25,7 @@ from lazyfs.answer import decode_error
 from lazyfs.config import Settings
 from lazyfs.errors import DaemonFault, DaemonUnreachable, FuseUnavailable, LazyfsError, StoreLocked
 from lazyfs.limits import CALL_TIMEOUT, GREETING_TIMEOUT, MAX_LINE, MAX_LOG, START_TIMEOUT
+from lazyfs.process import environment
 
 PROTOCOL = 1
 _NEEDED = {"pyfuse3": "pyfuse3", "trio": "trio", "lru-dict": "lru"}  # the extra "mount": package → module
@@ -301,6 +302,7 @@ def _start(settings: Settings, solo: Path | None, deadline: float, store_only: b
                 pass_fds=(theirs,),
                 start_new_session=True,
                 cwd="/",
+                env=environment(),
             )
     except OSError as error:
         os.close(ready)

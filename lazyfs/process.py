@@ -6,6 +6,7 @@ import os
 import resource
 
 _FILES = 65536  # open files wanted: about four a layer, one a connection
+LOGIN_VARIABLES = frozenset({"LAZYFS_CREDS", "LAZYFS_SRC_CREDS", "LAZYFS_DEST_CREDS"})  # USER:PASSWORD, of a command
 _began_with: tuple[int, int] | None = None  # the limits of a core dump, before they were changed
 
 
@@ -32,6 +33,11 @@ def keep_no_core() -> None:
     # Logins are in memory, and go to no disk. 1 byte holds no core either, and unlike 0 it also keeps the kernel from
     # sending one to a program of core_pattern's.
     resource.setrlimit(resource.RLIMIT_CORE, (1 if limits[1] else 0, limits[1]))
+
+
+def environment() -> dict[str, str]:
+    """Return the environment for a process that outlives a command: without the logins that this one was given."""
+    return {name: value for name, value in os.environ.items() if name not in LOGIN_VARIABLES}
 
 
 def core_limits() -> tuple[int, int]:

@@ -9,6 +9,7 @@ import signal
 from dataclasses import dataclass
 
 from lazyfs.errors import ContainerFailed, ToolMissing
+from lazyfs.process import environment
 
 NOT_EXECUTABLE = 126
 NOT_FOUND = 127
@@ -75,7 +76,7 @@ def start(argv: list[str], stdin: int, stdout: int, stderr: int) -> int:
         return os.posix_spawn(
             argv[0],
             argv,
-            os.environ,
+            environment(),
             file_actions=[(os.POSIX_SPAWN_DUP2, fd, number) for number, fd in enumerate((stdin, stdout, stderr))],
             # Python ignores these two, and an ignored signal stays ignored in the container.
             setsigdef=[signal.SIGPIPE, signal.SIGXFSZ],

@@ -60,3 +60,19 @@ def test_a_daemon_that_ends_at_once_points_to_its_log(broken: config.Settings) -
     assert (caught.value.message, caught.value.hint) == (
         "lazyfsd did not start", f"see {broken.run / 'lazyfsd.log'}",
     )  # fmt: skip
+
+
+def test_a_daemon_is_not_started_with_the_logins_of_a_command(
+    broken: config.Settings, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    program = tmp_path / "program"
+    program.write_text(f"#!/bin/sh\nenv > {tmp_path}/seen\n")
+    program.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(program))
+    for name in ("LAZYFS_CREDS", "LAZYFS_SRC_CREDS", "LAZYFS_DEST_CREDS"):
+        monkeypatch.setenv(name, "alice:word")
+    monkeypatch.setenv("LAZYFS_DRIVER", "fuse")
+    with pytest.raises(DaemonUnreachable), control_client.open_daemon(broken):
+        pass
+    seen = (tmp_path / "seen").read_text()
+    assert "LAZYFS_DRIVER=fuse" in seen and "alice" not in seen

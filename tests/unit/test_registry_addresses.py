@@ -24,7 +24,8 @@ from tests.helpers.fake_registry import FakeRegistry, Fault
 BLOB = bytes(range(200)) * 20
 FORBIDDEN = [
     "169.254.169.254", "169.254.0.1", "2852039166", "0xa9fea9fe", "0251.0376.0251.0376", "169.254.43518",
-    "[fe80::1]", "[::ffff:169.254.169.254]", "[::ffff:a9fe:a9fe]", "[64:ff9b::a9fe:a9fe]", "[2002:a9fe:a9fe::]",
+    "[fe80::1]", "[::ffff:169.254.169.254]", "[::ffff:a9fe:a9fe]", "[64:ff9b::a9fe:a9fe]", "[64:ff9b:1::a9fe:a9fe]",
+    "[2002:a9fe:a9fe::]",
     "0.0.0.0", "0", "[::]", "224.0.0.1", "[ff02::1]", "100.100.100.200", "[fd00:ec2::254]", "192.0.0.192",
     "metadata.google.internal", "METADATA.google.internal.", "instance-data",
 ]  # fmt: skip

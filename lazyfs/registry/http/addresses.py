@@ -22,7 +22,7 @@ _METADATA = frozenset(
     ipaddress.ip_address(text)
     for text in ("100.100.100.200", "192.0.0.192", "168.63.129.16", "fd00:ec2::254", "fd20:ce::254")
 )
-_NAT64 = ipaddress.ip_network("64:ff9b::/96")
+_NAT64 = (ipaddress.ip_network("64:ff9b::/96"), ipaddress.ip_network("64:ff9b:1::/48"))  # RFC 6052, RFC 8215
 _NETLOC = re.compile(r"(?:[A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+(?:%[A-Za-z0-9._~%-]+)?\])(?::[0-9]*)?")
 
 
@@ -104,6 +104,7 @@ def _inner(address: Address) -> Address:
         if address.sixtofour is not None:
             return address.sixtofour
         number = int(address)
-        if address in _NAT64 or (number >> 32 == 0 and number > 1):  # the second: "::a.b.c.d", deprecated
+        deprecated = number >> 32 == 0 and number > 1  # "::a.b.c.d"
+        if deprecated or any(address in network for network in _NAT64):
             return ipaddress.IPv4Address(number & 0xFFFFFFFF)
     return address
