@@ -4,10 +4,10 @@
 
 One node with a holder and a store too small for its images, a registry that fails now and then. Every read is compared;
 one that fails where the registry would have answered in time counts as failed. Each round ends with all images
-unmounted: what is left then (mounts, processes, files that belong to nobody) and what holder and daemon have (private
-memory, open files, threads) is noted. With --calm nothing is killed, so that the daemon's own drift shows. Prints a
-JSON line a round and one at the end, with the machine. Exits with 1 when a read was wrong or failed, something was left,
-or the daemon's memory grew by more than 5 % from the first third of the rounds to the last (--calm, six rounds or more).
+unmounted: what is left then (mounts, processes) and what holder and daemon have (private memory, open files, threads)
+is noted. With --calm nothing is killed, so that the daemon's own drift shows. Prints a JSON line a round and one at the
+end, with the machine. Exits with 1 when a read was wrong or failed, something was left, or the daemon's memory grew by
+more than 5 % from the first third of the rounds to the last (--calm, six rounds or more).
 """
 
 from __future__ import annotations
