@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import count
 
+from lazyfs.chunks.data_reads import DataReads
 from lazyfs.chunks.layer_store import LayerStore
 from lazyfs.chunks.spool import Spool
 from lazyfs.chunks.whole import WholeCheck
@@ -86,6 +87,7 @@ class ServedLayer:
     others: list[Repository] = field(default_factory=list)  # where else the blob is, as other images say
     refill: Callable[[], object] | None = None  # fetches a plain layer again, whole; blocking
     trouble: LazyfsError | None = None  # why the last request failed; None: bytes came since
+    data_reads: DataReads = field(default_factory=DataReads, init=False)
     witnesses: tuple[Witness, ...] = ()  # who records what is read of it; nobody, most of the time
 
     @property

@@ -12,6 +12,7 @@ from typing import Any
 
 import trio
 
+from lazyfs.chunks.data_reads import refusal
 from lazyfs.chunks.layer import ServedLayer
 from lazyfs.chunks.memory import MemoryCache
 from lazyfs.chunks.remote import Remote
@@ -103,6 +104,8 @@ class Reader:
     def begin_data(self, layer: ServedLayer, data_offset: int, size: int) -> Data | Rest:
         """Do what `read_data` does as far as nothing has to be waited for, as `begin` does."""
         layer.ensure_readable()
+        if layer.data_reads.ending and layer.users < 2:
+            raise refusal()
         found = list(layer.table.data_places(data_offset, size))
         if not found:
             return bytes(size)
@@ -125,7 +128,7 @@ class Reader:
 
         here = self._those_here(layer, places)
         if len(here) < len(places):
-            return self._rest(layer, places, here, last, spread)
+            return layer.data_reads.run(self._rest(layer, places, here, last, spread))
         return spread(here)
 
     def _those_here(self, layer: ServedLayer, places: list[Place]) -> list[memoryview]:

@@ -24,6 +24,7 @@ MS_BIND = 0x1000
 MS_REC = 0x4000
 MS_PRIVATE = 0x40000
 MS_SLAVE = 0x80000
+MNT_FORCE = 0x1
 MNT_DETACH = 0x2
 UMOUNT_NOFOLLOW = 0x8
 CLONE_NEWNS = 0x20000
@@ -125,9 +126,13 @@ def follow_host(target: bytes = b"/") -> None:
     mount(b"none", target, flags=MS_REC | MS_SLAVE)
 
 
-def umount(target: bytes, *, lazy: bool = False) -> None:
-    """Take the topmost mount at `target` away; with `lazy` also while it is in use. Raise MountFailed."""
-    result = _libc().umount2(target, ctypes.c_int(UMOUNT_NOFOLLOW | (MNT_DETACH if lazy else 0)))
+def umount(target: bytes, *, lazy: bool = False, force: bool = False) -> None:
+    """Take the topmost mount at `target` away; with `lazy` also while it is in use. Raise MountFailed.
+
+    `force`: whatever waits for an answer of a FUSE mount's server gets an error, from now on.
+    """
+    flags = UMOUNT_NOFOLLOW | (MNT_DETACH if lazy else 0) | (MNT_FORCE if force else 0)
+    result = _libc().umount2(target, ctypes.c_int(flags))
     if result != 0 and ctypes.get_errno() == errnos.EBUSY:
         raise MountFailed(
             f"{os.fsdecode(target)} is in use",

@@ -149,7 +149,8 @@ class Mounted:
             await trio.to_thread.run_sync(sweep.sweep, self._settings, limiter=self._limiter)
 
     async def release_all(self) -> None:
-        """Take every mount down, as far as it goes; for the end of the daemon."""
+        """Take every mount down, as far as it goes; for the end of the daemon, which answers no request any more."""
+        await self._showing.sever()
         for mount in list(self._mounts.values()):
             await self._take_away(mount.dir, mount.kind, mount.state_dir)
             await self._release(mount)

@@ -198,7 +198,24 @@ class Showing:
         place = self._places.get(planted.name.decode())
         if shown.driver == Driver.EROFS and place is not None:
             with trio.CancelScope(shield=True):
-                await self._let_go(planted.name.decode(), place)
+                await self._let_go(planted, place)
+
+    async def sever(self) -> None:
+        """Break the session's connection, for the end of the daemon: who waits for bytes gets an error. A checkpoint.
+
+        Nobody answers any more, and mounts over it could not be taken away else.
+        """
+        if not self.elsewhere:
+            await trio.to_thread.run_sync(self._sever, limiter=self._leavers)
+
+    def _sever(self) -> None:
+        path = os.fsencode(self._settings.session)
+        found = mounts.top_at(path)
+        if found is not None and found.kind == "fuse.lazyfs":
+            try:
+                mounts.umount(path, lazy=True, force=True)
+            except MountFailed as error:
+                log.warning("readers of the session may wait: %s", error)
 
     async def close(self) -> None:
         """Take all mounts away: before the session goes. A checkpoint."""
@@ -230,21 +247,32 @@ class Showing:
                 await trio.to_thread.run_sync(mount, limiter=self._limiter)
         except BaseException:
             with trio.CancelScope(shield=True):
-                await self._let_go(key, place)
+                await self._let_go(planted, place)
             raise
         return os.fspath(target)
 
-    async def _let_go(self, key: str, place: _Place) -> None:
+    async def _let_go(self, planted: Planted, place: _Place) -> None:
+        key = planted.name.decode()
         place.users -= 1
         if place.users:
             return
         async with place.lock:
             if not place.users and self._places.get(key) is place:
-                await trio.to_thread.run_sync(
-                    erofs_mount.unmount, self._settings.shown / key, limiter=self._leavers
-                )  # fmt: skip
+                await self._unmount(planted, self._settings.shown / key)
                 if not place.users:
                     del self._places[key]
+
+    async def _unmount(self, planted: Planted, target: Path) -> None:
+        """Take a tree's mount away when nothing is read through it any more: the kernel would wait, and stop others."""
+        for layer in planted.layers:
+            layer.data_reads.ending += 1
+        try:
+            for layer in planted.layers:
+                await layer.data_reads.end(shared=layer.users > 1)
+            await trio.to_thread.run_sync(erofs_mount.unmount, target, limiter=self._leavers)
+        finally:
+            for layer in planted.layers:
+                layer.data_reads.ending -= 1
 
     def _mount(self, planted: Planted, target: Path, method: erofs_mount.Method) -> None:
         found = mounts.top_at(os.fsencode(target))
