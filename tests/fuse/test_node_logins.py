@@ -95,6 +95,14 @@ def test_a_login_that_is_changed_in_mid_read(node: Node, tmp_path: Path) -> None
             ]:
                 for secret in (FIRST, SECOND, *(encoded(password) for password in (FIRST, SECOND))):
                     assert secret.encode() not in path.read_bytes(), path
+            others = (
+                node.run_dir / "mnt",
+                node.run_dir / "erofs",
+                node.run_dir / "lazyfsd.log",
+            )  # the log is the test's
+            for path in top.rglob("*"):
+                if not any(path.is_relative_to(place) for place in others):
+                    assert path.lstat().st_mode & 0o077 == 0, path
         assert "ready:" in node.log()
 
 
