@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from lazyfs.container import mounts
+from tests.faults.cases import RIGHT, Area, Case, shows
 from tests.helpers import chains
 from tests.helpers.blobs import zstd_chunked_layer
 from tests.helpers.daemon import Node, add, both_drivers, pattern, until
@@ -28,6 +29,15 @@ def image_of(registry: FakeRegistry, **more: bytes) -> AddedImage:
     return add(registry, "one", zstd_chunked_layer(tar_of(*(file(name, data) for name, data in files.items()))))
 
 
+@shows(
+    Case(
+        "processes-held-daemon-killed",
+        Area.PROCESSES,
+        "lazyfsd is killed (-9) again and again, with a holder",
+        "right bytes, after some milliseconds",
+        "nothing: another one takes over",
+    ),
+)
 @both_drivers
 def test_readers_do_not_notice_that_the_daemon_is_killed(node: Node, registry: FakeRegistry, driver: str) -> None:
     kinds = KINDS if driver == "fuse" else tuple(kind for kind in KINDS if kind != "direct")  # EROFS has none
@@ -44,6 +54,15 @@ def test_readers_do_not_notice_that_the_daemon_is_killed(node: Node, registry: F
         node.umount(tree)
 
 
+@shows(
+    Case(
+        "processes-held-written",
+        Area.PROCESSES,
+        "the same, under a writable mount",
+        "right bytes, and what was written",
+        "nothing",
+    ),
+)
 def test_what_is_written_over_an_image_survives(node: Node, registry: FakeRegistry) -> None:
     with held(node) as daemon:
         tree = node.mount(image_of(registry), "--rw")
@@ -54,6 +73,15 @@ def test_what_is_written_over_an_image_survives(node: Node, registry: FakeRegist
         assert node.status()["mounts"] == []
 
 
+@shows(
+    Case(
+        "processes-upgrade",
+        Area.PROCESSES,
+        "`lazyfs upgrade` puts another lazyfsd in place",
+        "right bytes, after some milliseconds",
+        "the command tells both processes",
+    ),
+)
 def test_an_upgrade_changes_the_daemon_and_nothing_else(node: Node, registry: FakeRegistry) -> None:
     with held(node) as daemon:
         tree = node.mount(image_of(registry))
@@ -104,6 +132,9 @@ def test_chains_survive(node: Node, registry: FakeRegistry) -> None:
             assert again.call("chains")["chains"] == []
 
 
+@shows(
+    Case("processes-holder-killed", Area.PROCESSES, "the holder is killed (-9)", RIGHT, "nothing: lazyfsd goes on"),
+)
 def test_a_daemon_goes_on_without_its_holder(node: Node, registry: FakeRegistry) -> None:
     with held(node) as daemon:
         tree = node.mount(image_of(registry))
@@ -129,6 +160,16 @@ if "lazyfs.mount.daemon" in sys.orig_argv:
 """
 
 
+@shows(
+    Case(
+        "processes-deadly-request",
+        Area.PROCESSES,
+        "a request that ends each lazyfsd that gets it, with a holder",
+        "EIO for its reader; all others: right bytes",
+        "`status`: QUARANTINED, “reading it has ended lazyfsd several times”",
+        "`quarantined_layers`",
+    ),
+)
 @pytest.mark.parametrize("driver", ["fuse"])
 def test_a_request_that_kills_each_daemon_is_refused(
     node: Node, registry: FakeRegistry, tmp_path: Path, driver: str
