@@ -114,18 +114,12 @@ def by_atheris(atheris: Any, run: Run, seed: int, corpus: Path | None) -> None:
         changed: bytes = atheris.Mutate(data, most)
         return changed
 
-    words = where.with_suffix(".words")
-    words.write_text("".join(f'"{_quoted(word)}"\n' for word in run.target.words))
-    flags = [
-        f"-seed={seed + 1}",
-        f"-max_len={run.target.most}",
-        "-timeout=60",
-        "-rss_limit_mb=4096",
-        "-print_final_stats=0",
-    ]
-    atheris.Setup(
-        [sys.argv[0], str(where), f"-dict={words}", *flags], one, custom_mutator=change, enable_python_coverage=True
-    )
+    flags = [f"-seed={seed + 1}", f"-max_len={run.target.most}", "-timeout=60", f"-rss_limit_mb={MEMORY >> 20}"]
+    if run.target.words:
+        words = where.with_suffix(".words")
+        words.write_text("".join(f'"{_quoted(word)}"\n' for word in run.target.words))
+        flags.append(f"-dict={words}")
+    atheris.Setup([sys.argv[0], str(where), *flags], one, custom_mutator=change, enable_python_coverage=True)
     atheris.Fuzz()
 
 
