@@ -80,6 +80,7 @@ class Tally:
 
     rounds: int = 0
     mounts: int = 0
+    refused: int = 0  # mounts that the registry's faults made fail
     reads: int = 0
     bytes: int = 0
     kills: int = 0
@@ -125,8 +126,7 @@ class Soak:
         """Do some of everything, and take all away again. Return what the processes have then."""
         for _ in range(_ACTIONS):
             self._rng.choice((self._mount, self._umount, self._read, self._read, self._fault, self._end))()
-        self._registry.clear_faults()
-        self._registry.release()
+        self._calm_down()
         while self._shown:
             self._umount()
         self.tally.rounds += 1
@@ -139,8 +139,20 @@ class Soak:
         if len(self._shown) < _MOUNTED:
             image = self._rng.choice(self._images)
             driver = self._rng.choice(("fuse", "erofs"))
-            self._shown[self._node.mount(image.added, "--driver", driver)] = image
+            where = self._node.new_dir()
+            words = ("mount", "--driver", driver, image.added.reference, where)
+            if self._node.lazyfs(*words).returncode != 0:
+                # A command says what is wrong rather than wait for a minute; the next one finds a registry that is well.
+                self._calm_down()
+                done = self._node.lazyfs(*words)
+                assert done.returncode == 0, done.stderr
+                self.tally.refused += 1
+            self._shown[where] = image
             self.tally.mounts += 1
+
+    def _calm_down(self) -> None:
+        self._registry.clear_faults()
+        self._registry.release()
 
     def _umount(self) -> None:
         if self._shown:
