@@ -16,7 +16,8 @@ PROMISED = {
     "401 403 404 416 429 500 tls-expired tls-silent no-dns tenth",
     Area.DISK: "full read-only eio-read eio-write truncated flipped holes slow lost-writes",
     Area.PROCESSES: "daemon-killed mount-killed-manifest mount-killed-config mount-killed-toc builder-killed "
-    "unpacker-killed snapshotter-killed containerd-killed held-daemon-killed holder-killed stopped unpacker-stopped memory-limit open-files two-daemons",
+    "unpacker-killed snapshotter-killed containerd-killed held-daemon-killed holder-killed stopped unpacker-stopped "
+    "memory-limit open-files two-daemons",
     Area.INPUT: "toc-bomb frame-bomb plain-bomb overlaps cycles million-names odd-names",
     Area.USERS: "busy store-removed clock kill-reader",
 }
