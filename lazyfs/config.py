@@ -47,6 +47,7 @@ class Settings:
     host_connections: int = 8  # concurrent requests to one registry host
     certs_dir: Path = Path("/etc/containerd/certs.d")  # containerd's hosts.toml files, by registry
     daemon_linger: float = 2.0  # a daemon started by a command stops this long after its last mount
+    hold: bool = True  # mounts outlive a daemon that dies, where root mounts and the kernel can
     small_layer: int = 4 * MiB  # the snapshotter fetches layers without a TOC up to this size in full
     prepare_timeout: float = 30.0  # the snapshotter lets an image be pulled in the ordinary way after this
     chain_timeout: float = 60.0  # the snapshotter answers UNAVAILABLE when a chain is not shown within this

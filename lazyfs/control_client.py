@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import select
+import signal
 import socket
 import stat
 import struct
@@ -284,18 +285,12 @@ def reach_daemon(
 
 def _start(settings: Settings, solo: Path | None, deadline: float, store_only: bool) -> None:
     """Start a daemon and wait until it listens. Raise what it reports."""
-    command = [sys.executable, "-P", "-m", "lazyfs.mount.daemon", "--root", os.fspath(settings.root)]
-    command += ["--run", os.fspath(settings.run), "--until-idle"]
-    if store_only:
-        command.append("--store-only")
-    if solo is not None:
-        command += ["--solo", os.fspath(solo.absolute())]
     _bound_log(settings.run / "lazyfsd.log")
     ready, theirs = os.pipe()
     try:
         with open(settings.run / "lazyfsd.log", "ab", opener=private.opened) as log:
             process = subprocess.Popen(
-                [*command, "--ready-fd", str(theirs)],
+                _command(settings, solo, theirs, store_only),
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
@@ -314,13 +309,26 @@ def _start(settings: Settings, solo: Path | None, deadline: float, store_only: b
     finally:
         os.close(ready)
     if not answer:
-        process.kill()  # it ended already, or would come up after we have given it up
+        with contextlib.suppress(ProcessLookupError):  # it ended already, or would come up after we have given it up
+            os.killpg(process.pid, signal.SIGKILL)
         process.wait()
         _check_extra()
         raise DaemonUnreachable("lazyfsd did not start", hint=f"see {settings.run / 'lazyfsd.log'}")
     message = json.loads(answer)
     if "error" in message:
         raise decode_error(message["error"], DaemonUnreachable)
+
+
+def _command(settings: Settings, solo: Path | None, ready_fd: int, store_only: bool) -> list[str]:
+    """Return what starts a daemon, or its holder: see `mount.holder`."""
+    python, words = [sys.executable, "-P", "-m"], holder_words(settings, until_idle=True)
+    if solo is None and not store_only and settings.hold and os.geteuid() == 0:
+        return [*python, "lazyfs.mount.holder", os.fspath(settings.session), str(ready_fd), *words]
+    if store_only:
+        words.append("--store-only")
+    if solo is not None:
+        words += ["--solo", os.fspath(solo.absolute())]
+    return [*python, "lazyfs.mount.daemon", *words, "--ready-fd", str(ready_fd)]
 
 
 def holder_words(settings: Settings, *, until_idle: bool) -> list[str]:

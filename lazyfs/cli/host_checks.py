@@ -92,7 +92,7 @@ def _outliving(euid: int) -> Check:
         return Check(name, State.OK, "no: root alone can hold a FUSE connection")
     if match is None or (int(match[1]), int(match[2])) < (6, 9):
         return Check(name, State.WARN, "no: a lazyfsd that dies takes its mounts along", "Linux 6.9 or newer")
-    return Check(name, State.OK, "with lazyfsd --hold, as lazyfs install has it")
+    return Check(name, State.OK, "yes, where the setting hold is true")
 
 
 def _fuse_device() -> Check:

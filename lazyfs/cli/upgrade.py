@@ -44,7 +44,7 @@ def run(args: argparse.Namespace, out: Output) -> int:
     if not holder:
         raise UsageError(
             "this lazyfsd has no holder, so its mounts go when it ends",
-            hint="lazyfs install has systemd start it with --hold, on Linux 6.9 or newer",
+            hint="lazyfs doctor says whether it could have one; unmount all, and the next command starts it anew",
         )
     os.kill(holder, signal.SIGHUP)
     after = _await(settings, before["pid"])

@@ -12,6 +12,7 @@ import importlib
 import json
 import os
 import pkgutil
+import select
 import socket
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ from lazyfs.mount.greeting import Greeting
 from lazyfs.mount.holder import SERVES, WARM
 
 _URGENT = -10  # nice value of who takes over: every reader of the node waits for it, and others may fill the processors
+_REST = 3.0  # seconds before a standby loads what is missing: the first container's start is over by then
 _MAX_ORDER = 64 * 1024  # bytes
 # What a daemon imports when it is first wanted: a standby has the time, and whoever takes over has not.
 _LATER = ("lazyfs.chunks", "lazyfs.mount", "lazyfs.registry")
@@ -75,7 +77,8 @@ class Leash:
                 os.close(fd)
             self._socket.close()
             self._socket = socket.socket(fileno=following)
-            _import_all()
+            if not select.select([self._socket], [], [], _REST)[0]:
+                _import_all()
             _set_priority(_URGENT)
 
     def serves(self) -> None:

@@ -42,6 +42,7 @@ QUICK = {
     "BACKGROUND": "0",
     "PREFETCH": "0",
     "DAEMON_LINGER": "0.2",
+    "HOLD": "0",  # what a daemon's death does without one; tests.helpers.takeover has a holder
 }
 
 
