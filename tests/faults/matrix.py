@@ -25,8 +25,8 @@ breaks a real daemon, its network, its disk or its input on purpose. What holds 
 - No reader gets a wrong byte. Nobody hangs: a read ends within `read_timeout` (300 s by default, 2 s in most of these
   tests), and whoever is killed in the middle of a read is gone soon.
 - Nothing is left behind: no mount, process, socket or temporary file.
-- Other images on the same daemon go on: in the tests of `test_*_matrix.py` that share a daemon somebody reads one all the
-  while, right bytes to the end.
+- Other images on the same daemon go on: in the tests of `test_*_matrix.py` that share a daemon somebody reads one all
+  the while, right bytes to the end.
 
 *Reader* is who reads a file of the image. *User* is what commands (`lazyfs …`) and the daemon's log say. *Metrics* are
 those of [metrics.md](metrics.md), without `lazyfsd_`. Error classes and exit codes are those of
