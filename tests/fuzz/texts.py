@@ -12,7 +12,7 @@ import trio.testing
 
 from lazyfs.config import Settings
 from lazyfs.control_client import PROTOCOL, Daemon
-from lazyfs.errors import DaemonFault, DaemonUnreachable, LazyfsError, UsageError
+from lazyfs.errors import LazyfsError, UsageError
 from lazyfs.limits import MAX_LINE
 from lazyfs.mount.chain_calls import ChainCalls
 from lazyfs.mount.control import ControlServer, Say
@@ -192,13 +192,9 @@ def answers(data: bytes) -> None:
             theirs.sendall(data[:MAX_LINE])
         except BlockingIOError:
             return  # more than a socket holds
-        theirs.close()
+        theirs.shutdown(socket.SHUT_WR)
         ours.settimeout(5)
-        daemon = Daemon(ours, {})
-        try:
-            daemon.call("status", on_event=len, on_progress=_take)
-        except LazyfsError as error:
-            assert isinstance(error.message, str) and isinstance(error.hint, str)
+        Daemon(ours, {}).call("status", on_event=len, on_progress=_take)
 
 
 def _take(done: int, total: int) -> None:
@@ -260,6 +256,6 @@ _TOML_WORDS = tuple(
 TARGETS = (
     Target("hosts", hosts, _hosts, (UsageError,), _TOML_WORDS),
     Target("control", control, _requests, (), json=True),
-    Target("answers", answers, _answers, (DaemonFault, DaemonUnreachable), json=True),
+    Target("answers", answers, _answers, (LazyfsError,), json=True),  # whichever the answer names
     Target("labels", labels, _labels, (), (b"docker.io/", b"sha256:", b"@", b":", b"oci:", b"[::1]", b"?address=")),
 )

@@ -27,7 +27,7 @@ def test_valid_documents_are_taken_and_changed_ones_raise_what_is_documented(tar
     seeds = list(target.seeds())
     for seed in seeds:
         assert len(seed) <= target.most
-        if target.name != "answers":  # there an error may be what the document says
+        if b'"error"' not in seed:  # which an answer may tell of
             target.parse(seed)
     source = random.Random(7)
     for _ in range(FEW.get(target.name, 200)):
