@@ -178,15 +178,17 @@ def _ask(child: subprocess.Popen[bytes], job: dict[str, Any], timeout: float) ->
 
 def _end(child: subprocess.Popen[bytes]) -> tuple[bytes, int]:
     """Close a child's pipes and reap it. Return its last words and its exit status."""
+    complaint = b""
     try:
         _, complaint = child.communicate(timeout=_GRACE)
     except subprocess.TimeoutExpired:
         child.kill()
-        _, complaint = child.communicate()
+        with suppress(subprocess.TimeoutExpired):  # one that hangs in the kernel, for a disk, is left to it
+            _, complaint = child.communicate(timeout=_GRACE)
     except BrokenPipeError:
-        child.wait()
-        complaint = b""
-    return complaint, child.returncode
+        with suppress(subprocess.TimeoutExpired):
+            child.wait(_GRACE)
+    return complaint, -signal.SIGKILL if child.returncode is None else child.returncode
 
 
 def _parse(answer: bytes) -> dict[str, Any]:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+import signal
+import subprocess
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -10,6 +13,7 @@ from pathlib import Path
 import grpc
 import pytest
 
+from lazyfs import child
 from lazyfs.chunks import schedule
 from lazyfs.chunks.schedule import Priority, Scheduler
 from lazyfs.registry.endpoints import Tls
@@ -84,3 +88,14 @@ def test_calls_that_wait_are_bounded(scratch: Path, others: Others, monkeypatch:
         for one in waiting:
             with pytest.raises(Refused):  # the layer is there already, as it should be
                 one.result(20)
+
+
+def test_a_process_that_not_even_a_kill_ends_is_waited_for_no_longer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It hangs in the kernel, for a disk that does not answer."""
+    monkeypatch.setattr(child, "_GRACE", 0.05)
+    with subprocess.Popen(["sleep", "60"], stdin=subprocess.PIPE, stderr=subprocess.PIPE) as one:
+        try:
+            monkeypatch.setattr(one, "kill", lambda: None)
+            assert child._end(one) == (b"", -signal.SIGKILL)
+        finally:
+            os.kill(one.pid, signal.SIGKILL)
