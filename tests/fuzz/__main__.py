@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import argparse
 import sys
+from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 
 def main() -> int:
@@ -22,10 +24,10 @@ def main() -> int:
     parser.add_argument("--corpus", type=Path, help="a directory in which atheris keeps what found new paths")
     parser.add_argument("--replay", type=Path, metavar="FILE", help="run this one input, and show what comes of it")
     asked = parser.parse_args()
-    atheris = None
+    atheris: Any = None
     if asked.engine != "random" and not asked.replay:
         try:
-            import atheris
+            atheris = import_module("atheris")
         except ImportError:
             if asked.engine == "atheris":
                 parser.error("atheris is not installed: pip install atheris")
@@ -42,7 +44,9 @@ def main() -> int:
     target = engines.TARGETS[asked.target]
     engines.bound_memory()
     if asked.replay:
-        engines.run_one(target, asked.replay.read_bytes())
+        from tests.fuzz.target import run_one
+
+        run_one(target, asked.replay.read_bytes())
         return 0
     run = engines.Run(target, asked.seconds, asked.findings)
     if atheris is not None:

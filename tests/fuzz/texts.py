@@ -194,7 +194,12 @@ def answers(data: bytes) -> None:
             return  # more than a socket holds
         theirs.shutdown(socket.SHUT_WR)
         ours.settimeout(5)
-        Daemon(ours, {}).call("status", on_event=len, on_progress=_take)
+        Daemon(ours, {}).call("status", on_event=_hear, on_progress=_take)
+
+
+def _hear(text: str) -> None:
+    """Take a remark as a terminal does."""
+    assert isinstance(text, str)
 
 
 def _take(done: int, total: int) -> None:

@@ -19,8 +19,9 @@ from lazyfs.chunks.schedule import Priority, Scheduler
 from lazyfs.registry.endpoints import Tls
 from lazyfs.registry.hops import Hop
 from lazyfs.registry.http import rate_limits, tls
+from lazyfs.registry.http.environment import Authorities
 from lazyfs.registry.http.rate_limits import LimitTeller
-from lazyfs.registry.http.tls import Authorities, TlsContexts
+from lazyfs.registry.http.tls import TlsContexts
 from snapshotter import server
 from snapshotter.collaborators import Collaborators
 from snapshotter.model import REF_LABEL
@@ -75,7 +76,12 @@ def test_calls_that_wait_are_bounded(scratch: Path, others: Others, monkeypatch:
 
     monkeypatch.setattr(server, "MAX_CALLS", 2)
     release, there = threading.Event(), threading.Semaphore(0)
-    others.meanwhile = lambda: (there.release(), release.wait(20))
+
+    def meanwhile() -> None:
+        there.release()
+        release.wait(20)
+
+    others.meanwhile = meanwhile
     with serving(scratch, connect) as client, ThreadPoolExecutor(2) as pool:
         waiting = [pool.submit(client.prepare, key, "", {REF_LABEL: CHAINS[0]}) for key in ("one", "two")]
         try:
