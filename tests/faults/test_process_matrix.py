@@ -51,7 +51,7 @@ def step_of(request: Request, image: AddedImage) -> str:
         Case(
             f"processes-{'daemon' if step == 'data' else 'mount'}-killed-{step}",
             Area.PROCESSES,
-            f"lazyfsd is killed (-9) {words}",
+            f"lazyfsd without a holder is killed (-9) {words}",
             "an error, or right bytes, in bounded time; right bytes once it is mounted again"
             if step == "data"
             else NOTHING_SHOWN + "; right bytes when it is mounted again",
@@ -197,7 +197,7 @@ def test_daemon_stopped(node: Node, registry: FakeRegistry) -> None:
     Case(
         "processes-memory-limit",
         Area.PROCESSES,
-        "the kernel kills lazyfsd at its cgroup's memory limit",
+        "the kernel kills lazyfsd, without a holder, at its cgroup's memory limit",
         "an error, or right bytes, in bounded time; right bytes once it is mounted again",
         "nothing: the next command starts another one",
     )

@@ -115,7 +115,7 @@ def test_sigterm_while_readers_wait(node: Node, registry: FakeRegistry) -> None:
     Case(
         "processes-daemon-killed",
         Area.PROCESSES,
-        "lazyfsd is killed (-9)",
+        "lazyfsd without a holder is killed (-9)",
         "an error, at once; right bytes once it is mounted again",
         "`umount` and `mount` work: the next daemon cleans up",
     ),
@@ -140,7 +140,7 @@ def test_killed_daemon(node: Node, registry: FakeRegistry, driver: str) -> None:
     Case(
         "processes-daemon-killed-waiting",
         Area.PROCESSES,
-        "lazyfsd is killed (-9) while readers wait for bytes",
+        "lazyfsd without a holder is killed (-9) while readers wait for bytes",
         "an error, at once",
         "`umount` works",
     ),
