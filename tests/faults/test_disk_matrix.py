@@ -22,6 +22,7 @@ from tests.helpers.blobs import zstd_chunked_layer
 from tests.helpers.daemon import Node, add, pattern, until
 from tests.helpers.fake_registry import AddedImage, FakeRegistry
 from tests.helpers.fault_bench import SIZE, Bench, Victim
+from tests.helpers.takeover import held
 from tests.helpers.tars import file, tar_of
 
 
@@ -117,6 +118,33 @@ def test_writes_to_the_store_fail(bench: Bench, word: str) -> None:
         assert "PASSED BY: its disk is full or fails, reads go on without it" in bench.node.lazyfs("status").stdout
         bench.forget_pages(victim)
         read_right(bench, victim)  # from the registry again
+
+
+@shows(
+    Case(
+        "disk-table-cut",
+        Area.DISK,
+        "a layer's table is cut short while lazyfsd has it mapped (SIGBUS), with a holder",
+        RIGHT,
+        "nothing: another lazyfsd takes over, and makes the table again",
+    )
+)
+def test_a_table_that_is_cut_short_while_it_is_mapped(node: Node, registry: FakeRegistry) -> None:
+    names = {f"d{number % 50}/f{number}": b"%d" % number for number in range(3000)}
+    tar = tar_of(file("data", pattern(300_000, 60)), *(file(name, data) for name, data in names.items()))
+    image = add(registry, "cut", zstd_chunked_layer(tar))
+    with held(node) as daemon:
+        tree = node.mount(image)
+        beside = node.mount(add(registry, "beside", zstd_chunked_layer(tar_of(file("f", b"beside")))))
+        before = daemon.pid()
+        os.truncate(layer_directory(node, image) / "table", 4096)
+        listed = node.tool("find", tree, "-type", "f", "-size", "+1")
+        assert listed.returncode == 0 and listed.stdout.split() == [os.fsencode(tree / "data")], listed.stderr
+        assert node.read(tree / "data") == pattern(300_000, 60)
+        assert node.read(beside / "f") == b"beside"
+        assert daemon.pid() != before
+        node.umount(tree)
+        node.umount(beside)
 
 
 # -- a power cut: what was not synced is lost, of each file the newest or all of it

@@ -14,7 +14,7 @@ LEAST = 60  # rows
 PROMISED = {
     Area.NETWORK: "refused lost-syn black-hole drip reset truncated wrong-bytes wrong-range redirect-loop expired-url "
     "401 403 404 416 429 500 tls-expired tls-silent no-dns tenth",
-    Area.DISK: "full read-only eio-read eio-write truncated flipped holes slow lost-writes",
+    Area.DISK: "full read-only eio-read eio-write truncated table-cut flipped holes slow lost-writes",
     Area.PROCESSES: "daemon-killed mount-killed-manifest mount-killed-config mount-killed-toc builder-killed "
     "unpacker-killed snapshotter-killed containerd-killed held-daemon-killed holder-killed stopped unpacker-stopped "
     "memory-limit open-files two-daemons",
