@@ -37,7 +37,7 @@ from lazyfs.chunks.trace_files import TraceFiles
 from lazyfs.config import Settings
 from lazyfs.container import sweep
 from lazyfs.control_client import holder_words, prepare_run, socket_of
-from lazyfs.errors import DaemonFault, LazyfsError, UsageError, first_of
+from lazyfs.errors import DaemonFault, LazyfsError, StoreLocked, UsageError, first_of
 from lazyfs.mount import heap, pressure
 from lazyfs.mount.ahead import Ahead
 from lazyfs.mount.chain_service import serve_chains
@@ -71,6 +71,7 @@ from lazyfs.process import harden
 log = logging.getLogger(__name__)
 
 _STOPS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+_LOCK_AGAIN, _LOCK_TIMEOUT = 0.05, 60.0  # seconds between tries for the store, and for all of them
 _LAST_WORDS = 0.1  # seconds
 _LAST_REQUESTS = 3.0  # seconds for requests under way, once nothing is shown any more
 _SWITCH = 0.0005  # seconds after which a thread gives up the interpreter: a waiting read is worth more than throughput
@@ -121,20 +122,41 @@ class Daemon:
         try:
             store = Store(settings.root, settings.store_size, catalog)
             try:
-                store.lock(exclusive=self._alone)
-                await self._serve(catalog, store)
+                locked = self._lock(store)
+                await self._serve(catalog, store, locked=locked)
             finally:
                 store.close()
         finally:
             catalog.close()
             self._last.cancel()
 
+    def _lock(self, store: Store) -> bool:
+        """Take the store. False: threads of the daemon before us are left in the kernel, and run no code any more.
+
+        They wait for our answers. Raise StoreLocked where somebody else has it.
+        """
+        try:
+            store.lock(exclusive=self._alone)
+        except StoreLocked:
+            if self._order is None or not self._order.inherits:
+                raise
+            return False
+        return True
+
+    async def _lock_late(self, store: Store) -> None:
+        """Take the store once what is left of the daemon before us has gone, or end: somebody else has it."""
+        deadline = trio.current_time() + _LOCK_TIMEOUT
+        while not self._lock(store):
+            if trio.current_time() > deadline:
+                raise StoreLocked(f"another daemon uses the store {self._settings.root}", hint="stop it")
+            await trio.sleep(_LOCK_AGAIN)
+
     @property
     def _alone(self) -> bool:
         """Whether this is the node's one daemon, rather than one of several that share a store."""
         return self._solo is None and not self._store_only
 
-    async def _serve(self, catalog: Catalog, store: Store) -> None:
+    async def _serve(self, catalog: Catalog, store: Store, *, locked: bool) -> None:
         settings = self._settings
         requests = RequestCounters()
         rates = {Priority.PREFETCH: settings.prefetch_rate, Priority.BACKGROUND: settings.background_rate}
@@ -221,6 +243,8 @@ class Daemon:
             scraped = (
                 metrics().scraped(settings, mounted) if settings.metrics_address and self._alone else nullcontext()
             )
+            if not locked:
+                nursery.start_soon(self._lock_late, store)
             nursery.start_soon(service.keeping.watch)
             nursery.start_soon(heap.give_back)
             nursery.start_soon(pressure.watch, memory)
@@ -243,6 +267,8 @@ class Daemon:
                         await images.close()
                 if session is not None:
                     session.close()
+                if self._leash is not None:
+                    self._leash.ends()
                 self._last.start()
                 nursery.cancel_scope.cancel()
 

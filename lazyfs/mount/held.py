@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from lazyfs.errors import DaemonFault
 from lazyfs.mount import greeting as greetings
 from lazyfs.mount.greeting import Greeting
-from lazyfs.mount.holder import SERVES, WARM
+from lazyfs.mount.holder import ENDS, SERVES, WARM
 
 _URGENT = -10  # nice value of who takes over: every reader of the node waits for it, and others may fill the processors
 _REST = 3.0  # seconds before a standby loads what is missing: the first container's start is over by then
@@ -84,10 +84,15 @@ class Leash:
     def serves(self) -> None:
         """Say that requests are answered, and be no more urgent than others from now on. Doesn't block."""
         _set_priority(0)
-        try:
-            self._socket.send(SERVES, socket.MSG_DONTWAIT)
-        except OSError:
-            pass  # the holder has ended; who serves goes on
+        self._say(SERVES)
+
+    def ends(self) -> None:
+        """Say that we end in order, with nothing mounted any more. Doesn't block."""
+        self._say(ENDS)
+
+    def _say(self, word: bytes) -> None:
+        with contextlib.suppress(OSError):  # the holder has ended; who serves goes on
+            self._socket.send(word, socket.MSG_DONTWAIT)
 
 
 def _set_priority(nice: int) -> None:

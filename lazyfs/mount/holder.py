@@ -6,8 +6,11 @@ nothing here may break, and nothing here is upgraded with the daemon. Where the 
 into lazyfsd itself, with a plain mount.
 
 A daemon has one end of a socket pair, its leash. Down the leash comes, once and with the fds, the order to serve; up
-the leash "W" and its process number: it is warm and waits; "S": it serves. Who is ordered to serve forks the next
-standby first, whose leash comes with the order.
+the leash "W" and its process number: it is warm and waits; "S": it serves; "E": it ends, and all is taken down. Who is
+ordered to serve forks the next standby first, whose leash comes with the order.
+
+A daemon is dead when its main thread is: that one alone reads requests. Other threads may be in the kernel still,
+waiting for answers to requests of their own (they mount what lies in the session), which only the next daemon gives.
 """
 
 from __future__ import annotations
@@ -26,11 +29,12 @@ from dataclasses import dataclass
 
 from lazyfs.mount import greeting as greetings
 
-WARM, SERVES = b"W", b"S"
+WARM, SERVES, ENDS = b"W", b"S", b"E"
 _BOARD = 4096  # bytes in front of what daemons leave to each other: what one was at when it died
 _LEAST = 8192  # bytes of a buffer that the kernel reads a request into
 _INIT_TIMEOUT = 10.0  # seconds for the kernel's first request
-_MS_NOATIME, _MS_RDONLY, _MNT_DETACH = 0x400, 0x1, 0x2
+_MS_RDONLY = 0x1
+_MNT_FORCE, _MNT_DETACH = 0x1, 0x2  # force: whoever waits for an answer gets an error
 _STANDBY_AGAIN = 1.0  # seconds until a standby that was lost is begun anew, which costs 0.3 s of processor time
 _PR_SET_CHILD_SUBREAPER = 36
 _QUICK = 30.0  # seconds; so many crashes within them are a loop
@@ -38,6 +42,8 @@ _LOOP = 3
 _HOPELESS = 20  # daemons in a row that did not come to serve; then readers get errors rather than wait
 _PAUSE, _LONGEST_PAUSE = 0.1, 5.0  # seconds before the next one, doubled each time
 _CLAIM_TIMEOUT = 5.0  # seconds for another holder that ends
+_LOOK = 0.25  # seconds between looks whether threads are left of a daemon that has died
+_LAST_THREADS = 2.0  # seconds for dead daemons to have left
 _STOP_TIMEOUT = 25.0  # seconds for a daemon to take its mounts down
 _STOPS = (signal.SIGTERM, signal.SIGINT)
 
@@ -51,6 +57,7 @@ class _Child:
     pidfd: int = -1
     warm: bool = False
     serving: bool = False
+    ending: bool = False  # in order
     hung_up: bool = False
 
     def name(self, pid: int) -> None:
@@ -80,6 +87,7 @@ class Holder:
         self._standby_at = float("inf")  # when to begin one
         self._start_at = float("inf")  # when to put the next one in place
         self._crashes: list[float] = []
+        self._dying: list[int] = []  # dead daemons, some of whose threads may be left
         self._failures = 0  # in a row, before they served
         self._wake, self._waker = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
 
@@ -112,7 +120,7 @@ class Holder:
         return True
 
     def _unmount(self) -> None:
-        ctypes.CDLL(None).umount2(os.fsencode(self._mountpoint), _MNT_DETACH)
+        ctypes.CDLL(None).umount2(os.fsencode(self._mountpoint), _MNT_DETACH | _MNT_FORCE)
         os.close(self._fuse)
         self._fuse = -1
 
@@ -206,8 +214,9 @@ class Holder:
                     poll.register(child.pidfd, select.POLLIN)
                 if child.leash.fileno() >= 0:
                     poll.register(child.leash.fileno(), select.POLLIN)
-        until = min(self._standby_at, self._start_at, self._stop_by)
-        poll.poll(None if until == float("inf") else max(0.0, until - time.monotonic()) * 1000)
+        # The kernel tells when all threads have ended; that the main one alone has, it doesn't.
+        until = min(self._standby_at, self._start_at, self._stop_by, time.monotonic() + _LOOK)
+        poll.poll(max(0.0, until - time.monotonic()) * 1000)
         try:
             os.read(self._wake, 4096)
         except BlockingIOError:
@@ -217,17 +226,17 @@ class Holder:
         """Look at everything once. Return the exit status when it is over."""
         now = time.monotonic()
         self._obey(now)
+        self._dying = [pid for pid in self._dying if not _is_reaped(pid)]
         for child in (self._current, self._standby):
             if child is not None:
                 self._listen(child)
-        if self._standby is not None and _ended(self._standby) is not None:
+        if self._standby is not None and self._has_ended(self._standby):
             self._standby = None
             self._upgrading = False  # the new code can't even begin: the old one goes on
             self._standby_at = now + _STANDBY_AGAIN
         if self._current is not None:
-            status = _ended(self._current)
-            if status is not None:
-                over = self._bury(status, now)
+            if self._has_ended(self._current):
+                over = self._bury(now)
                 if over is not None:
                     return over
         elif self._stopping:
@@ -260,22 +269,37 @@ class Holder:
             elif word[:1] == WARM:
                 child.name(int(word[1:]))
                 child.warm = True
+            elif word == ENDS:
+                child.ending = True
             elif word == SERVES:
                 child.serving = self._served = True
                 self._failures = 0
 
-    def _bury(self, status: int, now: float) -> int | None:
+    def _has_ended(self, child: _Child) -> bool:
+        """Tell whether a daemon has ended; then it is left to be reaped, and its last words were heard."""
+        if not child.pid:
+            return child.hung_up  # it was never forked
+        if not _is_readable(child.pidfd) and not _is_zombie(child.pid):
+            return False
+        self._listen(child)
+        os.close(child.pidfd)
+        self._dying.append(child.pid)
+        return True
+
+    def _bury(self, now: float) -> int | None:
         """Note the end of the daemon that served. Return the exit status when none is to follow."""
         child, self._current = self._current, None
         assert child is not None
         child.leash.close()
-        if self._stopping or status == 0 or not self._served:
-            return max(0, status) if not self._stopping else 0  # in order, or it could not start at all and said so
+        if self._stopping or child.ending:
+            return 0
+        if not self._served:
+            return 1  # it could not start at all, and said so
         if self._planned:
             self._planned = False
             self._put_in_place()
             return None
-        print(f"lazyfsd {child.pid} ended with {status}, another one takes over", file=sys.stderr, flush=True)
+        print(f"lazyfsd {child.pid} has died, another one takes over", file=sys.stderr, flush=True)
         self._crashes = [*(at for at in self._crashes if at > now - _QUICK), now]
         self._failures = 0 if child.serving else self._failures + 1
         if self._failures >= _HOPELESS:
@@ -292,11 +316,16 @@ class Holder:
             standby.leash.close()  # which ends one that waits for an order
             if standby.pid:
                 _send(standby, signal.SIGKILL)
-                _reap(standby)
+                os.close(standby.pidfd)
+                self._dying.append(standby.pid)
 
     def _end(self) -> None:
         self._drop_standby()
         self._unmount()
+        until = time.monotonic() + _LAST_THREADS
+        while self._dying and time.monotonic() < until:
+            self._dying = [pid for pid in self._dying if not _is_reaped(pid)]
+            time.sleep(0.01)
 
 
 def _first_request(fuse: int) -> bytes:
@@ -316,22 +345,27 @@ def _send(child: _Child, number: int) -> None:
         pass  # it has ended already
 
 
-def _ended(child: _Child) -> int | None:
-    """Return the exit status of a daemon that has ended with all of its threads; -n: by signal n."""
-    if not child.pid:
-        return -1 if child.hung_up else None  # it was never forked
+def _is_readable(fd: int) -> bool:
     poll = select.poll()
-    poll.register(child.pidfd, select.POLLIN)
-    return _reap(child) if poll.poll(0) else None
+    poll.register(fd, select.POLLIN)
+    return bool(poll.poll(0))
 
 
-def _reap(child: _Child) -> int:
+def _is_zombie(pid: int) -> bool:
+    """Tell whether a process's main thread has ended."""
     try:
-        return os.waitstatus_to_exitcode(os.waitpid(child.pid, 0)[1])
+        with open(f"/proc/{pid}/stat", "rb") as handle:
+            return handle.read().rpartition(b") ")[2][:1] == b"Z"
+    except OSError:
+        return True
+
+
+def _is_reaped(pid: int) -> bool:
+    """Take a dead process away, once all of its threads have gone; True when nothing is left to do for it."""
+    try:
+        return os.waitpid(pid, os.WNOHANG)[0] == pid
     except ChildProcessError:
-        return -signal.SIGKILL  # a standby whose parent lives: its own status goes there
-    finally:
-        os.close(child.pidfd)
+        return True  # a standby whose parent lives: it goes with that
 
 
 def _own_cgroup() -> None:
