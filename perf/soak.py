@@ -142,7 +142,7 @@ class Soak:
             where = self._node.new_dir()
             words = ("mount", "--driver", driver, image.added.reference, where)
             if self._node.lazyfs(*words).returncode != 0:
-                # A command says what is wrong rather than wait for a minute; the next one finds a registry that is well.
+                # A command says what is wrong rather than wait; the next one finds a registry that is well.
                 self._calm_down()
                 done = self._node.lazyfs(*words)
                 assert done.returncode == 0, done.stderr

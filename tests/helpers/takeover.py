@@ -113,7 +113,8 @@ def held(node: Node, **environment: str) -> Iterator[Held]:
     """Run a node's daemon with a holder; at the end nothing of both is there."""
     node.run_dir.mkdir(exist_ok=True, mode=0o700)
     words = ["-m", "lazyfs.mount.daemon", "--hold", "--root", str(node.root), "--run", str(node.run_dir)]
-    told = [f"{name}={value}" for name, value in environment.items()]
+    patient = {"LAZYFS_READ_TIMEOUT": "60", "LAZYFS_ANSWER_TIMEOUT": "10"}  # a busy machine is no fault of the daemon's
+    told = [f"{name}={value}" for name, value in (patient | environment).items()]
     with open(node.run_dir / "lazyfsd.log", "ab") as log:
         process = node.spawn(["env", *told, sys.executable, *words], out=log)
     try:
