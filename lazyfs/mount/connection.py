@@ -59,6 +59,14 @@ class Trials:
     turn: trio.Lock = field(default_factory=trio.Lock)
 
 
+@dataclass(frozen=True, slots=True)
+class _Waiting:
+    """A request that waits for its bytes. `thread`: its caller, as the kernel tells it."""
+
+    thread: int
+    scope: trio.CancelScope
+
+
 class Connection:
     """One open /dev/fuse, which the caller owns. `greeting`: the kernel's INIT where it was answered already."""
 
@@ -66,7 +74,7 @@ class Connection:
         self._fd = fd
         self._handler = handler
         self.greeting = greeting
-        self._waiting: dict[int, trio.CancelScope] = {}  # by the request's number
+        self._waiting: dict[int, _Waiting] = {}  # by the request's number
         self._fewer = trio.Event()
         self._trials: Trials | None = None
         self._scope = trio.CancelScope()
@@ -140,7 +148,7 @@ class Connection:
         if opcode == Op.INTERRUPT:
             interrupted = wire.interrupted_in(body)
             if interrupted in self._waiting:
-                nursery.start_soon(self._watch_caller, interrupted, thread)
+                nursery.start_soon(self._watch_caller, interrupted)
             return
         if opcode == Op.DESTROY:
             self._answer(unique, 0, b"")
@@ -156,12 +164,12 @@ class Connection:
             self._answer(unique, *answer)
         else:
             # before the task begins: an interrupt of it may be the next request
-            self._waiting[unique] = trio.CancelScope()
+            self._waiting[unique] = _Waiting(thread, trio.CancelScope())
             nursery.start_soon(self._finish, unique, answer)
 
     async def _finish(self, unique: int, answer: Coroutine[Any, Any, Answer]) -> None:
         try:
-            with self._waiting[unique] as scope:
+            with self._waiting[unique].scope as scope:
                 self._answer(unique, *await answer)
             if scope.cancelled_caught:
                 self._answer(unique, errno.EINTR, b"")
@@ -178,14 +186,14 @@ class Connection:
             trials.board.set_trial(0)
         self._answer(unique, *answer)
 
-    async def _watch_caller(self, unique: int, thread: int) -> None:
+    async def _watch_caller(self, unique: int) -> None:
         """End a request whose caller is to die: the kernel doesn't let it, as long as we have its request.
 
         Any signal is told to us, and most of them must not fail a read; a SIGKILL after another is not told any more.
         """
-        while unique in self._waiting:
-            if _is_dying(thread):
-                self._waiting[unique].cancel()
+        while (waiting := self._waiting.get(unique)) is not None:
+            if _is_dying(waiting.thread):
+                waiting.scope.cancel()
                 return
             await trio.sleep(_LOOK_AT_CALLER)
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import signal
+import sys
 import time
 from pathlib import Path
 
@@ -14,6 +16,7 @@ from lazyfs.mount.session import READ_AHEAD
 from tests.helpers.blobs import zstd_chunked_layer
 from tests.helpers.daemon import Node, add, pattern, until
 from tests.helpers.fake_registry import FakeRegistry
+from tests.helpers.registry_faults import Fault
 from tests.helpers.tars import dir_, file, tar_of
 
 MEMORY = 80_000_000  # bytes of anonymous memory that the daemon may take
@@ -100,3 +103,31 @@ def test_memory_after_a_gigabyte_of_reads(node: Node, registry: FakeRegistry) ->
         return found <= MEMORY * 0.8
 
     until(has_given_back, "what the reads have freed is given back", 30)
+
+
+FAULT = """
+mapped = mmap.mmap(os.open(a[0], os.O_RDONLY), 0, prot=mmap.PROT_READ)
+mapped.madvise(mmap.MADV_RANDOM)
+print("reading", flush=True)
+mapped[0]
+"""
+
+
+@pytest.mark.parametrize("driver", ["fuse"])
+def test_a_reader_that_is_killed_ends_at_once(node: Node, registry: FakeRegistry, driver: str) -> None:
+    """The kernel lets nobody go who waits for a request of his own that we have: it has to be answered."""
+    node.settings["READ_TIMEOUT"] = "120"
+    tree = node.mount(add(registry, "one", zstd_chunked_layer(tar_of(file("f", pattern(100_000))))))
+    registry.fault(Fault.BLACK_HOLE, path="/blobs/")
+    prelude = "import os, sys, mmap\na = sys.argv[1:]\n"
+    reader = node.spawn([sys.executable, "-I", "-S", "-c", prelude + FAULT, str(tree / "f")])
+    assert reader.stdout is not None and reader.stdout.readline() == b"reading\n"
+    until(lambda: node.status()["fuse"].get("read"), "the read has come")
+    reader.send_signal(signal.SIGWINCH)  # one that kills nobody must not fail the read either
+    time.sleep(0.5)
+    assert reader.poll() is None
+    reader.kill()
+    reader.communicate(timeout=10)
+    assert reader.returncode == -signal.SIGKILL
+    registry.release()
+    registry.clear_faults()
