@@ -305,7 +305,8 @@ class Daemon:
             log.info("ready: root=%s session=%s", self._settings.root, self._solo or self._settings.session)
             self._report({"ok": True})
             notify.tell("READY=1")
-            nursery.start_soon(showing.test_early)
+            if not inherits:  # what is shown is shown; the next mount may wait for the test
+                nursery.start_soon(showing.test_early)
             if self._alone:
                 nursery.start_soon(partial(trio.to_thread.run_sync, partial(sweep.sweep, self._settings)))
 

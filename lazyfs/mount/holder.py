@@ -37,6 +37,7 @@ _MS_RDONLY = 0x1
 _MNT_FORCE, _MNT_DETACH = 0x1, 0x2  # force: whoever waits for an answer gets an error
 _STANDBY_AGAIN = 1.0  # seconds until a standby that was lost is begun anew, which costs 0.3 s of processor time
 _PR_SET_CHILD_SUBREAPER = 36
+_PF_EXITING = 0x4  # in the flags of proc(5)'s stat
 _QUICK = 30.0  # seconds; so many crashes within them are a loop
 _LOOP = 3
 _HOPELESS = 20  # daemons in a row that did not come to serve; then readers get errors rather than wait
@@ -279,7 +280,7 @@ class Holder:
         """Tell whether a daemon has ended; then it is left to be reaped, and its last words were heard."""
         if not child.pid:
             return child.hung_up  # it was never forked
-        if not _is_readable(child.pidfd) and not _is_zombie(child.pid):
+        if not _is_readable(child.pidfd) and not _is_over(child.pid):
             return False
         self._listen(child)
         os.close(child.pidfd)
@@ -351,13 +352,17 @@ def _is_readable(fd: int) -> bool:
     return bool(poll.poll(0))
 
 
-def _is_zombie(pid: int) -> bool:
-    """Tell whether a process's main thread has ended."""
+def _is_over(pid: int) -> bool:
+    """Tell whether a process's main thread has ended, or is about to: it takes no request any more.
+
+    In the midst of its end it may wait for an answer, too: for the last pages of a mount that goes with it.
+    """
     try:
         with open(f"/proc/{pid}/stat", "rb") as handle:
-            return handle.read().rpartition(b") ")[2][:1] == b"Z"
+            fields = handle.read().rpartition(b") ")[2].split()
     except OSError:
         return True
+    return fields[0] in (b"Z", b"X") or bool(int(fields[6]) & _PF_EXITING)
 
 
 def _is_reaped(pid: int) -> bool:
