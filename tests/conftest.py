@@ -53,6 +53,8 @@ def pytest_configure(config: pytest.Config) -> None:
         config.addinivalue_line("markers", f"{name}: {text}")
     config.stash[_SESSION] = f"lazyfs-{uuid.uuid4().hex[:12]}"
     os.environ["LAZYFS_TEST_SESSION"] = config.stash[_SESSION]
+    # Tests look for one daemon, and for what its death does. With a holder: tests.helpers.takeover, which asks for one.
+    os.environ["LAZYFS_HOLD"] = "0"
     # Short, because Unix sockets lie below it; on disk, because overlayfs takes no overlay as its upper directory.
     config.stash[_TOP] = Path(tempfile.mkdtemp(prefix="lazyfs-test-", dir="/var/tmp"))
     os.environ["XDG_CACHE_HOME"] = str(config.stash[_TOP] / "cache")  # the converter's work directory, and nobody's own

@@ -31,6 +31,8 @@ _ALONE = 8  # one request in so many looks for a second one before it waits, whi
 _TURN = 16  # requests after which others in the loop have their turn
 # Requests that may wait for their bytes at once, some kilobytes each; further ones queue in the kernel.
 MAX_WAITING = 1024
+_PROOF = 3  # deaths at one request, in a row
+_TRIALS = 10.0  # seconds for which reads are taken one by one after several deaths
 _LOOK_AT_CALLER = 0.2  # seconds between looks whether the caller of an interrupted request is to die
 _SILENT = frozenset({Op.FORGET, Op.BATCH_FORGET})  # nothing is counted: any id resolves at any time
 _SIGKILL = 1 << 8  # in the masks of proc(5)
@@ -43,19 +45,21 @@ class Handler(Protocol):
 
 
 class Board(Protocol):
-    """Remembers, beyond the end of this process, at which node it was. 0: at none."""
+    """Remembers, beyond the end of this process, at which request it was: node, offset, earlier deaths at it."""
 
-    def set_trial(self, node: int) -> None: ...
+    def set_trial(self, node: int, offset: int = 0, deaths: int = 0) -> None: ...
 
-    def trial(self) -> int: ...
+    def trial(self) -> tuple[int, int, int]: ...
 
 
 @dataclass(slots=True)
 class Trials:
-    """Requests taken one by one. `guilty`: the node that killed a daemon, 0 where none is known."""
+    """Requests taken one by one, until a time. `suspect`: (node, offset) that daemons died at, `deaths` in a row."""
 
     board: Board
-    guilty: int
+    suspect: tuple[int, int]
+    deaths: int
+    until: float
     turn: trio.Lock = field(default_factory=trio.Lock)
 
 
@@ -120,15 +124,19 @@ class Connection:
         self._scope.cancel()
 
     def go_carefully(self, board: Board, on_guilty: Callable[[int], None]) -> None:
-        """Take what a dead daemon leaves one by one, because one of these requests may have killed several of them.
+        """Take reads one by one for a while, and what a dead daemon leaves: one of them may have killed several.
 
-        `board` remembers the node at work. One that stands there already gets EIO, and `on_guilty` is told.
+        Reads that come for the first time, too: what a dead daemon had not taken yet looks like that.
+
+        `board` remembers the request at work. One that several daemons died at gets EIO, and `on_guilty` is told its
+        node. Once proves nothing: whoever kills daemons does so while something is at work.
         """
-        guilty = board.trial()
-        if guilty:
-            log.error("node %#x was at work when the last daemon died", guilty)
-            on_guilty(guilty)
-        self._trials = Trials(board, guilty)
+        node, offset, deaths = board.trial()
+        deaths += node != 0
+        if deaths >= _PROOF:
+            log.error("node %#x at %d was at work when %d daemons died", node, offset, deaths)
+            on_guilty(node)
+        self._trials = Trials(board, (node, offset), deaths, trio.current_time() + _TRIALS)
 
     def take_over(self) -> None:
         """Have the kernel send again what a daemon before us took and did not answer. It has ended, all of it.
@@ -153,11 +161,14 @@ class Connection:
         if opcode == Op.DESTROY:
             self._answer(unique, 0, b"")
             return
-        if self._trials is not None and unique & wire.RESENT:
-            if node == self._trials.guilty:
+        if self._trials is not None and trio.current_time() > self._trials.until:
+            self._trials = None
+        if self._trials is not None and (opcode == Op.READ or unique & wire.RESENT):
+            request_id = node, wire.read_in(body)[1] if opcode == Op.READ else 0
+            if request_id == self._trials.suspect and self._trials.deaths >= _PROOF:
                 self._answer(unique, errno.EIO, b"")
             else:
-                nursery.start_soon(self._try, self._trials, opcode, unique, node, bytes(body))
+                nursery.start_soon(self._try, self._trials, opcode, unique, request_id, bytes(body))
             return
         answer = self._handler.handle(opcode, node, body)
         if isinstance(answer, tuple):
@@ -177,9 +188,10 @@ class Connection:
             del self._waiting[unique]
             self._fewer.set()
 
-    async def _try(self, trials: Trials, opcode: int, unique: int, node: int, body: bytes) -> None:
+    async def _try(self, trials: Trials, opcode: int, unique: int, request_id: tuple[int, int], body: bytes) -> None:
+        node, offset = request_id
         async with trials.turn:
-            trials.board.set_trial(node)
+            trials.board.set_trial(node, offset, trials.deaths if request_id == trials.suspect else 0)
             answer = self._handler.handle(opcode, node, memoryview(body))
             if not isinstance(answer, tuple):
                 answer = await answer

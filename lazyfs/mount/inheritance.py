@@ -16,7 +16,7 @@ from typing import Any
 log = logging.getLogger(__name__)
 
 _BOARD = 4096  # bytes
-_NODE = struct.Struct("=Q")
+_TRIAL = struct.Struct("=QQQ")
 _SLACK = 1 << 20  # bytes of lines that are out of date, beside as many as are in use
 _PUNCH_HOLE = 0x2 | 0x1  # FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE
 
@@ -50,14 +50,17 @@ class Inheritance:
 
     # -- the board
 
-    def set_trial(self, node: int) -> None:
-        """Write down the node that is at work, 0 for none: it is to blame if this process dies now."""
+    def set_trial(self, node: int, offset: int = 0, deaths: int = 0) -> None:
+        """Write down the request that is at work (node 0: none), and how many daemons have died at it in a row."""
         if self._fd is not None:
-            os.pwrite(self._fd, _NODE.pack(node), 0)
+            os.pwrite(self._fd, _TRIAL.pack(node, offset, deaths), 0)
 
-    def trial(self) -> int:
-        """Return the node that the last daemon was at when it died, 0 for none."""
-        return 0 if self._fd is None else int(_NODE.unpack(os.pread(self._fd, _NODE.size, 0))[0])
+    def trial(self) -> tuple[int, int, int]:
+        """Return (node, offset, deaths) of the request that the last daemon was at when it died; node 0: at none."""
+        if self._fd is None:
+            return 0, 0, 0
+        node, offset, deaths = _TRIAL.unpack(os.pread(self._fd, _TRIAL.size, 0))
+        return node, offset, deaths
 
     # -- the lines
 

@@ -74,13 +74,13 @@ def test_lines_that_are_out_of_date_are_given_back(memory: int, monkeypatch: pyt
 
 def test_the_board_outlives_who_wrote_on_it(memory: int) -> None:
     ours = Inheritance(memory)
-    assert ours.trial() == 0
-    ours.set_trial(7 << 40 | 3)
-    assert Inheritance(memory).trial() == 7 << 40 | 3
+    assert ours.trial() == (0, 0, 0)
+    ours.set_trial(7 << 40 | 3, 4096, 2)
+    assert Inheritance(memory).trial() == (7 << 40 | 3, 4096, 2)
 
 
 def test_without_a_holder_nothing_is_left() -> None:
     ours = Inheritance(None)
     ours.put("mount:a", {})
     ours.set_trial(5)
-    assert ours.values("mount:") == {"mount:a": {}} and ours.trial() == 0
+    assert ours.values("mount:") == {"mount:a": {}} and ours.trial() == (0, 0, 0)
