@@ -77,7 +77,7 @@ class Leash:
                 os.close(fd)
             self._socket.close()
             self._socket = socket.socket(fileno=following)
-            if not select.select([self._socket], [], [], _REST)[0]:
+            if order.inherits or not select.select([self._socket], [], [], _REST)[0]:
                 _import_all()
             _set_priority(_URGENT)
 
