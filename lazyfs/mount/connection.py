@@ -168,15 +168,18 @@ class Connection:
             if request_id == self._trials.suspect and self._trials.deaths >= _PROOF:
                 self._answer(unique, errno.EIO, b"")
             else:
-                nursery.start_soon(self._try, self._trials, opcode, unique, request_id, bytes(body))
+                self._wait_for(unique, thread, self._try(self._trials, opcode, request_id, bytes(body)), nursery)
             return
         answer = self._handler.handle(opcode, node, body)
         if isinstance(answer, tuple):
             self._answer(unique, *answer)
         else:
-            # before the task begins: an interrupt of it may be the next request
-            self._waiting[unique] = _Waiting(thread, trio.CancelScope())
-            nursery.start_soon(self._finish, unique, answer)
+            self._wait_for(unique, thread, answer, nursery)
+
+    def _wait_for(self, unique: int, thread: int, answer: Coroutine[Any, Any, Answer], nursery: trio.Nursery) -> None:
+        # Noted before the task begins: an interrupt of it may be the next request.
+        self._waiting[unique] = _Waiting(thread, trio.CancelScope())
+        nursery.start_soon(self._finish, unique, answer)
 
     async def _finish(self, unique: int, answer: Coroutine[Any, Any, Answer]) -> None:
         try:
@@ -188,15 +191,15 @@ class Connection:
             del self._waiting[unique]
             self._fewer.set()
 
-    async def _try(self, trials: Trials, opcode: int, unique: int, request_id: tuple[int, int], body: bytes) -> None:
+    async def _try(self, trials: Trials, opcode: int, request_id: tuple[int, int], body: bytes) -> Answer:
         node, offset = request_id
         async with trials.turn:
             trials.board.set_trial(node, offset, trials.deaths if request_id == trials.suspect else 0)
-            answer = self._handler.handle(opcode, node, memoryview(body))
-            if not isinstance(answer, tuple):
-                answer = await answer
-            trials.board.set_trial(0)
-        self._answer(unique, *answer)
+            try:
+                answer = self._handler.handle(opcode, node, memoryview(body))
+                return answer if isinstance(answer, tuple) else await answer
+            finally:
+                trials.board.set_trial(0)
 
     async def _watch_caller(self, unique: int) -> None:
         """End a request whose caller is to die: the kernel doesn't let it, as long as we have its request.

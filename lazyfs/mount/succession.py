@@ -7,6 +7,7 @@ errors, all others go on.
 from __future__ import annotations
 
 import logging
+from collections.abc import Awaitable, Callable
 from functools import partial
 from typing import Any
 
@@ -28,6 +29,8 @@ from lazyfs.mount.resolving import Pull
 from lazyfs.registry.config import access as accesses
 
 log = logging.getLogger(__name__)
+
+Regain = Callable[[str, dict[str, Any]], Awaitable[None]]
 
 _PATIENCE = 10.0  # seconds for the local disk, for one mount
 
@@ -61,7 +64,7 @@ class Succession:
             for name, value in self._inheritance.values(chains.PREFIX).items():
                 nursery.start_soon(self._one, name, value, self._chain)
 
-    async def _one(self, name: str, value: dict[str, Any], regain: Any) -> None:
+    async def _one(self, name: str, value: dict[str, Any], regain: Regain) -> None:
         try:
             with trio.fail_after(_PATIENCE):
                 await regain(name, value)
