@@ -64,8 +64,9 @@ async def test_good_layer_passes_and_is_complete(scratch: Path, registry: FakeRe
 @pytest.mark.parametrize("shape", [(1 << 20, 1 << 20), (1000, 0), (100, 5000)])
 async def test_odd_layer_passes(scratch: Path, registry: FakeRegistry, shape: tuple[int, int]) -> None:
     blob = zstd_chunked_layer(without_sparse(odd_tar()), chunk_size=shape[0], frame_size=shape[1])
-    async with node(scratch) as one:
-        layer = one.serve(blob, registry, answer_timeout=30.0)  # a busy machine must not make it ask again
+    # A busy machine must not make it ask again: neither for want of an answer nor because a request took too long.
+    async with node(scratch, read_timeout=60.0) as one:
+        layer = one.serve(blob, registry, answer_timeout=30.0)
         assert await run_fill(one, layer) == ""
         assert registry.bytes_sent("/blobs/") == len(blob.blob), one.errors
 
