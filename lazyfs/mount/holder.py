@@ -38,6 +38,7 @@ _MNT_FORCE, _MNT_DETACH = 0x1, 0x2  # force: whoever waits for an answer gets an
 _STANDBY_AGAIN = 1.0  # seconds until a standby that was lost is begun anew, which costs 0.3 s of processor time
 _PR_SET_CHILD_SUBREAPER = 36
 _PF_EXITING = 0x4  # in the flags of proc(5)'s stat
+_EXIT_CODE = 49  # its place there, behind the name
 _QUICK = 30.0  # seconds; so many crashes within them are a loop
 _LOOP = 3
 _HOPELESS = 20  # daemons in a row that did not come to serve; then readers get errors rather than wait
@@ -60,6 +61,7 @@ class _Child:
     serving: bool = False
     ending: bool = False  # in order
     hung_up: bool = False
+    signal: int = 0  # that it died of; 0: of none, or we may not know
 
     def name(self, pid: int) -> None:
         """Note its number, once it is known."""
@@ -88,6 +90,7 @@ class Holder:
         self._standby_at = float("inf")  # when to begin one
         self._start_at = float("inf")  # when to put the next one in place
         self._crashes: list[float] = []
+        self._oom_kills = _oom_kills()  # of the machine, when a daemon died last
         self._dying: list[int] = []  # dead daemons, some of whose threads may be left
         self._failures = 0  # in a row, before they served
         self._wake, self._waker = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
@@ -283,6 +286,7 @@ class Holder:
         if not _is_readable(child.pidfd) and not _is_over(child.pid):
             return False
         self._listen(child)
+        child.signal = _died_of(child.pid)
         os.close(child.pidfd)
         self._dying.append(child.pid)
         return True
@@ -300,8 +304,13 @@ class Holder:
             self._planned = False
             self._put_in_place()
             return None
-        print(f"lazyfsd {child.pid} has died, another one takes over", file=sys.stderr, flush=True)
-        self._crashes = [*(at for at in self._crashes if at > now - _QUICK), now]
+        before, self._oom_kills = self._oom_kills, _oom_kills()
+        self._crashes = [at for at in self._crashes if at > now - _QUICK]
+        if child.signal != signal.SIGKILL or self._oom_kills != before:
+            self._crashes.append(now)  # no request makes a daemon die by somebody's hand
+        print(
+            f"lazyfsd {child.pid} has died (signal {child.signal}), another one takes over", file=sys.stderr, flush=True
+        )
         self._failures = 0 if child.serving else self._failures + 1
         if self._failures >= _HOPELESS:
             return 1
@@ -357,12 +366,32 @@ def _is_over(pid: int) -> bool:
 
     In the midst of its end it may wait for an answer, too: for the last pages of a mount that goes with it.
     """
+    fields = _stat(pid)
+    return not fields or fields[0] in (b"Z", b"X") or bool(int(fields[6]) & _PF_EXITING)
+
+
+def _died_of(pid: int) -> int:
+    """Return the signal that ended a process which nobody has taken away yet, 0 for none."""
+    fields = _stat(pid)
+    return int(fields[_EXIT_CODE]) & 0x7F if len(fields) > _EXIT_CODE else 0
+
+
+def _stat(pid: int) -> list[bytes]:
+    """Return the fields of proc(5)'s stat behind the name, state first; none where the process is gone."""
     try:
         with open(f"/proc/{pid}/stat", "rb") as handle:
-            fields = handle.read().rpartition(b") ")[2].split()
+            return handle.read().rpartition(b") ")[2].split()
     except OSError:
-        return True
-    return fields[0] in (b"Z", b"X") or bool(int(fields[6]) & _PF_EXITING)
+        return []
+
+
+def _oom_kills() -> int:
+    """Return how many processes this machine has killed for want of memory, that of cgroups included."""
+    try:
+        with open("/proc/vmstat", "rb") as handle:
+            return next((int(line[9:]) for line in handle if line.startswith(b"oom_kill ")), 0)
+    except OSError:
+        return 0
 
 
 def _is_reaped(pid: int) -> bool:

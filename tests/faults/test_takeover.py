@@ -154,7 +154,7 @@ if "lazyfs.mount.daemon" in sys.orig_argv:
     from lazyfs.chunks.read import Reader
     def begin(self, layer, row, offset, size, real=Reader.begin):
         if layer.table.size[row] == {DEADLY}:
-            os.kill(os.getpid(), 9)
+            os.kill(os.getpid(), 11)  # as a fault of a library does; a kill by hand is no request's fault
         return real(self, layer, row, offset, size)
     Reader.begin = begin
 """
