@@ -111,17 +111,20 @@ class LayerFiles:
         health: DiskHealth,
         *,
         shared: bool = False,
+        follows: bool = False,
         now: Callable[[], float] = time.time,
     ) -> None:
         """Open the files; with a `shape` make or begin anew those that are missing or don't fit it.
 
         Without one they are taken as found (eviction of a layer that nobody uses): `shape` stays None if that fails.
-        Raise StoreBroken for a newer version, StoreLocked when another process is just removing the layer.
+        `follows`: nothing is made or held until `take`. Raise StoreBroken for a newer version, StoreLocked when another
+        process is just removing the layer.
         """
         self.digest = digest
         self.lock = threading.RLock()
         self.shape: Shape | None = None
         self.shared = shared
+        self._follows = follows
         self._directory = directory
         self._health = health
         self._now = now
@@ -133,7 +136,7 @@ class LayerFiles:
         self.flags = bytearray()
         self._used = array("I")
         self._noted: dict[int, int] = {}  # segment → second in which this process noted a use of it
-        self._open(create=shape is not None)
+        self._open(create=shape is not None and not follows)
         self._hold()
         self._load()
         if shape is not None:
@@ -149,7 +152,7 @@ class LayerFiles:
 
     def _hold(self) -> None:
         """Tell other processes that the layer is in use: the one that removes it wants this lock for itself."""
-        if self._chunks is not None:
+        if self._chunks is not None and not self._follows:
             try:
                 fcntl.flock(self._chunks.number, fcntl.LOCK_SH | fcntl.LOCK_NB)
             except BlockingIOError:
@@ -192,13 +195,30 @@ class LayerFiles:
         return shape, array("I", (second if second <= limit else 0 for second in columns[0]))
 
     def ensure(self, shape: Shape) -> None:
-        """Begin anew, with nothing present, unless the files have this shape."""
+        """Begin anew, with nothing present, unless the files have this shape. Raise StoreBroken where we follow."""
         with self.lock:
+            if self._follows and (self._data is None or self.shape != shape):
+                raise StoreBroken(f"layer {self.digest} is not what another daemon serves")
             if self._data is None or self._chunks is None or self._used_file is None:
                 self._open(create=True)
                 self._hold()
             if self.shape != shape:
                 self._reset(shape)
+
+    def take(self) -> None:
+        """Follow no more: whoever served the layer has ended. Its files may have been replaced, and are opened again.
+
+        Raise StoreLocked when another process is just removing the layer.
+        """
+        with self.lock:
+            shape, self.shape = self.shape, None
+            self._follows = False
+            self._data = self._chunks = self._used_file = None
+            self._open(create=False)
+            self._hold()
+            self._load()
+            if shape is not None:
+                self.ensure(shape)
 
     def _reset(self, shape: Shape) -> None:
         self.flags = bytearray(shape.chunk_count)

@@ -96,6 +96,7 @@ class Store:
         self._slots: dict[str, _Slot] = {}
         self._lock_file: OwnedFd | None = None
         self._shared = False
+        self._follows = False
         self._closed_damaged = 0  # of layers that were closed since
         self._held: Counter[str] = Counter()  # layers that a fetch completes, by how many
         # Tells, from any thread, which layers can't be fetched again for those who read them; set by the daemon.
@@ -123,12 +124,29 @@ class Store:
         except OSError as error:
             raise translate(error, f"the store's lock {self.root}/lock") from None
         self._lock_file = fd
-        self._shared = not exclusive
+        with self._lock:
+            self._shared = not exclusive
+            for slot in self._slots.values():
+                slot.files.shared = self._shared
         if exclusive:
             try:
                 removal.sweep(self._layers)
             except OSError as error:
                 self.health.failed(error)
+
+    def follow(self) -> None:
+        """Open layers beside the daemon that has the store, and change nothing of them, until `take`."""
+        self._shared = self._follows = True
+
+    def take(self) -> None:
+        """Have the layers ourselves: the daemon that we followed has ended. A few system calls a layer."""
+        with self._lock:
+            self._follows = False
+            for slot in self._slots.values():
+                try:
+                    slot.files.take()
+                except StoreError as error:
+                    log.warning("layer %s can't be taken over: %s", slot.files.digest, error)
 
     @contextmanager
     def hold(self, wanted: Iterable[str]) -> Iterator[None]:
@@ -221,7 +239,9 @@ class Store:
             if directory is None:
                 return None
             try:
-                files = LayerFiles(digest, directory, shape, self.health, shared=self._shared, now=self._now)
+                files = LayerFiles(
+                    digest, directory, shape, self.health, shared=self._shared, follows=self._follows, now=self._now
+                )
                 if os.stat(name, dir_fd=self._layers.number).st_ino == os.fstat(directory.number).st_ino:
                     return files
                 files.close()
@@ -264,6 +284,20 @@ class Store:
     def read_toc(self, digest: str) -> bytes | None:
         """Return the raw TOC, not verified: the caller compares it with the digest that the manifest promised."""
         return self._read(digest, "toc", MAX_STORED_TOC)
+
+    def stamp(self, digest: str) -> tuple[int, ...] | None:
+        """Return what changes when a layer's table, or what is known of it, is replaced. None: one of them is not here.
+
+        Blocking, two system calls.
+        """
+        found: list[int] = []
+        for name in ("source", "table"):
+            try:
+                stat = os.lstat(f"{digests.hex_of(digest)}/{name}", dir_fd=self._layers.number)
+            except OSError:
+                return None
+            found += [stat.st_ino, stat.st_mtime_ns, stat.st_size]
+        return tuple(found)
 
     def write_toc(self, digest: str, raw: bytes) -> None:
         """Keep the raw TOC. Raise StoreFull or StoreBroken."""

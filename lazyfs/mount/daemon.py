@@ -46,7 +46,7 @@ from lazyfs.mount.donors import Donors
 from lazyfs.mount.fetching import Fetcher
 from lazyfs.mount.filling import Fillings
 from lazyfs.mount.forest import SHIFT, Forest, Owner, Planted
-from lazyfs.mount.held import Leash, Order
+from lazyfs.mount.held import Leash, Order, Template
 from lazyfs.mount.images import Images
 from lazyfs.mount.inheritance import Inheritance
 from lazyfs.mount.mounted import Mounted
@@ -73,6 +73,7 @@ log = logging.getLogger(__name__)
 _STOPS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 _LOCK_AGAIN, _LOCK_TIMEOUT = 0.05, 60.0  # seconds between tries for the store, and for all of them
 _LAST_WORDS = 0.1  # seconds
+_BREATH = 0.5  # seconds after a take-over in which readers come before all else
 _LAST_REQUESTS = 3.0  # seconds for requests under way, once nothing is shown any more
 _SWITCH = 0.0005  # seconds after which a thread gives up the interpreter: a waiting read is worth more than throughput
 
@@ -89,7 +90,6 @@ class Daemon:
         ready_fd: int,
         store_only: bool = False,
         leash: Leash | None = None,
-        order: Order | None = None,
     ) -> None:
         self._settings = settings
         self._solo = solo
@@ -97,7 +97,7 @@ class Daemon:
         self._until_idle = until_idle
         self._ready_fd = ready_fd
         self._leash = leash
-        self._order = order
+        self._order: Order | None = None
         self._scope = trio.CancelScope()
         self._stop = trio.Event()  # a client asked for the end
         self._signalled = False
@@ -122,8 +122,9 @@ class Daemon:
         try:
             store = Store(settings.root, settings.store_size, catalog)
             try:
-                locked = self._lock(store)
-                await self._serve(catalog, store, locked=locked)
+                if self._leash is None:
+                    self._lock(store)
+                await self._serve(catalog, store)
             finally:
                 store.close()
         finally:
@@ -138,7 +139,7 @@ class Daemon:
         try:
             store.lock(exclusive=self._alone)
         except StoreLocked:
-            if self._order is None or not self._order.inherits:
+            if not self._inherits:
                 raise
             return False
         return True
@@ -156,7 +157,7 @@ class Daemon:
         """Whether this is the node's one daemon, rather than one of several that share a store."""
         return self._solo is None and not self._store_only
 
-    async def _serve(self, catalog: Catalog, store: Store, *, locked: bool) -> None:
+    async def _serve(self, catalog: Catalog, store: Store) -> None:
         settings = self._settings
         requests = RequestCounters()
         rates = {Priority.PREFETCH: settings.prefetch_rate, Priority.BACKGROUND: settings.background_rate}
@@ -164,7 +165,6 @@ class Daemon:
         memory = MemoryCache(settings.memory_size)
         donors = Donors(catalog, store)
         preparer = Preparer(store, catalog, settings)
-        preparer.builder.warm()
         squash = Owner(os.geteuid(), os.getegid()) if os.geteuid() != 0 else None
         forest = Forest(solo=self._solo is not None, squash=squash)
         async with trio.open_nursery() as nursery:
@@ -195,14 +195,13 @@ class Daemon:
             images.planting.with_images = lambda: showing.wants_images
             operations = Operations(forest, reader)
             mountpoint = self._solo or settings.session
-            inheritance = Inheritance(None if self._order is None else self._order.estate)
+            inheritance = Inheritance(None) if self._leash is None else Inheritance(self._leash.estate, follows=True)
             session = None
             if not self._store_only:
                 session = Session(
                     operations,
                     mountpoint,
                     allow_other=os.geteuid() == 0,
-                    held=self._order,
                     board=inheritance,
                     on_guilty=partial(_accuse, images, forest),
                 )
@@ -239,12 +238,20 @@ class Daemon:
                 traces,
                 inheritance,
             )
-            succession = Succession(settings, inheritance, images, catalog, mounted, service.chains)
+            succession = Succession(settings, inheritance, images, catalog, store, mounted, service.chains)
+            if self._leash is not None:
+                self._order = await self._follow(self._leash, succession)
+                if self._order is None:
+                    nursery.cancel_scope.cancel()
+                    return
+                store.take()
+                if not self._lock(store):
+                    nursery.start_soon(self._lock_late, store)
+            if not self._inherits:
+                preparer.builder.warm()
             scraped = (
                 metrics().scraped(settings, mounted) if settings.metrics_address and self._alone else nullcontext()
             )
-            if not locked:
-                nursery.start_soon(self._lock_late, store)
             nursery.start_soon(service.keeping.watch)
             nursery.start_soon(heap.give_back)
             nursery.start_soon(pressure.watch, memory)
@@ -252,7 +259,7 @@ class Daemon:
             store.irreplaceable = images.layers.offline
             server = ControlServer(socket_of(settings, self._solo, store_only=self._store_only), mounted)
             if session is not None:
-                session.open()
+                session.open(self._order)
             try:
                 with self._scope, scraped:
                     await self._parts(session, server, mounted, showing, succession)
@@ -272,6 +279,19 @@ class Daemon:
                 self._last.start()
                 nursery.cancel_scope.cancel()
 
+    async def _follow(self, leash: Leash, succession: Succession) -> Order | None:
+        """Keep ready until we are to serve. None: we never are."""
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(succession.follow, leash.is_warm)
+            order = await leash.order()
+            nursery.cancel_scope.cancel()
+        self.hold_signals()  # from now on there is something to take down
+        return order
+
+    @property
+    def _inherits(self) -> bool:
+        return self._order is not None and self._order.inherits
+
     async def _parts(
         self,
         session: Session | None,
@@ -280,10 +300,10 @@ class Daemon:
         showing: Showing,
         succession: Succession,
     ) -> None:
-        inherits = self._order is not None and self._order.inherits
+        inherits = self._inherits
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._watch_signals)
-            if inherits:
+            if self._leash is not None:
                 await succession.run()
             if session is not None:
                 nursery.start_soon(self._serve_session, session)
@@ -291,10 +311,8 @@ class Daemon:
                     await session.tune()
             if self._leash is not None:
                 self._leash.serves()
-            if inherits:
-                nursery.start_soon(mounted.watch_callers)
-                nursery.start_soon(showing.clear_unknown)
-            elif self._alone:
+                nursery.start_soon(self._calm_down, self._leash, succession, mounted, showing)
+            if self._alone and not inherits:
                 await mounted.clean_up_crashed()
                 await showing.clean_up_crashed()
             await server.listen()
@@ -307,8 +325,23 @@ class Daemon:
             notify.tell("READY=1")
             if not inherits:  # what is shown is shown; the next mount may wait for the test
                 nursery.start_soon(showing.test_early)
+            if self._alone and not inherits:
+                await self._sweep()
+
+    async def _calm_down(self, leash: Leash, succession: Succession, mounted: Mounted, showing: Showing) -> None:
+        """Do what can wait, once those are answered who waited for us."""
+        if self._inherits:
+            await trio.sleep(_BREATH)
+        leash.is_calm()
+        await succession.clear()
+        if self._inherits:
+            await showing.clear_unknown()
             if self._alone:
-                nursery.start_soon(partial(trio.to_thread.run_sync, partial(sweep.sweep, self._settings)))
+                await self._sweep()
+            await mounted.watch_callers()
+
+    async def _sweep(self) -> None:
+        await trio.to_thread.run_sync(partial(sweep.sweep, self._settings))
 
     async def _serve_session(self, session: Session) -> None:
         """Serve FUSE; when somebody unmounts the session the daemon has nothing left to do."""
@@ -403,20 +436,16 @@ def main(argv: list[str] | None = None) -> int:
                 os.close(ready_fd)
                 ready_fd = -1
 
-        leash = Leash(args.leash, forked) if args.leash >= 0 else None
-        order = leash.wait() if leash is not None else None
-        if leash is not None and order is None:
-            return 0
+        leash = None
+        if args.leash >= 0:
+            leash = Template(args.leash, forked).run()
+            if leash is None:
+                return 0
         daemon = Daemon(
-            settings,
-            args.solo,
-            until_idle=args.until_idle,
-            ready_fd=ready_fd,
-            store_only=args.store_only,
-            leash=leash,
-            order=order,
+            settings, args.solo, until_idle=args.until_idle, ready_fd=ready_fd, store_only=args.store_only, leash=leash
         )
-        daemon.hold_signals()
+        if leash is None:
+            daemon.hold_signals()
         trio.run(daemon.run, strict_exception_groups=True)
         return 0
     except* LazyfsError as group:

@@ -64,20 +64,35 @@ class Fillings:
         # Waits while something more urgent is being fetched ahead for a layer's image.
         self.before: Callable[[ServedLayer], Awaitable[None]] = _nothing
         self._fillings: dict[str, _Filling] = {}
+        self._resting: dict[str, ServedLayer] | None = None  # what begins when we work
         self._working: Counter[str] = Counter()  # tasks that have not ended yet, their threads being in a request
 
     def start(self, layer: ServedLayer) -> None:
         """Begin with a layer, unless that has been done. Doesn't wait."""
-        if layer.digest not in self._fillings:
+        if self._resting is not None:
+            self._resting[layer.digest] = layer
+        elif layer.digest not in self._fillings:
             filling = self._fillings[layer.digest] = _Filling()
             self._working[layer.digest] += 1
             self._nursery.start_soon(guard, "background", partial(self._work, layer, filling))
 
     def stop(self, layer: ServedLayer) -> None:
         """End the work on a layer that nobody uses any more. Doesn't wait."""
+        if self._resting is not None:
+            self._resting.pop(layer.digest, None)
         filling = self._fillings.pop(layer.digest, None)
         if filling is not None:
             filling.scope.cancel()
+
+    def rest(self) -> None:
+        """Begin with nothing before `work`: another daemon does what is to be done."""
+        self._resting = {}
+
+    def work(self) -> None:
+        """Begin with what was to be begun meanwhile. Doesn't wait."""
+        layers, self._resting = self._resting, None
+        for layer in (layers or {}).values():
+            self.start(layer)
 
     def busy(self) -> frozenset[str]:
         """Return the digests of layers that are worked on, even where nobody uses them any more. From any thread."""

@@ -1,7 +1,8 @@
 """A daemon's end of the leash: told by the holder when to serve, and with what.
 
-Just before it serves, a daemon forks the next standby: that one has everything loaded, shares our memory, and is
-ready in milliseconds.
+The process that the holder starts is a template: it has everything loaded, runs nothing, and forks a daemon whenever
+the holder asks for one. That one shares its memory, gets everything ready that it can while another daemon serves, and
+waits for the order: what is left to be done then takes some milliseconds.
 """
 
 from __future__ import annotations
@@ -17,13 +18,15 @@ import socket
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import trio
+
 from lazyfs.errors import DaemonFault
 from lazyfs.mount import greeting as greetings
 from lazyfs.mount.greeting import Greeting
-from lazyfs.mount.holder import ENDS, SERVES, WARM
+from lazyfs.mount.holder import ENDS, FORK_AT_ONCE, IS, SERVES, WARM
 
 _URGENT = -10  # nice value of who takes over: every reader of the node waits for it, and others may fill the processors
-_REST = 3.0  # seconds before a standby loads what is missing: the first container's start is over by then
+_REST = 3.0  # seconds before a template loads what is missing: the first container's start is over by then
 _MAX_ORDER = 64 * 1024  # bytes
 # What a daemon imports when it is first wanted: a standby has the time, and whoever takes over has not.
 _LATER = ("lazyfs.chunks", "lazyfs.mount", "lazyfs.registry")
@@ -31,60 +34,96 @@ _LATER = ("lazyfs.chunks", "lazyfs.mount", "lazyfs.registry")
 
 @dataclass(frozen=True, slots=True)
 class Order:
-    """To serve the connection `fuse`, which the process `holder` holds. Its fds are ours to keep.
+    """To serve the connection `fuse`, which the process `holder` holds. The fd is ours to keep.
 
-    `estate`: the memory of what daemons leave to each other. `inherits`: a daemon served before us, and has ended.
-    `careful`: several of them died in a row.
+    `inherits`: a daemon served before us, and has ended. `careful`: several of them died in a row.
     """
 
     fuse: int
-    estate: int
     greeting: Greeting
     inherits: bool
     careful: bool
     holder: int
 
 
-class Leash:
-    """The socket to the holder. Synchronous. `on_fork` is called in each standby that is forked."""
+class Template:
+    """Forks daemons. Synchronous, without threads. `on_fork` is called in all of these but the first, and in itself."""
 
     def __init__(self, fd: int, on_fork: Callable[[], None] = lambda: None) -> None:
         self._socket = socket.socket(fileno=fd)
         self._on_fork = on_fork
         os.set_inheritable(fd, False)
 
-    def wait(self) -> Order | None:
-        """Say that we are warm and wait until we are to serve; leave another standby behind. No threads are there yet.
+    def run(self) -> Leash | None:
+        """Fork a daemon each time that the holder asks; return in each of them its leash.
 
-        Blocking, for as long as another daemon lives. None: the holder has ended, or needs us no more. Raise
-        DaemonFault for an order that can't be followed.
+        Blocking, as long as the holder lives. None, in the template itself: the holder has ended, or has another one.
         """
+        is_first, is_loaded = True, False
         while True:
+            # Whoever asks within that time may be waited for.
+            if not is_first and not is_loaded and not select.select([self._socket], [], [], _REST)[0]:
+                _import_all()
+                is_loaded = True
             try:
-                self._socket.send(WARM + str(os.getpid()).encode())
-                data, fds, _, _ = socket.recv_fds(self._socket, _MAX_ORDER, 3)
+                word, fds, _, _ = socket.recv_fds(self._socket, 1, 2)
             except OSError:
                 return None
-            if not data:
+            if len(fds) != 2:
                 return None
-            order, following = _decode(data, fds)
-            gc.freeze()  # what is loaded stays shared
-            if os.fork():
-                os.close(following)
-                return order
-            self._on_fork()
-            for fd in (order.fuse, order.estate):
-                os.close(fd)
-            self._socket.close()
-            self._socket = socket.socket(fileno=following)
-            if order.inherits or not select.select([self._socket], [], [], _REST)[0]:
+            if word != FORK_AT_ONCE and not is_loaded:
                 _import_all()
-            _set_priority(_URGENT)
+                is_loaded = True
+            gc.freeze()  # what is loaded stays shared
+            if _fork_away():
+                self._socket.close()
+                if not is_first:
+                    self._on_fork()
+                if is_loaded:
+                    _set_priority(_URGENT)
+                return Leash(*fds)
+            for fd in fds:
+                os.close(fd)
+            if is_first:
+                self._on_fork()
+            is_first = False
+
+
+class Leash:
+    """The socket to the holder. `estate`: the memory of what daemons leave to each other. Belongs to one trio loop."""
+
+    def __init__(self, fd: int, estate: int) -> None:
+        self._socket = socket.socket(fileno=fd)
+        self._socket.setblocking(False)
+        self.estate = estate
+        self._say(IS + str(os.getpid()).encode())
+
+    async def order(self) -> Order | None:
+        """Wait until we are to serve. None: the holder has ended, or needs us no more. A checkpoint.
+
+        Raise DaemonFault for an order that can't be followed.
+        """
+        while True:
+            await trio.lowlevel.wait_readable(self._socket)
+            try:
+                data, fds, _, _ = socket.recv_fds(self._socket, _MAX_ORDER, 1)
+            except BlockingIOError:
+                continue
+            except OSError:
+                return None
+            return _decode(data, fds) if data else None
+
+    def is_warm(self) -> None:
+        """Say that all is ready that can be before the order. Doesn't block."""
+        self._say(WARM)
 
     def serves(self) -> None:
-        """Say that requests are answered, and be no more urgent than others from now on. Doesn't block."""
-        _set_priority(0)
+        """Say that requests are answered. Doesn't block."""
         self._say(SERVES)
+
+    def is_calm(self) -> None:
+        """Be no more urgent than others from now on: whoever waited for us has been answered. Doesn't block."""
+        _set_priority(0)
 
     def ends(self) -> None:
         """Say that we end in order, with nothing mounted any more. Doesn't block."""
@@ -93,6 +132,20 @@ class Leash:
     def _say(self, word: bytes) -> None:
         with contextlib.suppress(OSError):  # the holder has ended; who serves goes on
             self._socket.send(word, socket.MSG_DONTWAIT)
+
+
+def _fork_away() -> bool:
+    """Fork a process whose parent is the holder, which tells how it ended. True in that one."""
+    between = os.fork()
+    if between:
+        os.waitpid(between, 0)
+        return False
+    try:
+        if os.fork():
+            os._exit(0)
+    except OSError:
+        os._exit(1)  # the holder sees that the leash has no other end
+    return True
 
 
 def _set_priority(nice: int) -> None:
@@ -109,14 +162,11 @@ def _import_all() -> None:
             importlib.import_module(module.name)
 
 
-def _decode(data: bytes, fds: list[int]) -> tuple[Order, int]:
-    """Return an order, and the leash of the standby after us."""
+def _decode(data: bytes, fds: list[int]) -> Order:
     try:
         order = json.loads(data)
-        fuse, estate, following = fds
+        (fuse,) = fds
         greeting = greetings.decode(bytes.fromhex(order["greeting"]))
-        return Order(
-            fuse, estate, greeting, bool(order["inherits"]), bool(order["careful"]), int(order["holder"])
-        ), following
+        return Order(fuse, greeting, bool(order["inherits"]), bool(order["careful"]), int(order["holder"]))
     except (ValueError, KeyError, TypeError) as error:
         raise DaemonFault(f"the holder's order makes no sense: {error}") from None

@@ -5,9 +5,10 @@ sent again to the next one (FUSE_NOTIFY_RESEND, Linux 6.9). The standard library
 nothing here may break, and nothing here is upgraded with the daemon. Where the kernel can't do it, this process turns
 into lazyfsd itself, with a plain mount.
 
-A daemon has one end of a socket pair, its leash. Down the leash comes, once and with the fds, the order to serve; up
-the leash "W" and its process number: it is warm and waits; "S": it serves; "E": it ends, and all is taken down. Who is
-ordered to serve forks the next standby first, whose leash comes with the order.
+One process is started, the template. It has the code loaded and forks a daemon for each socket that it gets. Of two
+daemons one serves, and one is the standby. Each has the other end of such a socket, its leash. Up the leash come "I"
+and its process number; "W": it is warm, all is ready that can be; "S": it serves; "E": it ends, and all is taken down.
+Down the leash comes once, with the connection, the order to serve.
 
 A daemon is dead when its main thread is: that one alone reads requests. Other threads may be in the kernel still,
 waiting for answers to requests of their own (they mount what lies in the session), which only the next daemon gives.
@@ -29,13 +30,15 @@ from dataclasses import dataclass
 
 from lazyfs.mount import greeting as greetings
 
-WARM, SERVES, ENDS = b"W", b"S", b"E"
+IS, WARM, SERVES, ENDS = b"I", b"W", b"S", b"E"
+FORK_AT_ONCE, FORK = b"!", b"?"  # to the template: somebody waits for that daemon, or it may load all code first
 _BOARD = 4096  # bytes in front of what daemons leave to each other: what one was at when it died
 _LEAST = 8192  # bytes of a buffer that the kernel reads a request into
 _INIT_TIMEOUT = 10.0  # seconds for the kernel's first request
 _MS_RDONLY = 0x1
 _MNT_FORCE, _MNT_DETACH = 0x1, 0x2  # force: whoever waits for an answer gets an error
-_STANDBY_AGAIN = 1.0  # seconds until a standby that was lost is begun anew, which costs 0.3 s of processor time
+_AGAIN = 1.0  # seconds until a standby or template that was lost is begun anew, which costs 0.3 s of processor time
+_FIRST_STANDBY, _NEXT_STANDBY = 3.0, 0.2  # seconds after a daemon serves: those who wait for it come first
 _PR_SET_CHILD_SUBREAPER = 36
 _PF_EXITING = 0x4  # in the flags of proc(5)'s stat
 _EXIT_CODE = 49  # its place there, behind the name
@@ -52,7 +55,7 @@ _STOPS = (signal.SIGTERM, signal.SIGINT)
 
 @dataclass(eq=False)
 class _Child:
-    """A daemon. One that is being forked has no number yet."""
+    """A daemon, or the template. A daemon that is being forked has no number yet."""
 
     leash: socket.socket
     pid: int = 0
@@ -81,6 +84,7 @@ class Holder:
         self._estate = -1
         self._current: _Child | None = None
         self._standby: _Child | None = None
+        self._template: _Child | None = None
         self._upgrading = False
         self._planned = False  # the end of the daemon that serves
         self._stopping = False
@@ -88,6 +92,7 @@ class Holder:
         self._stop_by = float("inf")
         self._served = False  # by anybody, ever
         self._standby_at = float("inf")  # when to begin one
+        self._template_at = float("inf")
         self._start_at = float("inf")  # when to put the next one in place
         self._crashes: list[float] = []
         self._oom_kills = _oom_kills()  # of the machine, when a daemon died last
@@ -130,11 +135,12 @@ class Holder:
 
     # -- daemons
 
-    def _spawn(self, *, ready: bool = False) -> _Child:
-        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    def _spawn(self) -> _Child:
+        """Start a template. The first one knows, too, where to say that a daemon is ready."""
+        ours, theirs = _socket_pair()
         passed = [theirs.fileno()]
         words = [sys.executable, "-P", "-m", "lazyfs.mount.daemon", *self._words, "--leash", str(theirs.fileno())]
-        if ready and self._ready_fd >= 0:
+        if self._ready_fd >= 0:
             passed.append(self._ready_fd)
             words += ["--ready-fd", str(self._ready_fd)]
         pid = os.fork()
@@ -149,32 +155,30 @@ class Holder:
             finally:
                 os._exit(127)
         theirs.close()
-        if ready and self._ready_fd >= 0:
+        if self._ready_fd >= 0:
             os.close(self._ready_fd)
             self._ready_fd = -1
-        ours.setblocking(False)
         child = _Child(ours)
         child.name(pid)
         return child
 
-    def _order(self, child: _Child) -> None:
-        """Have a daemon serve. Its predecessor has ended, all of its threads."""
-        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        ours.setblocking(False)
-        looping = len([at for at in self._crashes if at > time.monotonic() - _QUICK]) >= _LOOP
-        order = {"greeting": self._greeting.hex(), "inherits": self._served, "careful": looping, "holder": os.getpid()}
-        try:
-            socket.send_fds(child.leash, [json.dumps(order).encode()], [self._fuse, self._estate, theirs.fileno()])
-        except OSError:
-            pass  # it has ended already, which is seen next
+    def _fork(self, how: bytes) -> _Child:
+        """Have the template fork a daemon, which says who it is."""
+        if self._template is None:
+            self._template, self._template_at = self._spawn(), float("inf")
+        ours, theirs = _socket_pair()
+        _pass(self._template.leash, how, theirs.fileno(), self._estate)
         theirs.close()
-        self._standby = _Child(ours)
+        return _Child(ours)
 
     def _put_in_place(self) -> None:
+        """Have a daemon serve. Its predecessor has ended."""
         self._start_at = float("inf")
-        self._current = self._standby or self._spawn(ready=not self._served)
+        self._current = self._standby or self._fork(FORK_AT_ONCE)
         self._standby, self._standby_at = None, float("inf")
-        self._order(self._current)
+        looping = len([at for at in self._crashes if at > time.monotonic() - _QUICK]) >= _LOOP
+        order = {"greeting": self._greeting.hex(), "inherits": self._served, "careful": looping, "holder": os.getpid()}
+        _pass(self._current.leash, json.dumps(order).encode(), self._fuse)
 
     # -- the loop
 
@@ -183,7 +187,7 @@ class Holder:
         signal.set_wakeup_fd(self._waker, warn_on_full_buffer=False)
         for number in (*_STOPS, signal.SIGHUP):
             signal.signal(number, self._on_signal)
-        ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)  # a standby's parent is the daemon before it
+        ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)  # daemons leave the template, and come to us
         self._put_in_place()
         while True:
             self._wait()
@@ -199,12 +203,12 @@ class Holder:
         """Do what signals say: SIGHUP has a daemon of today's code take over, the others end all."""
         while self._signals:
             number = self._signals.pop(0)
-            self._drop_standby()  # it has the code of before, and is not needed at the end
+            self._drop_spares()  # they have the code of before, and are not needed at the end
             if number == signal.SIGHUP:
                 self._upgrading, self._standby_at = True, now
             elif not self._stopping:
                 self._stopping, self._stop_by = True, now + _STOP_TIMEOUT
-                self._standby_at = self._start_at = float("inf")
+                self._standby_at = self._template_at = self._start_at = float("inf")
                 if self._current is not None:
                     _send(self._current, signal.SIGTERM)
 
@@ -212,14 +216,14 @@ class Holder:
         poll = select.poll()
         poll.register(self._wake, select.POLLIN)
         poll.register(self._fuse, 0)  # POLLERR: it was unmounted
-        for child in (self._current, self._standby):
+        for child in (self._current, self._standby, self._template):
             if child is not None:
                 if child.pid:
                     poll.register(child.pidfd, select.POLLIN)
                 if child.leash.fileno() >= 0:
                     poll.register(child.leash.fileno(), select.POLLIN)
         # The kernel tells when all threads have ended; that the main one alone has, it doesn't.
-        until = min(self._standby_at, self._start_at, self._stop_by, time.monotonic() + _LOOK)
+        until = min(self._standby_at, self._template_at, self._start_at, self._stop_by, time.monotonic() + _LOOK)
         poll.poll(max(0.0, until - time.monotonic()) * 1000)
         try:
             os.read(self._wake, 4096)
@@ -237,7 +241,10 @@ class Holder:
         if self._standby is not None and self._has_ended(self._standby):
             self._standby = None
             self._upgrading = False  # the new code can't even begin: the old one goes on
-            self._standby_at = now + _STANDBY_AGAIN
+            self._standby_at = now + _AGAIN
+        if self._template is not None and self._has_ended(self._template):
+            self._template.leash.close()
+            self._template, self._template_at = None, now + _AGAIN
         if self._current is not None:
             if self._has_ended(self._current):
                 over = self._bury(now)
@@ -254,9 +261,10 @@ class Holder:
             # What a daemon holds is written down as it comes: there is nothing that it could do at its end.
             self._upgrading, self._planned = False, True
             _send(self._current, signal.SIGKILL)
+        if now >= self._template_at and self._template is None:
+            self._template, self._template_at = self._spawn(), float("inf")
         if now >= self._standby_at and self._standby is None and not self._stopping:
-            self._standby = self._spawn()
-            self._standby_at = float("inf")
+            self._standby, self._standby_at = self._fork(FORK), float("inf")
         return None
 
     def _listen(self, child: _Child) -> None:
@@ -270,12 +278,14 @@ class Holder:
             if not word:
                 child.leash.close()
                 child.hung_up = True
-            elif word[:1] == WARM:
+            elif word[:1] == IS:
                 child.name(int(word[1:]))
+            elif word == WARM:
                 child.warm = True
             elif word == ENDS:
                 child.ending = True
             elif word == SERVES:
+                self._standby_at = time.monotonic() + (_NEXT_STANDBY if self._served else _FIRST_STANDBY)
                 child.serving = self._served = True
                 self._failures = 0
 
@@ -320,22 +330,37 @@ class Holder:
             self._put_in_place()
         return None
 
-    def _drop_standby(self) -> None:
-        standby, self._standby = self._standby, None
-        if standby is not None:
-            standby.leash.close()  # which ends one that waits for an order
-            if standby.pid:
-                _send(standby, signal.SIGKILL)
-                os.close(standby.pidfd)
-                self._dying.append(standby.pid)
+    def _drop_spares(self) -> None:
+        for spare in (self._standby, self._template):
+            if spare is not None:
+                spare.leash.close()  # which ends one that has no number yet
+                if spare.pid:
+                    _send(spare, signal.SIGKILL)
+                    os.close(spare.pidfd)
+                    self._dying.append(spare.pid)
+        self._standby = self._template = None
 
     def _end(self) -> None:
-        self._drop_standby()
+        self._drop_spares()
         self._unmount()
         until = time.monotonic() + _LAST_THREADS
         while self._dying and time.monotonic() < until:
             self._dying = [pid for pid in self._dying if not _is_reaped(pid)]
             time.sleep(0.01)
+
+
+def _socket_pair() -> tuple[socket.socket, socket.socket]:
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    ours.setblocking(False)
+    return ours, theirs
+
+
+def _pass(leash: socket.socket, word: bytes, *fds: int) -> None:
+    """Send a word with fds. Who has ended already misses it, which is seen next."""
+    try:
+        socket.send_fds(leash, [word], fds)
+    except OSError:
+        pass
 
 
 def _first_request(fuse: int) -> bytes:
@@ -399,7 +424,7 @@ def _is_reaped(pid: int) -> bool:
     try:
         return os.waitpid(pid, os.WNOHANG)[0] == pid
     except ChildProcessError:
-        return True  # a standby whose parent lives: it goes with that
+        return True  # it has been taken away already
 
 
 def _own_cgroup() -> None:

@@ -24,15 +24,33 @@ Value = dict[str, Any]
 
 
 class Inheritance:
-    """Values by name, kept for the next daemon. Belongs to one thread. `fd`: the memory; None: nobody will follow."""
+    """Values by name, kept for the next daemon. Belongs to one thread. `fd`: the memory; None: nobody will follow.
 
-    def __init__(self, fd: int | None) -> None:
+    One process writes. `follows`: another one does; `look` tells what it wrote, until `own`.
+    """
+
+    def __init__(self, fd: int | None, *, follows: bool = False) -> None:
         self._fd = fd
         self._values: dict[str, Value] = {}
         self._size = 0  # bytes of the lines since the one that says all, that one included
-        self._end = _BOARD
-        if fd is not None:
-            self._load(fd)
+        self._end = -1
+        if follows:
+            self.look()
+        else:
+            self.own()
+
+    def look(self) -> bool:
+        """Take over what was written since the last look; False: nothing was. Doesn't block."""
+        if self._fd is None or (end := max(_BOARD, os.fstat(self._fd).st_size)) == self._end:
+            return False
+        self._end = end
+        self._load(self._fd)
+        return True
+
+    def own(self) -> None:
+        """Be the one that writes: whoever did before has ended. Doesn't block."""
+        self.look()
+        self._write({"all": self._values}, first=True)
 
     def values(self, prefix: str) -> dict[str, Value]:
         """Return the values whose names begin so, in the order in which they came."""
@@ -65,7 +83,7 @@ class Inheritance:
     # -- the lines
 
     def _load(self, fd: int) -> None:
-        self._end = max(_BOARD, os.fstat(fd).st_size)
+        self._values = {}
         try:
             begin = os.lseek(fd, _BOARD, os.SEEK_DATA)
         except OSError:  # ENXIO: nothing yet
@@ -82,7 +100,6 @@ class Inheritance:
                 self._values[change["put"]] = change["value"]
             else:
                 self._values.pop(change.get("remove"), None)
-        self._write({"all": self._values}, first=True)
 
     def _write(self, change: Value, *, first: bool = False) -> None:
         if self._fd is None:

@@ -42,7 +42,7 @@ def check_available() -> None:
 
 
 class Session:
-    """A session on the directory `mountpoint`, whose requests `operations` answer. `held`: the holder has mounted it.
+    """A session on the directory `mountpoint`, whose requests `operations` answer.
 
     `on_guilty` is told the node whose requests have killed several daemons, where that is known.
     """
@@ -53,12 +53,11 @@ class Session:
         mountpoint: Path,
         *,
         allow_other: bool,
-        held: Order | None = None,
         board: Board | None = None,
         on_guilty: Callable[[int], None] = lambda node: None,
     ) -> None:
         self._operations = operations
-        self._held = held
+        self._held: Order | None = None
         self._board = board
         self._on_guilty = on_guilty
         self._connection: Connection | None = None
@@ -71,13 +70,14 @@ class Session:
         """The process that holds the connection beyond our end, 0 where none does."""
         return 0 if self._held is None else self._held.holder
 
-    def open(self) -> None:
-        """Mount. Blocking; nothing of the mount may be touched before `run`.
+    def open(self, held: Order | None = None) -> None:
+        """Mount, or take what the holder has mounted. Blocking; nothing of the mount may be touched before `run`.
 
         Raise FuseUnavailable or MountPointInvalid.
         """
-        if self._held is not None:
-            self._connection = Connection(self._held.fuse, self._operations, self._held.greeting)
+        if held is not None:
+            self._held = held
+            self._connection = Connection(held.fuse, self._operations, held.greeting)
             return
         check_available()
         self._clear_stale()

@@ -190,8 +190,13 @@ class Showing:
 
     async def clear_unknown(self) -> None:
         """Take away mounts that nobody has, because a daemon before us died in the midst of one. A checkpoint."""
-        known = frozenset(self._places)
-        await trio.to_thread.run_sync(partial(self._clear, known), limiter=self._leavers)
+        for target in await trio.to_thread.run_sync(self._mounted, limiter=self._leavers):
+            if target.name not in self._places:
+                place = self._places[target.name] = _Place(0, trio.Lock())
+                async with place.lock:  # whoever wants the same tree meanwhile mounts it behind us
+                    await trio.to_thread.run_sync(erofs_mount.unmount, target, limiter=self._leavers)
+                    if not place.users:
+                        del self._places[target.name]
 
     async def hide(self, planted: Planted, shown: Shown) -> None:
         """Take back one `show`; with the last one of an erofs mount it goes. A checkpoint; never fails."""
@@ -226,11 +231,13 @@ class Showing:
         """Take away what a daemon that died has left mounted. A checkpoint."""
         await trio.to_thread.run_sync(self._clear, limiter=self._leavers)
 
-    def _clear(self, known: frozenset[str] = frozenset()) -> None:
-        base = os.fsencode(self._settings.shown)
-        for entry in mounts.below(base):
-            if entry.kind == "erofs" and os.fsdecode(os.path.basename(entry.dir)) not in known:
-                erofs_mount.unmount(Path(os.fsdecode(entry.dir)))
+    def _mounted(self) -> list[Path]:
+        found = mounts.below(os.fsencode(self._settings.shown))
+        return [Path(os.fsdecode(entry.dir)) for entry in found if entry.kind == "erofs"]
+
+    def _clear(self) -> None:
+        for target in self._mounted():
+            erofs_mount.unmount(target)
         with suppress(OSError):  # not empty where one stays mounted
             self._settings.shown.rmdir()
 

@@ -1,14 +1,15 @@
 """Taking over from a daemon that died: all that it showed is planted again, before requests are answered.
 
-Readers wait meanwhile, so it asks no registry and waits for none. What can't be had again is left out: its readers get
-errors, all others go on.
+A standby does most of that beforehand, and follows what changes. Readers wait for the rest, so it asks no registry and
+waits for none. What can't be had again is left out: its readers get errors, all others go on.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Awaitable, Callable
-from functools import partial
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache, partial
 from typing import Any
 
 import trio
@@ -16,11 +17,11 @@ import trio
 from lazyfs import oci
 from lazyfs import reference as references
 from lazyfs.chunks.catalog import Catalog
+from lazyfs.chunks.store import Store
 from lazyfs.config import Settings
 from lazyfs.errors import LazyfsError, StoreBroken
 from lazyfs.mount import chains, claims, mounted
 from lazyfs.mount.chains import Chains
-from lazyfs.mount.claims import Claim
 from lazyfs.mount.forest import Planted
 from lazyfs.mount.images import Images, LayerFacts, MountedImage
 from lazyfs.mount.inheritance import Inheritance
@@ -30,9 +31,21 @@ from lazyfs.registry.config import access as accesses
 
 log = logging.getLogger(__name__)
 
-Regain = Callable[[str, dict[str, Any]], Awaitable[None]]
+Regain = Callable[[str, dict[str, Any], "_Ready"], None]
 
+_LOOK = 0.5  # seconds between looks at what the daemon that serves shows
+_LOOK_AT_LAYERS = 5.0  # seconds between looks whether a layer of that is known by another table, or false, meanwhile
 _PATIENCE = 10.0  # seconds for the local disk, for one mount
+
+
+@dataclass(frozen=True, slots=True)
+class _Ready:
+    """What is planted already. `of`: all that it depends on, see `Succession._signs`."""
+
+    of: object
+    planted: Planted
+    facts: tuple[LayerFacts, ...]
+    documents: tuple[oci.Manifest, oci.ImageConfig] | None  # None: a chain, which needs none
 
 
 class Succession:
@@ -44,6 +57,7 @@ class Succession:
         inheritance: Inheritance,
         images: Images,
         catalog: Catalog,
+        store: Store,
         mounts: Mounted,
         shown: Chains,
     ) -> None:
@@ -51,23 +65,87 @@ class Succession:
         self._inheritance = inheritance
         self._images = images
         self._catalog = catalog
+        self._store = store
         self._mounts = mounts
         self._chains = shown
+        self._ready: dict[str, _Ready] = {}
+        self._refused: dict[str, object] = {}  # signs of what could not be planted: not tried again while they last
+
+    async def follow(self, is_warm: Callable[[], None]) -> None:
+        """Keep planted what the daemon that serves shows, until cancelled. `is_warm` is called after the first look.
+
+        Others go on using the store: nothing is fetched, and nothing on the disk is changed but what is counted.
+        """
+        self._images.fillings.rest()
+        self._store.follow()
+        await self._prepare()
+        is_warm()
+        looked = trio.current_time()
+        while True:
+            await trio.sleep(_LOOK)
+            if self._inheritance.look() or trio.current_time() > looked + _LOOK_AT_LAYERS:
+                await self._prepare()
+                looked = trio.current_time()
+
+    async def _prepare(self) -> None:
+        values = {**self._inheritance.values(mounted.PREFIX), **self._inheritance.values(chains.PREFIX)}
+        signs = await trio.to_thread.run_sync(self._all_signs, values)
+        for name in list(self._ready):
+            if signs.get(name) != self._ready[name].of:
+                await self._let_go(name)
+        self._refused = {name: of for name, of in self._refused.items() if signs.get(name) == of}
+        for name, of in signs.items():
+            if of is None or name in self._ready or name in self._refused:
+                continue
+            try:
+                with trio.fail_after(_PATIENCE):
+                    self._ready[name] = await self._plant(name, values[name], of)
+            except Exception as error:
+                log.info("%s is left for later: %s", name, error or "its files do not come")
+                self._refused[name] = of
+
+    async def _let_go(self, name: str) -> None:
+        with trio.CancelScope(shield=True):
+            await self._images.planting.release(self._ready.pop(name).planted)
+
+    def _all_signs(self, values: dict[str, dict[str, Any]]) -> dict[str, object]:
+        """Return all that planting each depends on; None: a layer is not there. Blocking, two system calls a layer."""
+        stamp = cache(self._store.stamp)
+        signs: dict[str, object] = {}
+        for name, value in values.items():
+            stamps = [stamp(layer["descriptor"]["digest"]) for layer in value["layers"]]
+            told = [value.get(key) for key in ("reference", "manifest_digest", "plain_http", "access", "layers")]
+            signs[name] = None if None in stamps else (stamps, told)
+        return signs
 
     async def run(self) -> None:
-        """Take all over, side by side. A checkpoint, 10 s at most."""
+        """Take all over, side by side, once the daemon before us has ended. A checkpoint, 10 s at most."""
+        self._inheritance.own()
         for value in self._inheritance.values(mounted.LOGINS).values():
             self._images.node_logins.update(value.get("logins"))
+        kinds: tuple[tuple[str, Regain], ...] = ((mounted.PREFIX, self._mount), (chains.PREFIX, self._chain))
         async with trio.open_nursery() as nursery:
-            for name, value in self._inheritance.values(mounted.PREFIX).items():
-                nursery.start_soon(self._one, name, value, self._mount)
-            for name, value in self._inheritance.values(chains.PREFIX).items():
-                nursery.start_soon(self._one, name, value, self._chain)
+            for prefix, regain in kinds:
+                values = self._inheritance.values(prefix)
+                signs = self._all_signs(values)
+                for name, value in values.items():
+                    ready = self._ready.get(name)
+                    if ready is not None and ready.of == signs[name]:
+                        regain(name, value, self._ready.pop(name))
+                    else:
+                        nursery.start_soon(self._one, name, value, regain)
+
+    async def clear(self) -> None:
+        """Let go of what is shown no more, and begin with the background's work. A checkpoint."""
+        for name in list(self._ready):
+            await self._let_go(name)
+        self._images.fillings.work()
+        await trio.to_thread.run_sync(self._store.evictor.scan)  # others have written since we looked
 
     async def _one(self, name: str, value: dict[str, Any], regain: Regain) -> None:
         try:
             with trio.fail_after(_PATIENCE):
-                await regain(name, value)
+                regain(name, value, await self._plant(name, value, None))
             return
         except (LazyfsError, trio.TooSlowError) as error:
             log.error("%s can't be shown any more: %s", name, error or "its files do not come")
@@ -75,21 +153,21 @@ class Succession:
             log.exception("%s can't be shown any more", name)
         self._inheritance.remove(name)
 
-    async def _mount(self, name: str, value: dict[str, Any]) -> None:
-        claim = claims.from_json(value)
-        documents = partial(self._documents, claim.manifest_digest)
-        manifest, config = await trio.to_thread.run_sync(documents, abandon_on_cancel=True)
-        planted, facts = await self._plant(claim)
-        reference = references.parse(claim.reference)
-        image = MountedImage(reference, value["platform"], manifest, config, planted, facts, (), None)
+    def _mount(self, name: str, value: dict[str, Any], ready: _Ready) -> None:
+        assert ready.documents is not None
+        reference = references.parse(value["reference"])
+        image = MountedImage(reference, value["platform"], *ready.documents, ready.planted, ready.facts, (), None)
         self._mounts.regain(name.removeprefix(mounted.PREFIX), value, image)
 
-    async def _chain(self, name: str, value: dict[str, Any]) -> None:
-        claim = claims.from_json(value)
-        planted, facts = await self._plant(claim)
-        self._chains.regain(claim, planted, facts)
+    def _chain(self, name: str, value: dict[str, Any], ready: _Ready) -> None:
+        self._chains.regain(claims.from_json(value), ready.planted, ready.facts)
 
-    async def _plant(self, claim: Claim) -> tuple[Planted, tuple[LayerFacts, ...]]:
+    async def _plant(self, name: str, value: dict[str, Any], of: object) -> _Ready:
+        claim = claims.from_json(value)
+        documents = None
+        if name.startswith(mounted.PREFIX):
+            read = partial(self._documents, claim.manifest_digest)
+            documents = await trio.to_thread.run_sync(read, abandon_on_cancel=True)
         reference = references.parse(claim.reference)
         access = None if claim.access is None else accesses.from_json(claim.access)
         pull = Pull.NEVER if self._settings.offline else Pull.NEWER
@@ -97,7 +175,8 @@ class Succession:
             partial(self._images.open, reference, claim.plain_http, pull, access, self._images.on_hop),
             abandon_on_cancel=True,
         )
-        return await self._images.regain(repository, reference.origin, claim.layers)
+        planted, facts = await self._images.regain(repository, reference.origin, claim.layers)
+        return _Ready(of, planted, facts, documents)
 
     def _documents(self, digest: str) -> tuple[oci.Manifest, oci.ImageConfig]:
         raw = self._catalog.document(digest)
