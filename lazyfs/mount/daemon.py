@@ -64,7 +64,7 @@ from lazyfs.oci import Descriptor
 
 if TYPE_CHECKING:
     from lazyfs.format.trace import Trace
-    from lazyfs.mount.metrics import DaemonMetrics
+    from lazyfs.mount.metrics import DaemonMetrics, Scraped
     from lazyfs.registry.repository import Repository
 from lazyfs.process import harden
 
@@ -73,6 +73,7 @@ log = logging.getLogger(__name__)
 _STOPS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 _LOCK_AGAIN, _LOCK_TIMEOUT = 0.05, 60.0  # seconds between tries for the store, and for all of them
 _LAST_WORDS = 0.1  # seconds
+_AFTER_THEM = 0.01  # seconds after a take-over in which readers come before commands
 _BREATH = 0.5  # seconds after a take-over in which readers come before all else
 _LAST_REQUESTS = 3.0  # seconds for requests under way, once nothing is shown any more
 _SWITCH = 0.0005  # seconds after which a thread gives up the interpreter: a waiting read is worth more than throughput
@@ -238,7 +239,7 @@ class Daemon:
                 traces,
                 inheritance,
             )
-            succession = Succession(settings, inheritance, images, catalog, store, mounted, service.chains)
+            succession = Succession(settings, inheritance, images, catalog, store, reader, mounted, service.chains)
             if self._leash is not None:
                 self._order = await self._follow(self._leash, succession)
                 if self._order is None:
@@ -249,9 +250,7 @@ class Daemon:
                     nursery.start_soon(self._lock_late, store)
             if not self._inherits:
                 preparer.builder.warm()
-            scraped = (
-                metrics().scraped(settings, mounted) if settings.metrics_address and self._alone else nullcontext()
-            )
+            scraped = metrics().scraped(settings, mounted) if settings.metrics_address and self._alone else None
             nursery.start_soon(service.keeping.watch)
             nursery.start_soon(heap.give_back)
             nursery.start_soon(pressure.watch, memory)
@@ -261,8 +260,8 @@ class Daemon:
             if session is not None:
                 session.open(self._order)
             try:
-                with self._scope, scraped:
-                    await self._parts(session, server, mounted, showing, succession)
+                with self._scope, scraped or nullcontext():
+                    await self._parts(session, server, mounted, showing, succession, scraped)
             finally:
                 with trio.CancelScope(shield=True):
                     server.unlink()
@@ -299,6 +298,7 @@ class Daemon:
         mounted: Mounted,
         showing: Showing,
         succession: Succession,
+        scraped: Scraped | None,
     ) -> None:
         inherits = self._inherits
         async with trio.open_nursery() as nursery:
@@ -306,12 +306,20 @@ class Daemon:
             if self._leash is not None:
                 await succession.run()
             if session is not None:
+                if inherits:
+                    session.take_over()
                 nursery.start_soon(self._serve_session, session)
                 if not inherits:
                     await session.tune()
             if self._leash is not None:
                 self._leash.serves()
                 nursery.start_soon(self._calm_down, self._leash, succession, mounted, showing)
+            if inherits:
+                await trio.sleep(_AFTER_THEM)
+                if scraped is not None:
+                    nursery.start_soon(scraped.begin_late)
+            elif scraped is not None:
+                scraped.begin()
             if self._alone and not inherits:
                 await mounted.clean_up_crashed()
                 await showing.clean_up_crashed()

@@ -40,6 +40,7 @@ _MNT_FORCE, _MNT_DETACH = 0x1, 0x2  # force: whoever waits for an answer gets an
 _AGAIN = 1.0  # seconds until a standby or template that was lost is begun anew, which costs 0.3 s of processor time
 _FIRST_STANDBY, _NEXT_STANDBY = 3.0, 0.2  # seconds after a daemon serves: those who wait for it come first
 _PR_SET_CHILD_SUBREAPER = 36
+_PIDFD_THREAD = os.O_EXCL  # to pidfd_open(2), Linux 6.9
 _PF_EXITING = 0x4  # in the flags of proc(5)'s stat
 _EXIT_CODE = 49  # its place there, behind the name
 _QUICK = 30.0  # seconds; so many crashes within them are a loop
@@ -48,6 +49,8 @@ _HOPELESS = 20  # daemons in a row that did not come to serve; then readers get 
 _PAUSE, _LONGEST_PAUSE = 0.1, 5.0  # seconds before the next one, doubled each time
 _CLAIM_TIMEOUT = 5.0  # seconds for another holder that ends
 _LOOK = 0.25  # seconds between looks whether threads are left of a daemon that has died
+_LOOK_CLOSELY, _CLOSELY = 0.0003, 0.1  # seconds between looks at one that is dying, and for how long they are so many
+_URGENT = -10  # our nice value: when we are needed, all readers wait
 _LAST_THREADS = 2.0  # seconds for dead daemons to have left
 _STOP_TIMEOUT = 25.0  # seconds for a daemon to take its mounts down
 _STOPS = (signal.SIGTERM, signal.SIGINT)
@@ -60,16 +63,30 @@ class _Child:
     leash: socket.socket
     pid: int = 0
     pidfd: int = -1
+    canary: int = -1  # a pidfd of one of its threads
+    falling: float = 0.0  # when that thread was seen to have ended, monotonic seconds; 0: it has not
     warm: bool = False
     serving: bool = False
     ending: bool = False  # in order
     hung_up: bool = False
     signal: int = 0  # that it died of; 0: of none, or we may not know
 
-    def name(self, pid: int) -> None:
-        """Note its number, once it is known."""
-        if not self.pid:
-            self.pid, self.pidfd = pid, os.pidfd_open(pid)
+    def name(self, pid: int, canary: int = 0) -> None:
+        """Note its number, once it is known, and that of the thread whose end tells of its own."""
+        if self.pid:
+            return
+        self.pid, self.pidfd = pid, os.pidfd_open(pid)
+        try:
+            self.canary = os.pidfd_open(canary, _PIDFD_THREAD) if canary else -1
+        except OSError:
+            pass  # it has ended already
+
+    def forget(self) -> None:
+        """Close what tells of its end."""
+        for fd in (self.pidfd, self.canary):
+            if fd >= 0:
+                os.close(fd)
+        self.pidfd = self.canary = -1
 
 
 class Holder:
@@ -146,6 +163,7 @@ class Holder:
         pid = os.fork()
         if pid == 0:
             try:
+                _set_priority(0)
                 for number in (*_STOPS, signal.SIGHUP):
                     signal.signal(number, signal.SIG_DFL)
                 _own_cgroup()
@@ -188,6 +206,7 @@ class Holder:
         for number in (*_STOPS, signal.SIGHUP):
             signal.signal(number, self._on_signal)
         ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)  # daemons leave the template, and come to us
+        _set_priority(_URGENT)
         self._put_in_place()
         while True:
             self._wait()
@@ -220,10 +239,15 @@ class Holder:
             if child is not None:
                 if child.pid:
                     poll.register(child.pidfd, select.POLLIN)
+                if child.canary >= 0 and not child.falling:
+                    poll.register(child.canary, select.POLLIN)
                 if child.leash.fileno() >= 0:
                     poll.register(child.leash.fileno(), select.POLLIN)
-        # The kernel tells when all threads have ended; that the main one alone has, it doesn't.
+        # The kernel tells when all threads have ended, and their memory is free; that the main one has, it doesn't.
         until = min(self._standby_at, self._template_at, self._start_at, self._stop_by, time.monotonic() + _LOOK)
+        if self._current is not None and self._current.falling > time.monotonic() - _CLOSELY:
+            time.sleep(_LOOK_CLOSELY)
+            until = 0.0
         poll.poll(max(0.0, until - time.monotonic()) * 1000)
         try:
             os.read(self._wake, 4096)
@@ -279,7 +303,7 @@ class Holder:
                 child.leash.close()
                 child.hung_up = True
             elif word[:1] == IS:
-                child.name(int(word[1:]))
+                child.name(*map(int, word[1:].split()))
             elif word == WARM:
                 child.warm = True
             elif word == ENDS:
@@ -293,11 +317,13 @@ class Holder:
         """Tell whether a daemon has ended; then it is left to be reaped, and its last words were heard."""
         if not child.pid:
             return child.hung_up  # it was never forked
+        if child.canary >= 0 and not child.falling and _is_readable(child.canary):
+            child.falling = time.monotonic()
         if not _is_readable(child.pidfd) and not _is_over(child.pid):
             return False
         self._listen(child)
         child.signal = _died_of(child.pid)
-        os.close(child.pidfd)
+        child.forget()
         self._dying.append(child.pid)
         return True
 
@@ -336,7 +362,7 @@ class Holder:
                 spare.leash.close()  # which ends one that has no number yet
                 if spare.pid:
                     _send(spare, signal.SIGKILL)
-                    os.close(spare.pidfd)
+                    spare.forget()
                     self._dying.append(spare.pid)
         self._standby = self._template = None
 
@@ -347,6 +373,13 @@ class Holder:
         while self._dying and time.monotonic() < until:
             self._dying = [pid for pid in self._dying if not _is_reaped(pid)]
             time.sleep(0.01)
+
+
+def _set_priority(nice: int) -> None:
+    try:
+        os.setpriority(os.PRIO_PROCESS, 0, nice)
+    except OSError:
+        pass  # a container without CAP_SYS_NICE
 
 
 def _socket_pair() -> tuple[socket.socket, socket.socket]:

@@ -23,6 +23,8 @@ from lazyfs.stats import OTHER, Buckets
 
 log = logging.getLogger(__name__)
 
+_LATE, _AGAIN = 10.0, 0.1  # seconds for an address to be let go, and between tries for it
+
 INFO = Metric("lazyfsd_info", "gauge", "1; the labels say what runs", ("version", "driver"))
 UPTIME = Metric("lazyfsd_uptime_seconds", "gauge", "time since the start")
 MEMORY = Metric("lazyfsd_anonymous_memory_bytes", "gauge", "resident memory that no file backs")
@@ -196,7 +198,27 @@ class Scraped:
         self._mounted = mounted
         self._scrapes: Scrapes | None = None
 
-    def __enter__(self) -> None:
+    def __enter__(self) -> Scraped:
+        return self
+
+    def begin(self) -> None:
+        """Listen. Where that can't be, it is logged: the images of the node matter more. Doesn't block."""
+        try:
+            self._begin()
+        except UsageError as error:
+            log.error("%s", error)
+
+    async def begin_late(self) -> None:
+        """Listen as soon as a daemon before us, the end of which takes some milliseconds, has let the address go."""
+        with trio.move_on_after(_LATE):
+            while True:
+                try:
+                    return self._begin()
+                except UsageError:
+                    await trio.sleep(_AGAIN)
+        self.begin()
+
+    def _begin(self) -> None:
         token = trio.lowlevel.current_trio_token()
 
         def text() -> bytes:
@@ -206,12 +228,9 @@ class Scraped:
                 raise DaemonUnreachable("lazyfsd is about to end") from None
             return self._metrics.text(moment)
 
-        try:
-            self._scrapes = Scrapes(self._address, text)
-        except UsageError as error:
-            log.error("%s", error)  # the images of the node matter more
-        else:
-            self._scrapes.start()
+        scrapes = Scrapes(self._address, text)
+        scrapes.start()
+        self._scrapes = scrapes
 
     def __exit__(self, *_: object) -> None:
         if self._scrapes is not None:

@@ -117,13 +117,16 @@ class Session:
                 raise MountPointInvalid(os.fspath(self._mountpoint), f"can't be made: {error.strerror}") from None
             raise MountPointInvalid(os.fspath(self._mountpoint), "is not a directory") from None
 
+    def take_over(self) -> None:
+        """Have what a daemon before us did not answer asked again. After `open`, before `run`. Doesn't block."""
+        assert self._connection is not None and self._held is not None
+        if self._held.careful and self._board is not None:
+            self._connection.go_carefully(self._board, self._on_guilty)
+        self._connection.take_over()
+
     async def run(self) -> None:
         """Serve until the mount goes away or `stop`. After `open`. A checkpoint."""
         assert self._connection is not None
-        if self._held is not None and self._held.inherits:
-            if self._held.careful and self._board is not None:
-                self._connection.go_carefully(self._board, self._on_guilty)
-            self._connection.take_over()
         await self._connection.run()
 
     def stop(self) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache, partial
 from typing import Any
@@ -17,6 +18,9 @@ import trio
 from lazyfs import oci
 from lazyfs import reference as references
 from lazyfs.chunks.catalog import Catalog
+from lazyfs.chunks.layer import ServedLayer
+from lazyfs.chunks.read import Reader
+from lazyfs.chunks.schedule import Priority
 from lazyfs.chunks.store import Store
 from lazyfs.config import Settings
 from lazyfs.errors import LazyfsError, StoreBroken
@@ -28,6 +32,7 @@ from lazyfs.mount.inheritance import Inheritance
 from lazyfs.mount.mounted import Mounted
 from lazyfs.mount.resolving import Pull
 from lazyfs.registry.config import access as accesses
+from lazyfs.units import MiB
 
 log = logging.getLogger(__name__)
 
@@ -35,6 +40,7 @@ Regain = Callable[[str, dict[str, Any], "_Ready"], None]
 
 _LOOK = 0.5  # seconds between looks at what the daemon that serves shows
 _LOOK_AT_LAYERS = 5.0  # seconds between looks whether a layer of that is known by another table, or false, meanwhile
+_REHEARSED, _LOOKED_AT = 4, 64  # layers, and chunks of each, in which one is looked for to rehearse with
 _PATIENCE = 10.0  # seconds for the local disk, for one mount
 
 
@@ -58,6 +64,7 @@ class Succession:
         images: Images,
         catalog: Catalog,
         store: Store,
+        reader: Reader,
         mounts: Mounted,
         shown: Chains,
     ) -> None:
@@ -66,6 +73,7 @@ class Succession:
         self._images = images
         self._catalog = catalog
         self._store = store
+        self._reader = reader
         self._mounts = mounts
         self._chains = shown
         self._ready: dict[str, _Ready] = {}
@@ -79,6 +87,7 @@ class Succession:
         self._images.fillings.rest()
         self._store.follow()
         await self._prepare()
+        await self._rehearse()
         is_warm()
         looked = trio.current_time()
         while True:
@@ -103,6 +112,20 @@ class Succession:
             except Exception as error:
                 log.info("%s is left for later: %s", name, error or "its files do not come")
                 self._refused[name] = of
+
+    async def _rehearse(self) -> None:
+        """Read some chunks that are here, as readers will: what runs for the first time takes ten times as long."""
+        layers = {fact.layer for ready in self._ready.values() for fact in ready.facts}
+        async with trio.open_nursery() as nursery:
+            for layer in list(layers)[:_REHEARSED]:
+                nursery.start_soon(self._read_one, layer)
+
+    async def _read_one(self, layer: ServedLayer) -> None:
+        for chunk in range(min(layer.table.chunk_count, _LOOKED_AT)):
+            if layer.table.chunk_size[chunk] <= MiB and layer.store.has(chunk):
+                with suppress(LazyfsError), trio.move_on_after(_PATIENCE):
+                    await self._reader.chunk(layer, chunk, Priority.DEMAND, chunk)
+                return
 
     async def _let_go(self, name: str) -> None:
         with trio.CancelScope(shield=True):
