@@ -160,10 +160,12 @@ def _set_priority(nice: int) -> None:
 
 
 def _import_all() -> None:
+    """Load all that may be needed, and be as urgent as others from then on: the holder starts us gently."""
     for package in _LATER:
         found = importlib.import_module(package)
         for module in pkgutil.walk_packages(found.__path__, f"{package}."):
             importlib.import_module(module.name)
+    _set_priority(0)
 
 
 def _decode(data: bytes, fds: list[int]) -> Order:

@@ -50,7 +50,7 @@ _PAUSE, _LONGEST_PAUSE = 0.1, 5.0  # seconds before the next one, doubled each t
 _CLAIM_TIMEOUT = 5.0  # seconds for another holder that ends
 _LOOK = 0.25  # seconds between looks whether threads are left of a daemon that has died
 _LOOK_CLOSELY, _CLOSELY = 0.0003, 0.1  # seconds between looks at one that is dying, and for how long they are so many
-_URGENT = -10  # our nice value: when we are needed, all readers wait
+_URGENT, _GENTLE = -10, 10  # nice values: ours, since all readers wait when we are needed; of a template that loads
 _LAST_THREADS = 2.0  # seconds for dead daemons to have left
 _STOP_TIMEOUT = 25.0  # seconds for a daemon to take its mounts down
 _STOPS = (signal.SIGTERM, signal.SIGINT)
@@ -163,7 +163,7 @@ class Holder:
         pid = os.fork()
         if pid == 0:
             try:
-                _set_priority(0)
+                _set_priority(0 if self._current is None else _GENTLE)
                 for number in (*_STOPS, signal.SIGHUP):
                     signal.signal(number, signal.SIG_DFL)
                 _own_cgroup()
@@ -184,6 +184,8 @@ class Holder:
         """Have the template fork a daemon, which says who it is."""
         if self._template is None:
             self._template, self._template_at = self._spawn(), float("inf")
+        if how == FORK_AT_ONCE:
+            _set_priority(0, self._template.pid)
         ours, theirs = _socket_pair()
         _pass(self._template.leash, how, theirs.fileno(), self._estate)
         theirs.close()
@@ -375,11 +377,11 @@ class Holder:
             time.sleep(0.01)
 
 
-def _set_priority(nice: int) -> None:
+def _set_priority(nice: int, pid: int = 0) -> None:
     try:
-        os.setpriority(os.PRIO_PROCESS, 0, nice)
+        os.setpriority(os.PRIO_PROCESS, pid, nice)
     except OSError:
-        pass  # a container without CAP_SYS_NICE
+        pass  # a container without CAP_SYS_NICE, or it has ended
 
 
 def _socket_pair() -> tuple[socket.socket, socket.socket]:

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache, partial
+from itertools import islice
 from typing import Any
 
 import trio
@@ -40,7 +41,7 @@ Regain = Callable[[str, dict[str, Any], "_Ready"], None]
 
 _LOOK = 0.5  # seconds between looks at what the daemon that serves shows
 _LOOK_AT_LAYERS = 5.0  # seconds between looks whether a layer of that is known by another table, or false, meanwhile
-_REHEARSED, _LOOKED_AT = 4, 64  # layers, and chunks of each, in which one is looked for to rehearse with
+_REHEARSED, _LOOKED_AT = 8, 64  # chunks to rehearse with, and in how many of each layer they are looked for
 _PATIENCE = 10.0  # seconds for the local disk, for one mount
 
 
@@ -116,16 +117,19 @@ class Succession:
     async def _rehearse(self) -> None:
         """Read some chunks that are here, as readers will: what runs for the first time takes ten times as long."""
         layers = {fact.layer for ready in self._ready.values() for fact in ready.facts}
+        here = (
+            (layer, chunk)
+            for layer in layers
+            for chunk in range(min(layer.table.chunk_count, _LOOKED_AT))
+            if layer.table.chunk_size[chunk] <= MiB and layer.store.has(chunk)
+        )
         async with trio.open_nursery() as nursery:
-            for layer in list(layers)[:_REHEARSED]:
-                nursery.start_soon(self._read_one, layer)
+            for layer, chunk in islice(here, _REHEARSED):
+                nursery.start_soon(self._read_one, layer, chunk)
 
-    async def _read_one(self, layer: ServedLayer) -> None:
-        for chunk in range(min(layer.table.chunk_count, _LOOKED_AT)):
-            if layer.table.chunk_size[chunk] <= MiB and layer.store.has(chunk):
-                with suppress(LazyfsError), trio.move_on_after(_PATIENCE):
-                    await self._reader.chunk(layer, chunk, Priority.DEMAND, chunk)
-                return
+    async def _read_one(self, layer: ServedLayer, chunk: int) -> None:
+        with suppress(LazyfsError), trio.move_on_after(_PATIENCE):
+            await self._reader.chunk(layer, chunk, Priority.DEMAND, chunk)
 
     async def _let_go(self, name: str) -> None:
         with trio.CancelScope(shield=True):
