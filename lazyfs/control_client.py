@@ -6,6 +6,7 @@ Kept small and free of heavy imports: `lazyfs run` pays for them before a contai
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import hashlib
 import json
 import os
@@ -31,6 +32,7 @@ from lazyfs.process import environment
 PROTOCOL = 1
 _NEEDED = {"pyfuse3": "pyfuse3", "trio": "trio", "lru-dict": "lru"}  # the extra "mount": package → module
 _UCRED = struct.Struct("3i")  # pid, uid, gid (unix(7), SO_PEERCRED)
+_HOLDER_LOCK = "holder.lock"  # see mount.holder, which imports nothing of ours
 _RACE = 0.05  # seconds between looks while somebody else's daemon starts or ends
 
 
@@ -172,11 +174,40 @@ def _pass_on(
 
 
 def connect(path: Path) -> Daemon:
-    """Connect to a daemon's socket and read its greeting. Blocking, 5 s at most.
+    """Connect to a daemon's socket and read its greeting. Blocking, 10 s at most.
 
-    Raise DaemonUnreachable when nobody listens (without a hint) or nobody answers (with one), DaemonFault for a daemon
-    of another protocol or of another user, who could have us run what he likes.
+    Where a holder is about to put another daemon in the place of one, that one is waited for. Raise DaemonUnreachable
+    when nobody listens (without a hint) or nobody answers (with one), DaemonFault for a daemon of another protocol or
+    of another user, who could have us run what he likes.
     """
+    deadline = time.monotonic() + GREETING_TIMEOUT
+    while True:
+        try:
+            return _connect(path)
+        except DaemonUnreachable as error:
+            if error.hint or time.monotonic() > deadline or not _is_held(path.parent):
+                raise
+        time.sleep(_RACE)
+
+
+def _is_held(run: Path) -> bool:
+    """Tell whether a holder is at work in the directory of a daemon's sockets."""
+    try:
+        lock = os.open(run / _HOLDER_LOCK, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+    except OSError:
+        return False
+    try:
+        fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False
+    finally:
+        os.close(lock)
+    return False
+
+
+def _connect(path: Path) -> Daemon:
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
     sock.settimeout(GREETING_TIMEOUT)
     try:

@@ -89,10 +89,9 @@ def dropping_caches() -> Iterator[None]:
 
 
 def memory(daemon: Held) -> dict[str, int]:
-    """Return bytes that holder, serving daemon and standby have for themselves alone."""
-    serving = daemon.pid()
-    standby = next(pid for pid in daemon.node.processes() if pid != serving)
-    found = {"holder": daemon.process.pid, "daemon": serving, "standby": standby}
+    """Return bytes that holder, serving daemon, standby and the template of both have for themselves alone."""
+    found = {"holder": daemon.process.pid, "daemon": daemon.pid(), "standby": daemon.standby()}
+    found["template"] = next(pid for pid in daemon.node.processes() if pid not in found.values())
     return {name: _private(pid) for name, pid in found.items()}
 
 

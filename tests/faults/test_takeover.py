@@ -9,13 +9,14 @@ import signal
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from lazyfs.container import mounts
 from tests.faults.cases import RIGHT, Area, Case, shows
 from tests.helpers import chains
-from tests.helpers.blobs import zstd_chunked_layer
+from tests.helpers.blobs import toc_entry, zstd_chunked_layer
 from tests.helpers.daemon import Node, add, both_drivers, pattern, until
 from tests.helpers.fake_registry import AddedImage, FakeRegistry
 from tests.helpers.takeover import KINDS, Held, contents, held, readers
@@ -71,6 +72,78 @@ def test_what_is_written_over_an_image_survives(node: Node, registry: FakeRegist
         assert node.read(tree / "new") == b"ours" and node.read(tree / "f1") == contents()["f1"]
         node.umount(tree)
         assert node.status()["mounts"] == []
+
+
+@shows(
+    Case(
+        "processes-held-all-killed",
+        Area.PROCESSES,
+        "lazyfsd, the standby and what forks them are killed (-9) at once",
+        "right bytes, within a second",
+        "commands wait for the next one",
+    ),
+)
+def test_a_node_without_any_standby_comes_back(node: Node, registry: FakeRegistry) -> None:
+    with held(node) as daemon:
+        tree = node.mount(image_of(registry))
+        with readers(node, tree) as results:
+            for _ in range(2):
+                daemon.kill_all_at_once()
+                # A command that comes now waits for the next daemon, and doesn't say that none runs.
+                assert [mount["dir"] for mount in node.status()["mounts"]] == [str(tree)]
+        assert not [reading.wrong for reading in results if reading.wrong]
+        node.umount(tree)
+
+
+def test_the_standby_is_in_nobodys_way(node: Node, registry: FakeRegistry) -> None:
+    with held(node) as daemon:
+        image = image_of(registry)
+        tree = node.mount(image)
+        node.read(tree / "f1")
+        before = daemon.standby()
+        node.umount(tree)
+        done = node.lazyfs("rm", image.reference)  # at once, while the standby has the layer open still
+        assert done.returncode == 0, done.stderr
+        tree = node.mount(image)  # with other files in the places of those that it has open
+        assert node.read(tree / "f2") == contents()["f2"]
+        assert daemon.kill() == before
+        assert node.read(tree / "f2") == contents()["f2"] and node.read(tree / "f3") == contents()["f3"]
+        assert [mount["dir"] for mount in node.status()["mounts"]] == [str(tree)]
+        node.umount(tree)
+        until(lambda: not node.status()["mounts"], "nothing is shown")
+
+
+def test_a_verdict_reaches_the_standby(node: Node, registry: FakeRegistry) -> None:
+    honest = zstd_chunked_layer(tar_of(file("f", pattern(300_000)), file("su", b"x")))
+    false = zstd_chunked_layer(
+        tar_of(file("f", pattern(300_000)), file("su", b"x")),
+        edit_toc=lambda toc: toc_entry(toc, "su").update(mode=0o4755),
+    )
+    good, bad = add(registry, "good", honest), add(registry, "bad", false)
+    with held(node, LAZYFS_BACKGROUND="1") as daemon:
+        shown, wrong = node.mount(good), node.mount(bad)
+
+        def verdicts() -> dict[str, dict[str, Any]]:
+            return {mount["dir"]: mount["layers"][0] for mount in node.status()["mounts"]}
+
+        until(lambda: verdicts()[str(wrong)]["quarantine"] and verdicts()[str(shown)]["verified"], "both are checked")
+        daemon.standby()
+        daemon.kill()
+        assert verdicts()[str(wrong)]["quarantine"] and verdicts()[str(shown)]["verified"]
+        assert "Input/output error" in node.read_fails(wrong / "f")
+        assert node.read(shown / "f") == pattern(300_000)
+        node.umount(shown)
+        node.umount(wrong)
+
+
+def test_what_was_begun_in_the_background_goes_on(node: Node, registry: FakeRegistry) -> None:
+    with held(node, LAZYFS_BACKGROUND="1", LAZYFS_BACKGROUND_RATE="200k") as daemon:
+        tree = node.mount(image_of(registry, large=random.Random(1).randbytes(2_000_000)))
+        standby = daemon.standby()
+        assert not node.layer()["verified"]
+        assert daemon.kill() == standby
+        node.until_verified(60)
+        node.umount(tree)
 
 
 @shows(

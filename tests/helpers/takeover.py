@@ -100,6 +100,27 @@ class Held:
         with self.call() as daemon:
             return int(daemon.greeting["pid"])
 
+    def standby(self) -> int:
+        """Return the process that takes over next, once it has planted all that is shown. Something must be."""
+
+        def warm() -> int | None:
+            serving, found = self.pid(), self.node.processes()
+            return next((pid for pid in found if pid != serving and self._has_planted(pid)), None)
+
+        found: int = until(warm, "a standby is warm", 30)
+        return found
+
+    def _has_planted(self, pid: int) -> bool:
+        try:
+            return str(self.node.root / "trees") in Path(f"/proc/{pid}/maps").read_text()
+        except OSError:
+            return False
+
+    def kill_all_at_once(self) -> None:
+        """Kill all but the holder: nobody is left to take over at once."""
+        for pid in self.node.processes():
+            os.kill(pid, signal.SIGKILL)
+
     def kill(self) -> int:
         """Kill the daemon that serves, and wait for the next one. Return its process."""
         before = self.pid()

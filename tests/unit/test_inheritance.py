@@ -60,6 +60,28 @@ def test_the_next_one_has_all_that_was_written_to_its_end(
     assert second.values("mount:") == {k: v for k, v in second.values("").items() if k.startswith("mount:")}
 
 
+@given(before=CHANGES, after=CHANGES)
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+def test_who_follows_sees_each_change_and_writes_nothing(
+    memory: int,
+    before: list[tuple[str, dict[str, str] | None]],
+    after: list[tuple[str, dict[str, str] | None]],
+) -> None:
+    os.ftruncate(memory, 0)
+    os.ftruncate(memory, 4096)
+    ours = Inheritance(memory)
+    apply(ours, before)
+    size = os.fstat(memory).st_size
+    standby = Inheritance(memory, follows=True)
+    assert standby.values("") == ours.values("") and not standby.look() and os.fstat(memory).st_size == size
+    apply(ours, after)
+    assert standby.look() == (os.fstat(memory).st_size != size)
+    assert standby.values("") == ours.values("")
+    standby.own()
+    standby.put("mount:last", {})
+    assert Inheritance(memory, follows=True).values("") == {**ours.values(""), "mount:last": {}}
+
+
 def test_lines_that_are_out_of_date_are_given_back(memory: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(inheritance, "_SLACK", 64 * 1024)
     ours = Inheritance(memory)
