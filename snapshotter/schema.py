@@ -16,6 +16,7 @@ from urllib.parse import quote
 from lazyfs.database import NO_ROOM, check_file, code_of, translate
 from lazyfs.errors import StoreBroken, StoreError
 from lazyfs.limits import BUSY_TIMEOUT
+from lazyfs.versions import is_readable, is_too_new
 
 SCHEMA_VERSION = 1
 _APPLICATION = 0x6C7A6673  # "lzfs", SQLite's application_id: an SQLite file of another program is not ours
@@ -75,13 +76,13 @@ def _check_version(connection: sqlite3.Connection, path: Path) -> None:
     version = int(connection.execute("PRAGMA user_version").fetchone()[0])
     if application != _APPLICATION:
         raise StoreBroken(f"{path} is a database of another program", hint="use another --root")
-    if version > SCHEMA_VERSION:
+    if is_too_new(version, SCHEMA_VERSION):
         raise StoreBroken(
             f"the snapshots' database {path} was written by a newer lazyfs (version {version}, this one knows "
             f"{SCHEMA_VERSION})",
             hint="use that version; the file was not touched",
         )
-    if version != SCHEMA_VERSION:
+    if not is_readable(version, SCHEMA_VERSION):
         raise StoreBroken(
             f"the snapshots' database {path} has version {version}, which makes no sense", hint=_WHAT_TO_DO
         )

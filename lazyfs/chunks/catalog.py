@@ -160,9 +160,11 @@ class Catalog(ImageCatalog):
             last = min(first + _BATCH, table.chunk_count)
             rows = [(table.chunk_digest(chunk)[:_PREFIX], number, chunk) for chunk in range(first, last)]
             with self._transaction() as connection:
-                connection.executemany("INSERT OR IGNORE INTO chunk_places VALUES (?, ?, ?)", rows)
+                connection.executemany(
+                    "INSERT OR IGNORE INTO chunk_places (digest, number, chunk) VALUES (?, ?, ?)", rows
+                )
         with self._using() as connection:
-            connection.execute("INSERT OR IGNORE INTO indexed VALUES (?)", (number,))
+            connection.execute("INSERT OR IGNORE INTO indexed (number) VALUES (?)", (number,))
 
     def places(self, digest: bytes, limit: int = 8) -> list[tuple[int, int]]:
         """Return (layer number, chunk) of `limit` chunks at most that should have this digest (32 bytes).
@@ -192,7 +194,8 @@ class Catalog(ImageCatalog):
         """Note a mount, or what has changed of it."""
         with self._using() as connection:
             connection.execute(
-                "INSERT OR REPLACE INTO mounts VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
+                "INSERT OR REPLACE INTO mounts (id, image, manifest_digest, dir, kind, state_dir, pid, tree_key) "
+                "VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
                 (mount.id, mount.image, mount.manifest_digest, os.fsencode(mount.dir), mount.kind,
                  os.fsencode(mount.state_dir), mount.pid, mount.tree_key),
             )  # fmt: skip

@@ -103,7 +103,7 @@ class ImageCatalog(CatalogFile):
         """Note the manifest digest that a reference led to for a platform, as of now."""
         with self._using() as connection:
             connection.execute(
-                "INSERT OR REPLACE INTO resolved VALUES (?, ?, ?, ?, ?)",
+                "INSERT OR REPLACE INTO resolved (reference, platform, digest, time, last_use) VALUES (?, ?, ?, ?, ?)",
                 (reference, platform, digest, self._seconds(), self._seconds()),
             )
 
@@ -148,12 +148,13 @@ class ImageCatalog(CatalogFile):
         """
         with self._transaction() as connection:
             connection.execute(
-                "INSERT OR REPLACE INTO pins VALUES (?, ?, ?, ?)",
+                "INSERT OR REPLACE INTO pins (reference, platform, image, time) VALUES (?, ?, ?, ?)",
                 (pin.reference, pin.platform, pin.image, self._seconds()),
             )
             connection.execute("DELETE FROM pinned WHERE image NOT IN (SELECT image FROM pins)")
             connection.executemany(
-                "INSERT OR IGNORE INTO pinned VALUES (?, ?)", [(pin.image, digest) for digest in contents]
+                "INSERT OR IGNORE INTO pinned (image, digest) VALUES (?, ?)",
+                [(pin.image, digest) for digest in contents],
             )
 
     def unpin(self, image: str) -> bool:

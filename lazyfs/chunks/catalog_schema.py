@@ -14,6 +14,7 @@ from lazyfs import private
 from lazyfs.database import DAMAGED, NO_ROOM, check_file, code_of, translate
 from lazyfs.errors import StoreBroken
 from lazyfs.limits import BUSY_TIMEOUT
+from lazyfs.versions import is_readable, is_too_new
 
 log = logging.getLogger(__name__)
 
@@ -131,11 +132,11 @@ def _prepare(connection: sqlite3.Connection, path: Path) -> None:
     except BaseException:
         connection.rollback()
         raise
-    if version > SCHEMA_VERSION:
+    if is_too_new(version, SCHEMA_VERSION):
         raise StoreBroken(
             f"the catalog {path} was written by a newer lazyfs", hint="use that version, or another --root"
         )
-    if version != SCHEMA_VERSION:
+    if not is_readable(version, SCHEMA_VERSION):
         raise sqlite3.DatabaseError("the schema's version makes no sense")
 
 

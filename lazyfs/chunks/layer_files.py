@@ -26,6 +26,7 @@ from lazyfs.chunks.private_files import OwnedFd, open_file
 from lazyfs.errors import StoreBroken, StoreLocked
 from lazyfs.limits import MAX_LAYER_CHUNKS
 from lazyfs.units import MiB
+from lazyfs.versions import is_readable, is_too_new
 
 log = logging.getLogger(__name__)
 
@@ -163,12 +164,12 @@ class LayerFiles:
     def _load(self) -> None:
         """Take over what the files say, as far as it makes sense."""
         magic, version, _, count, data_size = _HEAD.unpack(_pread(self._chunks, _HEAD.size, 0).ljust(_HEAD.size, b"\0"))
-        if magic == _CHUNKS_MAGIC and version > VERSION:
+        if magic == _CHUNKS_MAGIC and is_too_new(version, VERSION):
             raise StoreBroken(
                 f"layer {self.digest} in the store was written by a newer lazyfs",
                 hint="use that version, or another --root",
             )
-        if magic != _CHUNKS_MAGIC or version != VERSION or count > MAX_LAYER_CHUNKS:
+        if magic != _CHUNKS_MAGIC or not is_readable(version, VERSION) or count > MAX_LAYER_CHUNKS:
             return
         flags = _pread(self._chunks, count, HEADER)
         used = self._load_used(count, data_size)
@@ -179,7 +180,9 @@ class LayerFiles:
     def _load_used(self, count: int, data_size: int) -> tuple[Shape, array[int]] | None:
         head = _pread(self._used_file, _HEAD.size, 0).ljust(_HEAD.size, b"\0")
         magic, version, segments, its_count, its_size = _HEAD.unpack(head)
-        if (magic, version, its_count, its_size) != (_USED_MAGIC, VERSION, count, data_size) or segments > count:
+        if (magic, its_count, its_size) != (_USED_MAGIC, count, data_size) or not is_readable(version, VERSION):
+            return None
+        if segments > count:
             return None
         raw = _pread(self._used_file, segments * _RECORD.size, HEADER)
         if len(raw) != segments * _RECORD.size:

@@ -9,6 +9,7 @@ from typing import Any
 from lazyfs import digest as digests
 from lazyfs.errors import DocumentInvalid, StoreBroken
 from lazyfs.oci import Descriptor, parse_descriptor
+from lazyfs.versions import is_readable, is_too_new
 
 VERSION = 1
 
@@ -48,11 +49,11 @@ def decode_source(raw: bytes) -> LayerSource | None:
     try:
         value: Any = json.loads(raw)
         version = value["version"]
-        if isinstance(version, int) and version > VERSION:
+        if is_too_new(version, VERSION):
             raise StoreBroken(
                 "a layer in the store was written by a newer lazyfs", hint="use that version, or another --root"
             )
-        if version != VERSION:
+        if not is_readable(version, VERSION):
             return None
         diff_id = value["diffId"]
         if diff_id and not digests.is_digest(diff_id):

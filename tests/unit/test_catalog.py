@@ -227,7 +227,7 @@ def test_damage_found_at_work_is_an_error_now_and_a_new_beginning_at_the_next_st
 def test_newer_version_is_refused_and_left_alone(path: Path) -> None:
     Catalog(path).close()
     writer = sqlite3.connect(path)
-    writer.execute("UPDATE schema SET version = 3")
+    writer.execute("UPDATE schema SET version = 4")
     writer.commit()
     writer.close()
     with pytest.raises(StoreBroken, match="newer lazyfs"):

@@ -287,7 +287,7 @@ def test_a_newer_file_is_not_touched(tmp_path: Path) -> None:
     path = tmp_path / "snapshots.db"
     Store(path).close()
     with sqlite3.connect(path) as connection:
-        connection.execute(f"PRAGMA user_version={schema.SCHEMA_VERSION + 1}")
+        connection.execute(f"PRAGMA user_version={schema.SCHEMA_VERSION + 2}")
     connection.close()
     before = path.read_bytes()
     for opener in (Store, open_readonly):

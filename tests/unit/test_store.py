@@ -263,7 +263,7 @@ def test_newer_chunks_file_is_refused_and_left_alone(opener: Opener, tmp_path: P
     fill(opener().open_layer(table.digest, table), table)
     store = opener()
     file = directory(tmp_path, table) / "chunks"
-    newer = file.read_bytes()[:8] + b"\2\0\0\0" + file.read_bytes()[12:]
+    newer = file.read_bytes()[:8] + b"\3\0\0\0" + file.read_bytes()[12:]
     file.write_bytes(newer)
     with pytest.raises(StoreBroken, match="newer lazyfs"):
         store.open_layer(table.digest, table)
