@@ -262,3 +262,19 @@ DELETE_TIMEOUT = 30.0  # seconds for a runtime's `delete --force`, which waits f
 TOOL_TIMEOUT = 10.0  # seconds for a program to print its version, or for `doctor`'s test mount
 CLEANUP = 60.0  # seconds that a Cleanup may take; what is left is done in the background
 GRACE = 5.0  # seconds that calls under way have when the snapshotter is asked to end
+
+# -- Requests of the kernel, and daemons that follow each other
+
+MAX_WAITING_REQUESTS = 1024  # requests that wait for their bytes, some kilobytes each; further ones queue in the kernel
+# requests that the kernel sends ahead of answers, 12 by default: all reads of EROFS count among them, whatever their
+# image, and 400 readers of one that is silent filled 64
+MAX_BACKGROUND = 1024
+READ_TASKS = 64  # chunks of one read looked for side by side: a layer may have chunks of one byte
+MAX_ORDER = 64 * KiB  # bytes of what the holder says to a daemon
+INIT_TIMEOUT = 10.0  # seconds for the kernel's first request
+HOLDER_TIMEOUT = 5.0  # seconds for another holder of the same directory to end
+STOP_TIMEOUT = 25.0  # seconds for a daemon to take its mounts down
+CRASH_LOOP = 3  # crashes within CRASH_LOOP_WITHIN after which reads are taken one by one
+CRASH_LOOP_WITHIN = 30.0  # seconds in which they count together
+HOPELESS_CRASHES = 20  # daemons in a row that did not come to serve; then readers get errors rather than wait
+LONGEST_PAUSE = 5.0  # seconds between two of these

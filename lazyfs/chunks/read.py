@@ -21,8 +21,8 @@ from lazyfs.chunks.single_flight import SingleFlight
 from lazyfs.chunks.verify_ahead import VerifyAhead
 from lazyfs.errors import BlobMissing, LazyfsError, StoreFull
 from lazyfs.format.table import NO_FRAME, Place
+from lazyfs.limits import READ_TASKS
 
-_TASKS = 64  # chunks of one read looked for side by side: a layer may have chunks of one byte
 _REFILL_TRIES = 2  # fetches of one, for one read
 _REFILLS = 2  # plain layers fetched again at a time
 Data = bytes | bytearray | memoryview
@@ -152,8 +152,8 @@ class Reader:
         if len(places) == 1:
             return finish([_cut(await self._absent(layer, places[0].chunk, Priority.DEMAND, last), places[0])])
         parts = list(here)
-        for first in range(len(here), len(places), _TASKS):
-            parts += await self._side_by_side(layer, places[first : first + _TASKS], last)
+        for first in range(len(here), len(places), READ_TASKS):
+            parts += await self._side_by_side(layer, places[first : first + READ_TASKS], last)
         return finish(parts)
 
     async def _side_by_side(self, layer: ServedLayer, places: list[Place], last: int) -> list[memoryview]:

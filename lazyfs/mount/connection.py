@@ -17,6 +17,7 @@ from typing import Any, Protocol
 
 import trio
 
+from lazyfs.limits import MAX_WAITING_REQUESTS
 from lazyfs.mount import greeting as greetings
 from lazyfs.mount import wire
 from lazyfs.mount.greeting import Greeting
@@ -29,8 +30,6 @@ Answer = tuple[int, Data]
 
 _ALONE = 8  # one request in so many looks for a second one before it waits, while they come one at a time
 _TURN = 16  # requests after which others in the loop have their turn
-# Requests that may wait for their bytes at once, some kilobytes each; further ones queue in the kernel.
-MAX_WAITING = 1024
 _PROOF = 3  # deaths at one request, in a row
 _TRIALS = 10.0  # seconds for which reads are taken one by one after several deaths
 _LOOK_AT_CALLER = 0.2  # seconds between looks whether the caller of an interrupted request is to die
@@ -114,7 +113,7 @@ class Connection:
                         await trio.lowlevel.wait_readable(self._fd)
                     elif served % _TURN == 0:
                         await trio.lowlevel.checkpoint()
-                    while len(self._waiting) >= MAX_WAITING:
+                    while len(self._waiting) >= MAX_WAITING_REQUESTS:
                         self._fewer = trio.Event()
                         await self._fewer.wait()
                 nursery.cancel_scope.cancel()

@@ -1,12 +1,15 @@
 """INIT, the first request of a FUSE connection, and its answer: what both sides can do, settled for its whole life.
 
-The standard library alone: the holder imports this, and must outlive everything else. Layouts: <linux/fuse.h>.
+Little more than the standard library: the holder imports this, and must outlive everything else. Layouts:
+<linux/fuse.h>.
 """
 
 from __future__ import annotations
 
 import struct
 from dataclasses import dataclass
+
+from lazyfs.limits import MAX_BACKGROUND
 
 INIT = 26
 MAJOR = 7
@@ -15,9 +18,6 @@ MINOR_LEAST = 23  # Linux 3.15; before it INIT's answer was shorter
 MAX_WRITE = 4096  # bytes, the least that there is: nothing is written
 MAX_READ_PAGES = 256  # of one read: 1 MiB
 MAX_READAHEAD = 4 << 20  # bytes; the kernel takes the smaller of this and its own 128 KiB, see Session.tune
-# Requests that the kernel sends ahead of answers; 12 by default. All reads of EROFS's data files count among them,
-# whatever their image, so that one whose registry is silent must not fill this: 64 did with 400 readers.
-MAX_BACKGROUND = 1024
 
 _ASYNC_READ = 1 << 0
 _EXPORT_SUPPORT = 1 << 4  # "." and ".." are looked up: handles of files work without a path

@@ -22,13 +22,13 @@ from dataclasses import dataclass
 import trio
 
 from lazyfs.errors import DaemonFault
+from lazyfs.limits import MAX_ORDER
 from lazyfs.mount import greeting as greetings
 from lazyfs.mount.greeting import Greeting
 from lazyfs.mount.holder import ENDS, FORK_AT_ONCE, IS, SERVES, WARM
 
 _URGENT = -10  # nice value of who takes over: every reader of the node waits for it, and others may fill the processors
 _REST = 3.0  # seconds before a template loads what is missing: the first container's start is over by then
-_MAX_ORDER = 64 * 1024  # bytes
 # What a daemon imports when it is first wanted: a standby has the time, and whoever takes over has not.
 _LATER = ("lazyfs.chunks", "lazyfs.mount", "lazyfs.registry")
 
@@ -110,7 +110,7 @@ class Leash:
         while True:
             await trio.lowlevel.wait_readable(self._socket)
             try:
-                data, fds, _, _ = socket.recv_fds(self._socket, _MAX_ORDER, 1)
+                data, fds, _, _ = socket.recv_fds(self._socket, MAX_ORDER, 1)
             except BlockingIOError:
                 continue
             except OSError:

@@ -1,9 +1,9 @@
 """The holder of the FUSE connection: mounts it, starts lazyfsd, and puts another one in its place when it dies.
 
 Readers of a mount wait some milliseconds then, and none fails. What a daemon took from the kernel and did not answer is
-sent again to the next one (FUSE_NOTIFY_RESEND, Linux 6.9). The standard library and `greeting` alone are imported:
-nothing here may break, and nothing here is upgraded with the daemon. Where the kernel can't do it, this process turns
-into lazyfsd itself, with a plain mount.
+sent again to the next one (FUSE_NOTIFY_RESEND, Linux 6.9). The standard library is imported and, of ours, what imports
+nothing else: nothing here may break, and nothing here is upgraded with the daemon. Where the kernel can't do it, this
+process turns into lazyfsd itself, with a plain mount.
 
 One process is started, the template. It has the code loaded and forks a daemon for each socket that it gets. Of two
 daemons one serves, and one is the standby. Each has the other end of such a socket, its leash. Up the leash come "I"
@@ -26,67 +26,44 @@ import signal
 import socket
 import sys
 import time
-from dataclasses import dataclass
 
+from lazyfs.limits import (
+    CRASH_LOOP,
+    CRASH_LOOP_WITHIN,
+    HOLDER_TIMEOUT,
+    HOPELESS_CRASHES,
+    INIT_TIMEOUT,
+    LONGEST_PAUSE,
+    STOP_TIMEOUT,
+)
 from lazyfs.mount import greeting as greetings
+from lazyfs.mount.children import (
+    Child,
+    died_of,
+    is_over,
+    is_readable,
+    is_reaped,
+    oom_kills,
+    own_cgroup,
+    send,
+    set_priority,
+)
 
 IS, WARM, SERVES, ENDS = b"I", b"W", b"S", b"E"
 FORK_AT_ONCE, FORK = b"!", b"?"  # to the template: somebody waits for that daemon, or it may load all code first
 _BOARD = 4096  # bytes in front of what daemons leave to each other: what one was at when it died
 _LEAST = 8192  # bytes of a buffer that the kernel reads a request into
-_INIT_TIMEOUT = 10.0  # seconds for the kernel's first request
 _MS_RDONLY = 0x1
 _MNT_FORCE, _MNT_DETACH = 0x1, 0x2  # force: whoever waits for an answer gets an error
 _AGAIN = 1.0  # seconds until a standby or template that was lost is begun anew, which costs 0.3 s of processor time
 _FIRST_STANDBY, _NEXT_STANDBY = 3.0, 0.2  # seconds after a daemon serves: those who wait for it come first
 _PR_SET_CHILD_SUBREAPER = 36
-_PIDFD_THREAD = os.O_EXCL  # to pidfd_open(2), Linux 6.9
-_PF_EXITING = 0x4  # in the flags of proc(5)'s stat
-_EXIT_CODE = 49  # its place there, behind the name
-_QUICK = 30.0  # seconds; so many crashes within them are a loop
-_LOOP = 3
-_HOPELESS = 20  # daemons in a row that did not come to serve; then readers get errors rather than wait
-_PAUSE, _LONGEST_PAUSE = 0.1, 5.0  # seconds before the next one, doubled each time
-_CLAIM_TIMEOUT = 5.0  # seconds for another holder that ends
+_PAUSE = 0.1  # seconds before the next one where one could not start, doubled each time
 _LOOK = 0.25  # seconds between looks whether threads are left of a daemon that has died
 _LOOK_CLOSELY, _CLOSELY = 0.0003, 0.1  # seconds between looks at one that is dying, and for how long they are so many
 _URGENT, _GENTLE = -10, 10  # nice values: ours, since all readers wait when we are needed; of a template that loads
 _LAST_THREADS = 2.0  # seconds for dead daemons to have left
-_STOP_TIMEOUT = 25.0  # seconds for a daemon to take its mounts down
 _STOPS = (signal.SIGTERM, signal.SIGINT)
-
-
-@dataclass(eq=False)
-class _Child:
-    """A daemon, or the template. A daemon that is being forked has no number yet."""
-
-    leash: socket.socket
-    pid: int = 0
-    pidfd: int = -1
-    canary: int = -1  # a pidfd of one of its threads
-    falling: float = 0.0  # when that thread was seen to have ended, monotonic seconds; 0: it has not
-    warm: bool = False
-    serving: bool = False
-    ending: bool = False  # in order
-    hung_up: bool = False
-    signal: int = 0  # that it died of; 0: of none, or we may not know
-
-    def name(self, pid: int, canary: int = 0) -> None:
-        """Note its number, once it is known, and that of the thread whose end tells of its own."""
-        if self.pid:
-            return
-        self.pid, self.pidfd = pid, os.pidfd_open(pid)
-        try:
-            self.canary = os.pidfd_open(canary, _PIDFD_THREAD) if canary else -1
-        except OSError:
-            pass  # it has ended already
-
-    def forget(self) -> None:
-        """Close what tells of its end."""
-        for fd in (self.pidfd, self.canary):
-            if fd >= 0:
-                os.close(fd)
-        self.pidfd = self.canary = -1
 
 
 class Holder:
@@ -99,9 +76,9 @@ class Holder:
         self._fuse = -1
         self._greeting = b""
         self._estate = -1
-        self._current: _Child | None = None
-        self._standby: _Child | None = None
-        self._template: _Child | None = None
+        self._current: Child | None = None
+        self._standby: Child | None = None
+        self._template: Child | None = None
         self._upgrading = False
         self._planned = False  # the end of the daemon that serves
         self._stopping = False
@@ -112,7 +89,7 @@ class Holder:
         self._template_at = float("inf")
         self._start_at = float("inf")  # when to put the next one in place
         self._crashes: list[float] = []
-        self._oom_kills = _oom_kills()  # of the machine, when a daemon died last
+        self._oom_kills = oom_kills()  # of the machine, when a daemon died last
         self._dying: list[int] = []  # dead daemons, some of whose threads may be left
         self._failures = 0  # in a row, before they served
         self._wake, self._waker = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
@@ -152,7 +129,7 @@ class Holder:
 
     # -- daemons
 
-    def _spawn(self) -> _Child:
+    def _spawn(self) -> Child:
         """Start a template. The first one knows, too, where to say that a daemon is ready."""
         ours, theirs = _socket_pair()
         passed = [theirs.fileno()]
@@ -163,10 +140,10 @@ class Holder:
         pid = os.fork()
         if pid == 0:
             try:
-                _set_priority(0 if self._current is None else _GENTLE)
+                set_priority(0 if self._current is None else _GENTLE)
                 for number in (*_STOPS, signal.SIGHUP):
                     signal.signal(number, signal.SIG_DFL)
-                _own_cgroup()
+                own_cgroup()
                 for fd in passed:
                     os.set_inheritable(fd, True)
                 os.execv(words[0], words)
@@ -176,27 +153,27 @@ class Holder:
         if self._ready_fd >= 0:
             os.close(self._ready_fd)
             self._ready_fd = -1
-        child = _Child(ours)
+        child = Child(ours)
         child.name(pid)
         return child
 
-    def _fork(self, how: bytes) -> _Child:
+    def _fork(self, how: bytes) -> Child:
         """Have the template fork a daemon, which says who it is."""
         if self._template is None:
             self._template, self._template_at = self._spawn(), float("inf")
         if how == FORK_AT_ONCE:
-            _set_priority(0, self._template.pid)
+            set_priority(0, self._template.pid)
         ours, theirs = _socket_pair()
         _pass(self._template.leash, how, theirs.fileno(), self._estate)
         theirs.close()
-        return _Child(ours)
+        return Child(ours)
 
     def _put_in_place(self) -> None:
         """Have a daemon serve. Its predecessor has ended."""
         self._start_at = float("inf")
         self._current = self._standby or self._fork(FORK_AT_ONCE)
         self._standby, self._standby_at = None, float("inf")
-        looping = len([at for at in self._crashes if at > time.monotonic() - _QUICK]) >= _LOOP
+        looping = len([at for at in self._crashes if at > time.monotonic() - CRASH_LOOP_WITHIN]) >= CRASH_LOOP
         order = {"greeting": self._greeting.hex(), "inherits": self._served, "careful": looping, "holder": os.getpid()}
         _pass(self._current.leash, json.dumps(order).encode(), self._fuse)
 
@@ -208,7 +185,7 @@ class Holder:
         for number in (*_STOPS, signal.SIGHUP):
             signal.signal(number, self._on_signal)
         ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)  # daemons leave the template, and come to us
-        _set_priority(_URGENT)
+        set_priority(_URGENT)
         self._put_in_place()
         while True:
             self._wait()
@@ -228,10 +205,10 @@ class Holder:
             if number == signal.SIGHUP:
                 self._upgrading, self._standby_at = True, now
             elif not self._stopping:
-                self._stopping, self._stop_by = True, now + _STOP_TIMEOUT
+                self._stopping, self._stop_by = True, now + STOP_TIMEOUT
                 self._standby_at = self._template_at = self._start_at = float("inf")
                 if self._current is not None:
-                    _send(self._current, signal.SIGTERM)
+                    send(self._current, signal.SIGTERM)
 
     def _wait(self) -> None:
         poll = select.poll()
@@ -260,7 +237,7 @@ class Holder:
         """Look at everything once. Return the exit status when it is over."""
         now = time.monotonic()
         self._obey(now)
-        self._dying = [pid for pid in self._dying if not _is_reaped(pid)]
+        self._dying = [pid for pid in self._dying if not is_reaped(pid)]
         for child in (self._current, self._standby):
             if child is not None:
                 self._listen(child)
@@ -279,21 +256,21 @@ class Holder:
         elif self._stopping:
             return 0
         if now >= self._stop_by and self._current is not None:
-            _send(self._current, signal.SIGKILL)
+            send(self._current, signal.SIGKILL)
             self._stop_by = float("inf")
         if now >= self._start_at:
             self._put_in_place()
         if self._upgrading and self._standby is not None and self._standby.warm and self._current is not None:
             # What a daemon holds is written down as it comes: there is nothing that it could do at its end.
             self._upgrading, self._planned = False, True
-            _send(self._current, signal.SIGKILL)
+            send(self._current, signal.SIGKILL)
         if now >= self._template_at and self._template is None:
             self._template, self._template_at = self._spawn(), float("inf")
         if now >= self._standby_at and self._standby is None and not self._stopping:
             self._standby, self._standby_at = self._fork(FORK), float("inf")
         return None
 
-    def _listen(self, child: _Child) -> None:
+    def _listen(self, child: Child) -> None:
         while child.leash.fileno() >= 0:
             try:
                 word = child.leash.recv(32)
@@ -315,16 +292,16 @@ class Holder:
                 child.serving = self._served = True
                 self._failures = 0
 
-    def _has_ended(self, child: _Child) -> bool:
+    def _has_ended(self, child: Child) -> bool:
         """Tell whether a daemon has ended; then it is left to be reaped, and its last words were heard."""
         if not child.pid:
             return child.hung_up  # it was never forked
-        if child.canary >= 0 and not child.falling and _is_readable(child.canary):
+        if child.canary >= 0 and not child.falling and is_readable(child.canary):
             child.falling = time.monotonic()
-        if not _is_readable(child.pidfd) and not _is_over(child.pid):
+        if not is_readable(child.pidfd) and not is_over(child.pid):
             return False
         self._listen(child)
-        child.signal = _died_of(child.pid)
+        child.signal = died_of(child.pid)
         child.forget()
         self._dying.append(child.pid)
         return True
@@ -342,17 +319,17 @@ class Holder:
             self._planned = False
             self._put_in_place()
             return None
-        before, self._oom_kills = self._oom_kills, _oom_kills()
-        self._crashes = [at for at in self._crashes if at > now - _QUICK]
+        before, self._oom_kills = self._oom_kills, oom_kills()
+        self._crashes = [at for at in self._crashes if at > now - CRASH_LOOP_WITHIN]
         if child.signal != signal.SIGKILL or self._oom_kills != before:
             self._crashes.append(now)  # no request makes a daemon die by somebody's hand
         print(
             f"lazyfsd {child.pid} has died (signal {child.signal}), another one takes over", file=sys.stderr, flush=True
         )
         self._failures = 0 if child.serving else self._failures + 1
-        if self._failures >= _HOPELESS:
+        if self._failures >= HOPELESS_CRASHES:
             return 1
-        pause = 0.0 if not self._failures else min(_PAUSE * 2.0**self._failures, _LONGEST_PAUSE)
+        pause = 0.0 if not self._failures else min(_PAUSE * 2.0**self._failures, LONGEST_PAUSE)
         self._start_at = now + pause
         if not pause:
             self._put_in_place()
@@ -363,7 +340,7 @@ class Holder:
             if spare is not None:
                 spare.leash.close()  # which ends one that has no number yet
                 if spare.pid:
-                    _send(spare, signal.SIGKILL)
+                    send(spare, signal.SIGKILL)
                     spare.forget()
                     self._dying.append(spare.pid)
         self._standby = self._template = None
@@ -373,15 +350,8 @@ class Holder:
         self._unmount()
         until = time.monotonic() + _LAST_THREADS
         while self._dying and time.monotonic() < until:
-            self._dying = [pid for pid in self._dying if not _is_reaped(pid)]
+            self._dying = [pid for pid in self._dying if not is_reaped(pid)]
             time.sleep(0.01)
-
-
-def _set_priority(nice: int, pid: int = 0) -> None:
-    try:
-        os.setpriority(os.PRIO_PROCESS, pid, nice)
-    except OSError:
-        pass  # a container without CAP_SYS_NICE, or it has ended
 
 
 def _socket_pair() -> tuple[socket.socket, socket.socket]:
@@ -401,86 +371,15 @@ def _pass(leash: socket.socket, word: bytes, *fds: int) -> None:
 def _first_request(fuse: int) -> bytes:
     poll = select.poll()
     poll.register(fuse, select.POLLIN)
-    if not poll.poll(_INIT_TIMEOUT * 1000):
+    if not poll.poll(INIT_TIMEOUT * 1000):
         raise OSError(errno.ETIMEDOUT, "the kernel does not begin the FUSE connection")
     return os.read(fuse, _LEAST)
-
-
-def _send(child: _Child, number: int) -> None:
-    if not child.pid:
-        return
-    try:
-        signal.pidfd_send_signal(child.pidfd, number)
-    except ProcessLookupError:
-        pass  # it has ended already
-
-
-def _is_readable(fd: int) -> bool:
-    poll = select.poll()
-    poll.register(fd, select.POLLIN)
-    return bool(poll.poll(0))
-
-
-def _is_over(pid: int) -> bool:
-    """Tell whether a process's main thread has ended, or is about to: it takes no request any more.
-
-    In the midst of its end it may wait for an answer, too: for the last pages of a mount that goes with it.
-    """
-    fields = _stat(pid)
-    return not fields or fields[0] in (b"Z", b"X") or bool(int(fields[6]) & _PF_EXITING)
-
-
-def _died_of(pid: int) -> int:
-    """Return the signal that ended a process which nobody has taken away yet, 0 for none."""
-    fields = _stat(pid)
-    return int(fields[_EXIT_CODE]) & 0x7F if len(fields) > _EXIT_CODE else 0
-
-
-def _stat(pid: int) -> list[bytes]:
-    """Return the fields of proc(5)'s stat behind the name, state first; none where the process is gone."""
-    try:
-        with open(f"/proc/{pid}/stat", "rb") as handle:
-            return handle.read().rpartition(b") ")[2].split()
-    except OSError:
-        return []
-
-
-def _oom_kills() -> int:
-    """Return how many processes this machine has killed for want of memory, that of cgroups included."""
-    try:
-        with open("/proc/vmstat", "rb") as handle:
-            return next((int(line[9:]) for line in handle if line.startswith(b"oom_kill ")), 0)
-    except OSError:
-        return 0
-
-
-def _is_reaped(pid: int) -> bool:
-    """Take a dead process away, once all of its threads have gone; True when nothing is left to do for it."""
-    try:
-        return os.waitpid(pid, os.WNOHANG)[0] == pid
-    except ChildProcessError:
-        return True  # it has been taken away already
-
-
-def _own_cgroup() -> None:
-    """Leave the holder's cgroup, where systemd has given us ours: what the kernel kills there is the daemon alone."""
-    try:
-        with open("/proc/self/cgroup") as handle:
-            path = next(line[3:].strip() for line in handle if line.startswith("0::"))
-        if "INVOCATION_ID" not in os.environ or not path.endswith(".service"):
-            return
-        group = f"/sys/fs/cgroup{path}/daemon"
-        os.makedirs(group, exist_ok=True)
-        with open(f"{group}/cgroup.procs", "w") as handle:
-            handle.write("0")
-    except (OSError, StopIteration):
-        pass  # no delegation: one cgroup for both, as for any service
 
 
 def _claim(directory: str) -> bool:
     """Be the one holder of a directory of sockets, until this process ends. Blocking, 5 s at most."""
     lock = os.open(f"{directory}/holder.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
-    until = time.monotonic() + _CLAIM_TIMEOUT
+    until = time.monotonic() + HOLDER_TIMEOUT
     while True:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from lazyfs.container import mounts
-from lazyfs.mount.greeting import MAX_BACKGROUND
+from lazyfs.limits import MAX_BACKGROUND
 from lazyfs.mount.session import READ_AHEAD
 from tests.helpers.blobs import zstd_chunked_layer
 from tests.helpers.daemon import Node, add, pattern, until

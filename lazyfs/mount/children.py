@@ -1,0 +1,127 @@
+"""The processes of the holder: what tells that they end, how they ended, and how they are begun and taken away.
+
+The standard library alone: the holder imports this, and must outlive everything else.
+"""
+
+from __future__ import annotations
+
+import os
+import select
+import signal
+import socket
+from dataclasses import dataclass
+
+_PIDFD_THREAD = os.O_EXCL  # to pidfd_open(2), Linux 6.9
+_PF_EXITING = 0x4  # in the flags of proc(5)'s stat
+_EXIT_CODE = 49  # its place there, behind the name
+
+
+@dataclass(eq=False)
+class Child:
+    """A daemon, or the template. A daemon that is being forked has no number yet."""
+
+    leash: socket.socket
+    pid: int = 0
+    pidfd: int = -1
+    canary: int = -1  # a pidfd of one of its threads
+    falling: float = 0.0  # when that thread was seen to have ended, monotonic seconds; 0: it has not
+    warm: bool = False
+    serving: bool = False
+    ending: bool = False  # in order
+    hung_up: bool = False
+    signal: int = 0  # that it died of; 0: of none, or we may not know
+
+    def name(self, pid: int, canary: int = 0) -> None:
+        """Note its number, once it is known, and that of the thread whose end tells of its own."""
+        if self.pid:
+            return
+        self.pid, self.pidfd = pid, os.pidfd_open(pid)
+        try:
+            self.canary = os.pidfd_open(canary, _PIDFD_THREAD) if canary else -1
+        except OSError:
+            pass  # it has ended already
+
+    def forget(self) -> None:
+        """Close what tells of its end."""
+        for fd in (self.pidfd, self.canary):
+            if fd >= 0:
+                os.close(fd)
+        self.pidfd = self.canary = -1
+
+
+def send(child: Child, number: int) -> None:
+    if not child.pid:
+        return
+    try:
+        signal.pidfd_send_signal(child.pidfd, number)
+    except ProcessLookupError:
+        pass  # it has ended already
+
+
+def is_readable(fd: int) -> bool:
+    poll = select.poll()
+    poll.register(fd, select.POLLIN)
+    return bool(poll.poll(0))
+
+
+def is_over(pid: int) -> bool:
+    """Tell whether a process's main thread has ended, or is about to: it takes no request any more.
+
+    In the midst of its end it may wait for an answer, too: for the last pages of a mount that goes with it.
+    """
+    fields = _stat(pid)
+    return not fields or fields[0] in (b"Z", b"X") or bool(int(fields[6]) & _PF_EXITING)
+
+
+def died_of(pid: int) -> int:
+    """Return the signal that ended a process which nobody has taken away yet, 0 for none."""
+    fields = _stat(pid)
+    return int(fields[_EXIT_CODE]) & 0x7F if len(fields) > _EXIT_CODE else 0
+
+
+def _stat(pid: int) -> list[bytes]:
+    """Return the fields of proc(5)'s stat behind the name, state first; none where the process is gone."""
+    try:
+        with open(f"/proc/{pid}/stat", "rb") as handle:
+            return handle.read().rpartition(b") ")[2].split()
+    except OSError:
+        return []
+
+
+def oom_kills() -> int:
+    """Return how many processes this machine has killed for want of memory, that of cgroups included."""
+    try:
+        with open("/proc/vmstat", "rb") as handle:
+            return next((int(line[9:]) for line in handle if line.startswith(b"oom_kill ")), 0)
+    except OSError:
+        return 0
+
+
+def is_reaped(pid: int) -> bool:
+    """Take a dead process away, once all of its threads have gone; True when nothing is left to do for it."""
+    try:
+        return os.waitpid(pid, os.WNOHANG)[0] == pid
+    except ChildProcessError:
+        return True  # it has been taken away already
+
+
+def set_priority(nice: int, pid: int = 0) -> None:
+    try:
+        os.setpriority(os.PRIO_PROCESS, pid, nice)
+    except OSError:
+        pass  # a container without CAP_SYS_NICE, or it has ended
+
+
+def own_cgroup() -> None:
+    """Leave the holder's cgroup, where systemd has given us ours: what the kernel kills there is the daemon alone."""
+    try:
+        with open("/proc/self/cgroup") as handle:
+            path = next(line[3:].strip() for line in handle if line.startswith("0::"))
+        if "INVOCATION_ID" not in os.environ or not path.endswith(".service"):
+            return
+        group = f"/sys/fs/cgroup{path}/daemon"
+        os.makedirs(group, exist_ok=True)
+        with open(f"{group}/cgroup.procs", "w") as handle:
+            handle.write("0")
+    except (OSError, StopIteration):
+        pass  # no delegation: one cgroup for both, as for any service
