@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 from bisect import bisect_left
-from collections import deque
 from contextlib import AbstractContextManager
 from functools import partial
 
@@ -40,6 +39,9 @@ _MORE = 1  # requests beyond the host's places: one waits, so that no place is e
 _PAUSE = 5.0  # seconds before a failed fill is tried again, growing to _LONG_PAUSE
 _LONG_PAUSE = 60.0
 _CHECK_THREADS = 2
+_AHEAD = 256 * MiB  # bytes that may come before the check has seen what is in front of them
+_START = 30.0  # seconds from a check's begin in which readers who wait for the network come before it
+_GIVE_WAY = 0.1  # seconds between looks whether they still do
 
 
 class Filler:
@@ -164,30 +166,45 @@ class Filler:
     # -- the whole check
 
     async def _check(self, layer: ServedLayer, check: Check) -> None:
-        coming: deque[int] = deque()  # first extents behind requests under way
-        ahead = check.next
+        ahead, running = check.next, 0  # the first extent that nobody was asked for; requests under way
+        begun = trio.current_time()
         await trio.to_thread.run_sync(check.prepare, limiter=self._limiter)
+
+        async def bring(first: int, stop: int) -> None:
+            nonlocal running
+            try:
+                await self._bring_extents(layer, check, first, stop)
+            finally:
+                running -= 1
+
         try:
             async with trio.open_nursery() as nursery:
                 while check.next < layer.extents:
                     ahead = max(ahead, check.next)
-                    while check.spool.works and len(coming) < self._most_coming(layer):
+                    while check.spool.works and running < self._most_coming(layer):
+                        if ahead > check.next and layer.extent(ahead - 1)[0] > check.blob_offset + _AHEAD:
+                            break  # the spool takes disk
                         stop = self._segment_end(layer, ahead)
                         if stop == ahead:
                             break
-                        coming.append(stop)
-                        nursery.start_soon(self._bring_extents, layer, check, ahead, stop)
+                        running += 1
+                        nursery.start_soon(bring, ahead, stop)
                         ahead = stop
-                    if not await self._feed(layer, check):
+                    if check.spool.works and self._gives_way(layer, begun):
+                        await trio.sleep(_GIVE_WAY)
+                    elif not await self._feed(layer, check):
                         await self._one_extent(layer, check, check.next)
-                    while coming and coming[0] <= check.next:
-                        coming.popleft()
         except* LazyfsError as group:
             raise first_of(group) from None
         await trio.to_thread.run_sync(check.whole.finish, limiter=self._limiter)
         layer.check = None
         layer.verified = True
         check.spool.close()
+
+    def _gives_way(self, layer: ServedLayer, begun: float) -> bool:
+        """Tell whether readers have the processors for now: what has come for the check waits in the spool."""
+        starts = trio.current_time() < begun + _START
+        return starts and not self._scheduler.is_quiet(layer.host) and not self._scheduler.is_awaited(layer.host)
 
     def _segment_end(self, layer: ServedLayer, first: int) -> int:
         """Return where the next request of the check ends (extent numbers)."""

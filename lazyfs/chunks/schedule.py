@@ -320,6 +320,10 @@ class Scheduler:
         """Tell whether no reader has waited for this host for a while, so that background may run at full speed."""
         return self._host(host).quiet
 
+    def is_awaited(self, host: str) -> bool:
+        """Tell whether somebody waits for what background brings from this host."""
+        return self._host(host).awaited > 0
+
     def places(self, host: str) -> int:
         """Return how many requests that nobody waits for run together: whoever has more gains nothing by asking."""
         return self._host(host).places
