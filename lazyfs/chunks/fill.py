@@ -204,7 +204,7 @@ class Filler:
     def _gives_way(self, layer: ServedLayer, begun: float) -> bool:
         """Tell whether readers have the processors for now: what has come for the check waits in the spool."""
         starts = trio.current_time() < begun + _START
-        return starts and not self._scheduler.is_quiet(layer.host) and not self._scheduler.is_awaited(layer.host)
+        return starts and self._scheduler.has_readers(layer.host) and not self._scheduler.is_awaited(layer.host)
 
     def _segment_end(self, layer: ServedLayer, first: int) -> int:
         """Return where the next request of the check ends (extent numbers)."""

@@ -26,6 +26,8 @@ class LayerSource:
     verified_at: int = 0  # seconds since the epoch
     quarantine: str = ""  # why nothing may be read from it; empty: it may
     reason: str = ""  # why it is plain although its descriptor promises a TOC
+    payload_end: int = 0  # blob offset behind its content, where there is a TOC; 0: unknown
+    toc: str = ""  # digest of the `toc` file as it was when it was held against the descriptor; "": unknown
 
 
 def encode_source(source: LayerSource) -> bytes:
@@ -40,6 +42,8 @@ def encode_source(source: LayerSource) -> bytes:
         "verifiedAt": source.verified_at,
         "quarantine": source.quarantine,
         "reason": source.reason,
+        "payloadEnd": source.payload_end,
+        "toc": source.toc,
     }
     return json.dumps(value, indent=1).encode() + b"\n"
 
@@ -58,9 +62,12 @@ def decode_source(raw: bytes) -> LayerSource | None:
         diff_id = value["diffId"]
         if diff_id and not digests.is_digest(diff_id):
             return None
-        reason = value.get("reason", "")
-        texts = (value["form"], value["origin"], value["quarantine"], reason)
+        reason, toc = value.get("reason", ""), value.get("toc", "")
+        texts = (value["form"], value["origin"], value["quarantine"], reason, toc)
         if not all(isinstance(text, str) for text in texts) or not isinstance(value["verified"], bool):
+            return None
+        payload_end = value.get("payloadEnd", 0)
+        if not isinstance(payload_end, int) or payload_end < 0:
             return None
         return LayerSource(
             parse_descriptor(value["descriptor"], "the descriptor"),
@@ -71,6 +78,8 @@ def decode_source(raw: bytes) -> LayerSource | None:
             int(value["verifiedAt"]),
             value["quarantine"],
             reason,
+            payload_end,
+            toc,
         )
     except (ValueError, TypeError, KeyError, RecursionError, OverflowError, DocumentInvalid):
         return None

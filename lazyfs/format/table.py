@@ -18,6 +18,7 @@ from lazyfs.format.columns import Columns
 from lazyfs.format.entry import Kind
 
 MAGIC = b"LZFLAYER"
+# Rows keep their order in all versions: the kernel knows files by their numbers, and an upgrade in place keeps those.
 VERSION = 4
 NO_FRAME = 0xFFFFFFFF  # a chunk that is a hole, or a chunk of a plain layer: no frame to fetch
 FLAG_OPAQUE = 1  # a directory that hides what lower layers have under it

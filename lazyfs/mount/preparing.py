@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+from lazyfs import digest as digests
 from lazyfs.child import Builder
 from lazyfs.chunks.catalog import Catalog
 from lazyfs.chunks.layer import Check, ServedLayer
@@ -182,7 +183,9 @@ class Preparer:
         digest = wanted.descriptor.digest
         found = self._toc_source(wanted.descriptor)
         known = self._store.source(digest)
-        table = self._table(digest) if known is not None and self._usable(known, wanted, found) else None
+        table = None
+        if known is not None and self._usable(known, wanted, found):
+            table = self._table(digest) or self._remake(known)
         tail, whole = b"", 0
         if known is None or table is None:
             known, table, tail = self._make(repository, wanted, found, say, alive)
@@ -217,6 +220,33 @@ class Preparer:
         except (TableInvalid, StoreError) as error:
             log.info("a layer table is made again: %s", error)
             return None
+
+    def _remake(self, known: LayerSource) -> LayerTable | None:
+        """Make a table again from the TOC that the store has; None: it has none, or not what it was."""
+        digest = known.descriptor.digest
+        try:
+            raw = self._store.read_toc(digest)
+            if raw is None or not known.toc or digests.of(raw) != known.toc:
+                return None
+            form = next(form for form, name in _SOURCE_FORMS.items() if name == known.form)
+            return self._build(known.descriptor, form, known.payload_end, len(raw))
+        except (FormatError, StoreError, StopIteration) as error:
+            log.info("a layer table can't be made from the store: %s", error)
+            return None
+
+    def _build(self, descriptor: Descriptor, form: Form, payload_end: int, size: int) -> LayerTable:
+        """Make a layer's table from its `toc` file of `size` bytes. Raise FormatError or StoreError."""
+        directory = self._store.path(descriptor.digest)
+        job = {
+            "toc": os.fspath(directory / "toc"),
+            "out": os.fspath(directory / "table"),
+            "form": TABLE_FORMS[form],
+            "blob_size": descriptor.size,
+            "payload_end": payload_end,
+        }
+        with self._large if size > _LARGE_TOC else nullcontext(), self._building:
+            self.builder.run({"tables": [job]})
+        return LayerTable(directory / "table")
 
     # -- making it
 
@@ -257,25 +287,24 @@ class Preparer:
             return toc
         directory = self._store.path(digest)
         self._store.write_toc(digest, toc.raw)
-        job = {
-            "toc": os.fspath(directory / "toc"),
-            "out": os.fspath(directory / "table"),
-            "form": TABLE_FORMS[toc.form],
-            "blob_size": wanted.descriptor.size,
-            "payload_end": toc.payload_end,
-        }
         try:
-            with self._large if len(toc.raw) > _LARGE_TOC else nullcontext(), self._building:
-                self.builder.run({"tables": [job]})
+            table = self._build(wanted.descriptor, toc.form, toc.payload_end, len(toc.raw))
         except FormatError:
             _discard(directory)
             raise
-        source = LayerSource(wanted.descriptor, _SOURCE_FORMS[toc.form], wanted.origin, wanted.diff_id)
+        source = LayerSource(
+            wanted.descriptor,
+            _SOURCE_FORMS[toc.form],
+            wanted.origin,
+            wanted.diff_id,
+            payload_end=toc.payload_end,
+            toc=digests.of(toc.raw),
+        )
         self._store.set_source(digest, source)
         tail = b"".join(parts[at] for at in sorted(parts))
         if found.blob_offset + found.size < wanted.descriptor.size:
             tail = b""  # the TOC alone: the check will want what lies behind it too
-        return source, LayerTable(directory / "table"), tail[-(wanted.descriptor.size - toc.payload_end) :]
+        return source, table, tail[-(wanted.descriptor.size - toc.payload_end) :]
 
     def _make_plain(
         self,

@@ -102,7 +102,7 @@ def test_the_standby_is_in_nobodys_way(node: Node, registry: FakeRegistry) -> No
         node.read(tree / "f1")
         before = daemon.standby()
         node.umount(tree)
-        done = node.lazyfs("rm", image.reference)  # at once, while the standby has the layer open still
+        done = node.lazyfs("cache", "rm", image.reference)  # at once, while the standby has the layer open still
         assert done.returncode == 0, done.stderr
         tree = node.mount(image)  # with other files in the places of those that it has open
         assert node.read(tree / "f2") == contents()["f2"]

@@ -299,6 +299,7 @@ async def test_background_asks_for_little_while_somebody_reads(
     monkeypatch.setattr(
         "lazyfs.chunks.schedule.QUIET", 60.0
     )  # the reader is one of just now, however slow this machine
+    monkeypatch.setattr("lazyfs.chunks.fill._START", 0.0)  # the check goes on meanwhile
     registry.latency = 0.02  # of a near one nothing is in a reader's way
     async with node(scratch) as one:
         layer = one.serve(blob, registry)
@@ -311,6 +312,39 @@ async def test_background_asks_for_little_while_somebody_reads(
             start, _, end = request.range.removeprefix("bytes=").partition("-")
             sizes.append(int(end) - int(start) + 1)
         assert max(sizes) <= 300_000
+
+
+async def test_the_check_gives_way_to_readers_of_a_start_and_fetching_goes_on(
+    scratch: Path, registry: FakeRegistry, blob: LayerBlob, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lazyfs.chunks.schedule.QUIET", 60.0)
+    async with node(scratch) as one:
+        layer = one.serve(blob, registry)
+        check = layer.check
+        assert check is not None
+        one.scheduler.note_demand(layer.host)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(run_fill, one, layer)
+            with trio.fail_after(20):
+                while not layer.store.complete:
+                    await trio.sleep(0.02)
+            assert check.next == 0 and not layer.verified  # all is here, and nothing of it was looked at
+            with one.filler.awaited(layer), trio.fail_after(10):  # somebody waits for the verdict itself
+                while not layer.verified:
+                    await trio.sleep(0.02)
+        assert registry.bytes_sent("/blobs/") == len(blob.blob)
+
+
+async def test_the_check_gives_way_for_the_time_of_a_start_only(
+    scratch: Path, registry: FakeRegistry, blob: LayerBlob, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lazyfs.chunks.schedule.QUIET", 60.0)
+    monkeypatch.setattr("lazyfs.chunks.fill._START", 0.5)
+    async with node(scratch) as one:
+        layer = one.serve(blob, registry)
+        one.scheduler.note_demand(layer.host)
+        assert await run_fill(one, layer) == ""
+        assert layer.verified
 
 
 async def test_background_leaves_a_host_alone_that_limits_it(
