@@ -29,6 +29,7 @@ from tests.helpers import real
 LINKS = {"wan": (0.020, 200.0), "far": (0.100, 50.0)}  # seconds of a round trip, 10**6 bits a second
 ROUND_TRIPS = 2  # promised beside the transfer
 _SIZE = 640 << 10  # bytes of a file: two do not fit into one frame
+_APART = 2  # one file in so many is read: of neighbours in order a reader is sent the next ones, which shares the link
 _GAP = 0.2  # seconds between two reads in a row at most
 _EACH = 8  # reads, before which one there is a pause
 _PAUSE = 1.5  # seconds; after one without readers the fills take the whole link
@@ -68,7 +69,7 @@ def timed(path: Path) -> float:
 def reads(tree: Path, count: int) -> list[float]:
     """Return the seconds of each read."""
     chance = random.Random(count)
-    numbers = list(range(count))
+    numbers = [_APART * number for number in range(count)]
     chance.shuffle(numbers)
     took = []
     for place, number in enumerate(numbers):
@@ -127,7 +128,7 @@ def main() -> int:
     with scratch() as directory, real.docker_registry(directory / "r") as registry:
         tars = [directory / "first.tar", directory / "second.tar"]
         layer(tars[0], "first", args.size * 1_000_000, 0)
-        layer(tars[1], "second", args.size * 1_000_000, args.reads)
+        layer(tars[1], "second", args.size * 1_000_000, _APART * args.reads)
         layout = lazy_image.make(directory, *tars)
         for tar in tars:
             tar.unlink()
