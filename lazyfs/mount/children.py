@@ -32,14 +32,18 @@ class Child:
     signal: int = 0  # that it died of; 0: of none, or we may not know
 
     def name(self, pid: int, canary: int = 0) -> None:
-        """Note its number, once it is known, and that of the thread whose end tells of its own."""
+        """Note its number, once it is known, and that of the thread whose end tells of its own.
+
+        Of one that has ended already nothing is noted: it hangs up.
+        """
         if self.pid:
             return
-        self.pid, self.pidfd = pid, os.pidfd_open(pid)
         try:
+            self.pidfd = os.pidfd_open(pid)
+            self.pid = pid
             self.canary = os.pidfd_open(canary, _PIDFD_THREAD) if canary else -1
         except OSError:
-            pass  # it has ended already
+            pass
 
     def forget(self) -> None:
         """Close what tells of its end."""
@@ -50,6 +54,7 @@ class Child:
 
 
 def send(child: Child, number: int) -> None:
+    """Send a signal; none where it has no number yet."""
     if not child.pid:
         return
     try:
@@ -59,6 +64,7 @@ def send(child: Child, number: int) -> None:
 
 
 def is_readable(fd: int) -> bool:
+    """Tell whether what a pidfd stands for has ended. Doesn't block."""
     poll = select.poll()
     poll.register(fd, select.POLLIN)
     return bool(poll.poll(0))
@@ -106,6 +112,7 @@ def is_reaped(pid: int) -> bool:
 
 
 def set_priority(nice: int, pid: int = 0) -> None:
+    """Set the nice value of a process (0: this one), as far as we may."""
     try:
         os.setpriority(os.PRIO_PROCESS, pid, nice)
     except OSError:

@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import ctypes
 import errno
-import fcntl
 import json
 import os
 import select
@@ -30,7 +29,6 @@ import time
 from lazyfs.limits import (
     CRASH_LOOP,
     CRASH_LOOP_WITHIN,
-    HOLDER_TIMEOUT,
     HOPELESS_CRASHES,
     INIT_TIMEOUT,
     LONGEST_PAUSE,
@@ -48,6 +46,7 @@ from lazyfs.mount.children import (
     send,
     set_priority,
 )
+from lazyfs.mount.premises import claim, clear_stale
 
 IS, WARM, SERVES, ENDS = b"I", b"W", b"S", b"E"
 FORK_AT_ONCE, FORK = b"!", b"?"  # to the template: somebody waits for that daemon, or it may load all code first
@@ -55,7 +54,9 @@ _BOARD = 4096  # bytes in front of what daemons leave to each other: what one wa
 _LEAST = 8192  # bytes of a buffer that the kernel reads a request into
 _MS_RDONLY = 0x1
 _MNT_FORCE, _MNT_DETACH = 0x1, 0x2  # force: whoever waits for an answer gets an error
-_AGAIN = 1.0  # seconds until a standby or template that was lost is begun anew, which costs 0.3 s of processor time
+# Seconds until a standby or template that was lost is begun anew, which costs 0.3 s of processor time; doubled each
+# time that one did not even become warm.
+_AGAIN, _LONGEST_AGAIN = 1.0, 60.0
 _FIRST_STANDBY, _NEXT_STANDBY = 3.0, 0.2  # seconds after a daemon serves: those who wait for it come first
 _PR_SET_CHILD_SUBREAPER = 36
 _PAUSE = 0.1  # seconds before the next one where one could not start, doubled each time
@@ -87,6 +88,7 @@ class Holder:
         self._served = False  # by anybody, ever
         self._standby_at = float("inf")  # when to begin one
         self._template_at = float("inf")
+        self._again = _AGAIN
         self._start_at = float("inf")  # when to put the next one in place
         self._crashes: list[float] = []
         self._oom_kills = oom_kills()  # of the machine, when a daemon died last
@@ -171,7 +173,12 @@ class Holder:
     def _put_in_place(self) -> None:
         """Have a daemon serve. Its predecessor has ended."""
         self._start_at = float("inf")
-        self._current = self._standby or self._fork(FORK_AT_ONCE)
+        try:
+            self._current = self._standby or self._fork(FORK_AT_ONCE)
+        except OSError as error:  # no memory, no more processes
+            print(f"no lazyfsd can be started: {error}", file=sys.stderr, flush=True)
+            self._start_at = time.monotonic() + _AGAIN
+            return
         self._standby, self._standby_at = None, float("inf")
         looping = len([at for at in self._crashes if at > time.monotonic() - CRASH_LOOP_WITHIN]) >= CRASH_LOOP
         order = {"greeting": self._greeting.hex(), "inherits": self._served, "careful": looping, "holder": os.getpid()}
@@ -244,10 +251,11 @@ class Holder:
         if self._standby is not None and self._has_ended(self._standby):
             self._standby = None
             self._upgrading = False  # the new code can't even begin: the old one goes on
-            self._standby_at = now + _AGAIN
+            self._standby_at = now + self._again
+            self._again = min(2 * self._again, _LONGEST_AGAIN)
         if self._template is not None and self._has_ended(self._template):
             self._template.leash.close()
-            self._template, self._template_at = None, now + _AGAIN
+            self._template, self._template_at = None, now + self._again
         if self._current is not None:
             if self._has_ended(self._current):
                 over = self._bury(now)
@@ -264,11 +272,19 @@ class Holder:
             # What a daemon holds is written down as it comes: there is nothing that it could do at its end.
             self._upgrading, self._planned = False, True
             send(self._current, signal.SIGKILL)
-        if now >= self._template_at and self._template is None:
-            self._template, self._template_at = self._spawn(), float("inf")
-        if now >= self._standby_at and self._standby is None and not self._stopping:
-            self._standby, self._standby_at = self._fork(FORK), float("inf")
+        if not self._stopping:
+            self._ready_spares(now)
         return None
+
+    def _ready_spares(self, now: float) -> None:
+        try:
+            if now >= self._template_at and self._template is None:
+                self._template, self._template_at = self._spawn(), float("inf")
+            if now >= self._standby_at and self._standby is None:
+                self._standby, self._standby_at = self._fork(FORK), float("inf")
+        except OSError as error:  # no memory, no more processes: who serves goes on
+            print(f"no standby can be started: {error}", file=sys.stderr, flush=True)
+            self._template_at = self._standby_at = now + self._again
 
     def _listen(self, child: Child) -> None:
         while child.leash.fileno() >= 0:
@@ -282,9 +298,10 @@ class Holder:
                 child.leash.close()
                 child.hung_up = True
             elif word[:1] == IS:
-                child.name(*map(int, word[1:].split()))
+                pid, _, canary = word[1:].partition(b" ")
+                child.name(int(pid), int(canary))
             elif word == WARM:
-                child.warm = True
+                child.warm, self._again = True, _AGAIN
             elif word == ENDS:
                 child.ending = True
             elif word == SERVES:
@@ -376,44 +393,6 @@ def _first_request(fuse: int) -> bytes:
     return os.read(fuse, _LEAST)
 
 
-def _claim(directory: str) -> bool:
-    """Be the one holder of a directory of sockets, until this process ends. Blocking, 5 s at most."""
-    lock = os.open(f"{directory}/holder.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
-    until = time.monotonic() + HOLDER_TIMEOUT
-    while True:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return not _listens(f"{directory}/lazyfsd.sock")
-        except BlockingIOError:
-            if time.monotonic() > until:
-                return False
-            time.sleep(0.05)
-
-
-def _listens(path: str) -> bool:
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as ours:
-        ours.settimeout(1.0)
-        try:
-            ours.connect(path)
-        except (FileNotFoundError, ConnectionRefusedError):
-            return False
-        except OSError:
-            return True
-        return True
-
-
-def _clear_stale(mountpoint: str) -> None:
-    """Take away what a holder that was killed left mounted. The caller has the directory's lock."""
-    wanted = os.fsencode(mountpoint)
-    for old, new in ((b"\\", b"\\134"), (b" ", b"\\040"), (b"\t", b"\\011"), (b"\n", b"\\012")):
-        wanted = wanted.replace(old, new)
-    with open("/proc/self/mountinfo", "rb") as handle:
-        for line in handle.read().splitlines():
-            fields, _, rest = line.partition(b" - ")
-            if fields.split(b" ")[4] == wanted and rest.startswith(b"fuse.lazyfs "):
-                ctypes.CDLL(None).umount2(os.fsencode(mountpoint), _MNT_DETACH)
-
-
 def main(words: list[str]) -> int:
     """Run as `python -m lazyfs.mount.holder MOUNTPOINT READY_FD [lazyfsd's arguments]`. Blocking.
 
@@ -423,9 +402,9 @@ def main(words: list[str]) -> int:
     os.umask(0o077)
     holder = Holder(mountpoint, rest, ready_fd)
     try:
-        held = _claim(os.path.dirname(mountpoint))
+        held = claim(os.path.dirname(mountpoint))
         if held:
-            _clear_stale(mountpoint)
+            clear_stale(mountpoint)
             os.makedirs(mountpoint, exist_ok=True)
             held = holder.open()
     except (OSError, ValueError) as error:

@@ -169,6 +169,39 @@ def test_an_upgrade_changes_the_daemon_and_nothing_else(node: Node, registry: Fa
         node.umount(tree)
 
 
+_BROKEN = """
+import os, sys
+if "lazyfs.mount.daemon" in sys.orig_argv and os.path.exists(os.path.join(os.path.dirname(__file__), "broken")):
+    raise SystemExit("the new code can't even begin")
+"""
+
+
+@shows(
+    Case(
+        "processes-broken-upgrade",
+        Area.PROCESSES,
+        "`lazyfs upgrade` to code that can't begin",
+        "right bytes",
+        "the old lazyfsd goes on; its log says why",
+    ),
+)
+def test_code_that_cannot_begin_takes_nothing_over(node: Node, registry: FakeRegistry, tmp_path: Path) -> None:
+    (tmp_path / "sitecustomize.py").write_text(_BROKEN)
+    with held(node, PYTHONPATH=f"{tmp_path}:{Path(__file__).parents[2]}") as daemon:
+        tree = node.mount(image_of(registry))
+        before = daemon.pid()
+        (tmp_path / "broken").touch()
+        with readers(node, tree, ("held", "names")) as results:
+            os.kill(daemon.process.pid, signal.SIGHUP)
+            until(lambda: node.log().count("can't even begin") >= 2, "it is tried again")
+            assert daemon.pid() == before
+            (tmp_path / "broken").unlink()
+            assert node.lazyfs("upgrade").returncode == 0
+        assert daemon.pid() != before
+        assert not [reading.wrong for reading in results if reading.wrong]
+        node.umount(tree)
+
+
 def test_without_a_holder_there_is_no_upgrade(node: Node, registry: FakeRegistry) -> None:
     tree = node.mount(image_of(registry))
     assert "no holder" in node.refused(2, "upgrade")
