@@ -258,11 +258,11 @@ class PodNode:
         self.containerd.kill()
         self.containerd.wait()
 
-    def daemons(self) -> list[int]:
-        """Return the lazyfsd processes of this node's store."""
+    def daemons(self, module: bytes = b"lazyfs.mount.daemon") -> list[int]:
+        """Return the lazyfsd processes of this node's store: all, where there is a holder, that have the code loaded."""
         wanted = b"\0" + os.fsencode(self.root) + b"\0"
         found = []
-        for pid, _ in real.processes_with(b"lazyfs.mount.daemon"):
+        for pid, _ in real.processes_with(module):
             with contextlib.suppress(OSError):
                 if wanted in Path("/proc", str(pid), "cmdline").read_bytes() and _lives(pid):
                     found.append(pid)
@@ -279,6 +279,7 @@ class PodNode:
         for pid in self.daemons():
             os.kill(pid, signal.SIGTERM)
         until(lambda: not self.daemons(), f"the daemon ends; its log: {self.log('lazyfsd')[-2000:]}")
+        until(lambda: not self.daemons(b"lazyfs.mount.holder"), "its holder ends")
 
     @contextlib.contextmanager
     def daemon_stopped(self) -> Iterator[None]:
