@@ -259,7 +259,7 @@ class PodNode:
         self.containerd.wait()
 
     def daemons(self, module: bytes = b"lazyfs.mount.daemon") -> list[int]:
-        """Return the lazyfsd processes of this node's store: all, where there is a holder, that have the code loaded."""
+        """Return the lazyfsd processes of this node's store; with a holder standby and template are among them."""
         wanted = b"\0" + os.fsencode(self.root) + b"\0"
         found = []
         for pid, _ in real.processes_with(module):
