@@ -29,7 +29,7 @@ class Child:
     serving: bool = False
     ending: bool = False  # in order
     hung_up: bool = False
-    signal: int = 0  # that it died of; 0: of none, or we may not know
+    signal: int = 0  # that it died of; 0: of none, or we may not know yet
 
     def name(self, pid: int, canary: int = 0) -> None:
         """Note its number, once it is known, and that of the thread whose end tells of its own.
@@ -80,7 +80,7 @@ def is_over(pid: int) -> bool:
 
 
 def died_of(pid: int) -> int:
-    """Return the signal that ended a process which nobody has taken away yet, 0 for none."""
+    """Return the signal that ended a process which nobody has taken away yet; 0: none, or we may not know yet."""
     fields = _stat(pid)
     return int(fields[_EXIT_CODE]) & 0x7F if len(fields) > _EXIT_CODE else 0
 
@@ -103,20 +103,25 @@ def oom_kills() -> int:
         return 0
 
 
-def is_reaped(pid: int) -> bool:
-    """Take a dead process away, once all of its threads have gone; True when nothing is left to do for it."""
+def reap(pid: int) -> int | None:
+    """Take a dead process away, once all of its threads have gone. Return the signal that ended it, 0 for none.
+
+    None: it is not gone yet.
+    """
     try:
-        return os.waitpid(pid, os.WNOHANG)[0] == pid
+        found, status = os.waitpid(pid, os.WNOHANG)
     except ChildProcessError:
-        return True  # it has been taken away already
+        return 0  # it has been taken away already
+    return (os.WTERMSIG(status) if os.WIFSIGNALED(status) else 0) if found else None
 
 
-def set_priority(nice: int, pid: int = 0) -> None:
-    """Set the nice value of a process (0: this one), as far as we may."""
+def set_priority(nice: int, pid: int = 0) -> bool:
+    """Set the nice value of a process (0: this one). False: we may not, or it has ended."""
     try:
         os.setpriority(os.PRIO_PROCESS, pid, nice)
+        return True
     except OSError:
-        pass  # a container without CAP_SYS_NICE, or it has ended
+        return False
 
 
 def own_cgroup() -> None:

@@ -40,9 +40,9 @@ from lazyfs.mount.children import (
     died_of,
     is_over,
     is_readable,
-    is_reaped,
     oom_kills,
     own_cgroup,
+    reap,
     send,
     set_priority,
 )
@@ -92,7 +92,8 @@ class Holder:
         self._start_at = float("inf")  # when to put the next one in place
         self._crashes: list[float] = []
         self._oom_kills = oom_kills()  # of the machine, when a daemon died last
-        self._dying: list[int] = []  # dead daemons, some of whose threads may be left
+        self._dying: dict[int, float] = {}  # dead processes, some of whose threads may be left; when it seemed a crash
+        self._may_be_gentle = False  # who may not lower a nice value must not raise one
         self._failures = 0  # in a row, before they served
         self._wake, self._waker = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
 
@@ -142,7 +143,7 @@ class Holder:
         pid = os.fork()
         if pid == 0:
             try:
-                set_priority(0 if self._current is None else _GENTLE)
+                set_priority(_GENTLE if self._may_be_gentle and self._current is not None else 0)
                 for number in (*_STOPS, signal.SIGHUP):
                     signal.signal(number, signal.SIG_DFL)
                 own_cgroup()
@@ -192,7 +193,7 @@ class Holder:
         for number in (*_STOPS, signal.SIGHUP):
             signal.signal(number, self._on_signal)
         ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)  # daemons leave the template, and come to us
-        set_priority(_URGENT)
+        self._may_be_gentle = set_priority(_URGENT)
         self._put_in_place()
         while True:
             self._wait()
@@ -244,7 +245,7 @@ class Holder:
         """Look at everything once. Return the exit status when it is over."""
         now = time.monotonic()
         self._obey(now)
-        self._dying = [pid for pid in self._dying if not is_reaped(pid)]
+        self._reap()
         for child in (self._current, self._standby):
             if child is not None:
                 self._listen(child)
@@ -320,8 +321,17 @@ class Holder:
         self._listen(child)
         child.signal = died_of(child.pid)
         child.forget()
-        self._dying.append(child.pid)
+        self._dying[child.pid] = 0.0
         return True
+
+    def _reap(self) -> None:
+        """Take away who has gone, and look again at what seemed a crash: now it is known what ended it."""
+        for pid in list(self._dying):
+            number = reap(pid)
+            if number is not None:
+                crash = self._dying.pop(pid)
+                if number == signal.SIGKILL and crash in self._crashes:
+                    self._crashes.remove(crash)
 
     def _bury(self, now: float) -> int | None:
         """Note the end of the daemon that served. Return the exit status when none is to follow."""
@@ -340,6 +350,8 @@ class Holder:
         self._crashes = [at for at in self._crashes if at > now - CRASH_LOOP_WITHIN]
         if child.signal != signal.SIGKILL or self._oom_kills != before:
             self._crashes.append(now)  # no request makes a daemon die by somebody's hand
+        if child.pid and self._oom_kills == before:
+            self._dying[child.pid] = now
         print(
             f"lazyfsd {child.pid} has died (signal {child.signal}), another one takes over", file=sys.stderr, flush=True
         )
@@ -359,7 +371,7 @@ class Holder:
                 if spare.pid:
                     send(spare, signal.SIGKILL)
                     spare.forget()
-                    self._dying.append(spare.pid)
+                    self._dying[spare.pid] = 0.0
         self._standby = self._template = None
 
     def _end(self) -> None:
@@ -367,7 +379,7 @@ class Holder:
         self._unmount()
         until = time.monotonic() + _LAST_THREADS
         while self._dying and time.monotonic() < until:
-            self._dying = [pid for pid in self._dying if not is_reaped(pid)]
+            self._reap()
             time.sleep(0.01)
 
 
