@@ -266,8 +266,7 @@ GRACE = 5.0  # seconds that calls under way have when the snapshotter is asked t
 # -- Requests of the kernel, and daemons that follow each other
 
 MAX_WAITING_REQUESTS = 1024  # requests that wait for their bytes, some kilobytes each; further ones queue in the kernel
-# requests that the kernel sends ahead of answers, 12 by default: all reads of EROFS count among them, whatever their
-# image, and 400 readers of one that is silent filled 64
+# requests that the kernel sends ahead of answers: all reads of EROFS; 400 readers of one silent image filled 64
 MAX_BACKGROUND = 1024
 READ_TASKS = 64  # chunks of one read looked for side by side: a layer may have chunks of one byte
 MAX_ORDER = 64 * KiB  # bytes of what the holder says to a daemon

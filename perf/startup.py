@@ -27,7 +27,7 @@ from perf.pairs import shuffled, spread, upper_bound
 from perf.runs import Results, in_turn, road
 from perf.start import StartFailed, scratch
 from perf.startup_images import Image
-from perf.startup_modes import COLD, FULL, FULL_WARM, OURS, TRACE
+from perf.startup_modes import COLD, CONVERTED, FULL, FULL_WARM, FULLS, OURS, TRACE
 from perf.startup_node import Scene, Start
 from perf.workloads import Workload
 from tests.helpers import real
@@ -132,7 +132,7 @@ def phases(start: Start) -> dict[str, float]:
 
 
 def summarise(found: dict[str, list[Start]], bound: Limit) -> dict[str, Any]:
-    """Return medians and spread by mode, ratios to the full pull of the same round, and to the limit."""
+    """Return medians and spread by mode, and ratios: to the faster full pull of the same round, and to the limit."""
     modes: dict[str, Any] = {}
     for mode, starts in found.items():
         each = [phases(start) for start in starts]
@@ -141,9 +141,9 @@ def summarise(found: dict[str, list[Start]], bound: Limit) -> dict[str, Any]:
             "total": spread([start.total for start in starts]),
             "moved": round(statistics.median(start.moved for start in starts)),
         }
-        if mode not in (FULL, FULL_WARM):
-            full = found[FULL]
-            ratios = [one.total / reference.total for one, reference in zip(starts, full, strict=False)]
+        if mode not in FULLS:
+            fulls = [[start.total for start in found[full]] for full in (FULL, CONVERTED) if full in found]
+            ratios = [one.total / min(pulls) for one, pulls in zip(starts, zip(*fulls, strict=False), strict=False)]
             modes[mode]["by_full_pull"] = round(statistics.median(ratios), 3)
             modes[mode]["by_full_pull_95"] = round(upper_bound(ratios), 3)
             modes[mode]["by_limit"] = round(modes[mode]["total_s"] / bound.seconds, 2)
@@ -179,7 +179,7 @@ def plan_of(args: argparse.Namespace) -> Plan:
         args.workloads, args.links, args.modes, args.pairs = ["python"], ["wan"], [FULL, COLD, TRACE], args.pairs or 1
     chosen = runs.named(args.workloads)
     proxies = {name: Path(path) for name, _, path in (each.partition("=") for each in args.proxy)}
-    others = [name for name in (*args.modes, *args.snapshotter, *proxies) if name not in (FULL, FULL_WARM, *OURS)]
+    others = [name for name in (*args.modes, *args.snapshotter, *proxies) if name not in (*FULLS, *OURS)]
     if asked := [name for name in others if name not in proxies]:
         with scratch() as directory:
             there = offered(directory)
@@ -189,7 +189,7 @@ def plan_of(args: argparse.Namespace) -> Plan:
     return Plan(
         workloads=chosen,
         links=[limit.parse_link(text) for text in args.links],
-        modes=list(dict.fromkeys([FULL, *(mode for mode in args.modes if mode in OURS), *others])),
+        modes=list(dict.fromkeys([FULL, *(mode for mode in args.modes if mode in (CONVERTED, *OURS)), *others])),
         pairs=max(1, args.pairs or 5),
         cache=args.cache,
         proxies=proxies,
@@ -215,7 +215,7 @@ def main() -> int:
     runs.add_workloads(parser, list(workloads.BY_NAME))
     parser.add_argument("--links", nargs="+", default=["lan", "wan", "far", "loopback"], metavar="LINK",
                         help="lan, wan, far, loopback, or 20ms/200Mbit")  # fmt: skip
-    parser.add_argument("--modes", nargs="+", default=[FULL, *OURS], metavar="MODE",
+    parser.add_argument("--modes", nargs="+", default=[FULL, CONVERTED, *OURS], metavar="MODE",
                         help=f"{', '.join(OURS)}; a full pull is always among them")  # fmt: skip
     parser.add_argument(
         "--snapshotter", action="append", default=[], metavar="NAME", help="another one of containerd's"

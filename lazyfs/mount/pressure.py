@@ -38,7 +38,7 @@ class Sources:
     """The kernel's files; None: there is none."""
 
     node: Path | None  # /proc/pressure/memory
-    ours: Path | None  # memory.pressure of our cgroup
+    ours: Path | None  # memory.pressure of our cgroup, or of the nearest above it that has a bound on memory
     events: Path | None  # its memory.events
 
 
@@ -46,10 +46,13 @@ def find_sources(proc: Path = Path("/proc"), cgroups: Path = Path("/sys/fs/cgrou
     """Return where this machine tells of pressure. Blocking, shortly."""
     node = proc / "pressure/memory"
     group = re.search(r"^0::/(.+)$", _read(proc / "self/cgroup"), re.MULTILINE)
-    for root in (cgroups, cgroups / "unified"):
-        directory = root / group[1] if group and ".." not in group[1].split("/") else None
-        if directory is not None and (directory / "memory.events").exists():
-            return Sources(node, directory / "memory.pressure", directory / "memory.events")
+    parts = group[1].split("/") if group else [".."]
+    for root in (cgroups, cgroups / "unified") if ".." not in parts else ():
+        # The group that accounts for our memory: under systemd that of the unit, and the daemon's own is within it.
+        for depth in range(len(parts), 0, -1):
+            directory = root.joinpath(*parts[:depth])
+            if (directory / "memory.events").exists():
+                return Sources(node, directory / "memory.pressure", directory / "memory.events")
     return Sources(node, None, None)
 
 

@@ -95,6 +95,89 @@ def test_a_node_without_any_standby_comes_back(node: Node, registry: FakeRegistr
         node.umount(tree)
 
 
+@shows(
+    Case(
+        "processes-held-mounting",
+        Area.PROCESSES,
+        "lazyfsd is killed (-9) while images are mounted and unmounted, with a holder",
+        "other readers: right bytes",
+        "the command that was hit says so, and works when it is done again",
+    ),
+)
+@both_drivers
+def test_mounts_that_a_kill_hits_leave_nothing(node: Node, registry: FakeRegistry, driver: str) -> None:
+    rng = random.Random(11)
+    with held(node) as daemon:
+        steady, image = (
+            node.mount(image_of(registry)),
+            add(registry, "two", zstd_chunked_layer(tar_of(file("a", b"a")))),
+        )
+        with readers(node, steady, ("held", "names")) as results:
+            for _ in range(8):
+                where = node.new_dir()
+                mounting = node.spawn(node.words("mount", "--driver", driver, image.reference, where))
+                time.sleep(rng.uniform(0.1, 0.7))
+                daemon.kill()
+                if node.finish(mounting, 30).returncode != 0:
+                    assert node.lazyfs("mount", "--driver", driver, image.reference, where).returncode == 0
+                assert node.read(where / "a") == b"a"
+                leaving = node.spawn(node.words("umount", where))
+                time.sleep(rng.uniform(0.1, 0.5))
+                daemon.kill()
+                if node.finish(leaving, 30).returncode != 0 and os.path.ismount(where):
+                    node.umount(where)
+        assert not [reading.wrong for reading in results if reading.wrong]
+        assert [mount["dir"] for mount in node.status()["mounts"]] == [str(steady)]
+        node.umount(steady)
+        until(lambda: node.shown() == [], "nothing is mounted")
+
+
+@shows(
+    Case(
+        "processes-held-spares-killed",
+        Area.PROCESSES,
+        "the standby, or what forks it, is killed (-9), and then lazyfsd",
+        "right bytes, after some milliseconds, or within a second",
+        "nothing",
+    ),
+)
+@pytest.mark.parametrize("spare", ["standby", "template"])
+def test_a_spare_process_that_dies_is_replaced(node: Node, registry: FakeRegistry, spare: str) -> None:
+    with held(node) as daemon:
+        tree = node.mount(image_of(registry))
+        with readers(node, tree, ("held", "names")) as results:
+            for wait in (0.0, 1.5):
+                serving, standby = daemon.pid(), daemon.standby()
+                template = next(pid for pid in node.processes() if pid not in (serving, standby))
+                victim = standby if spare == "standby" else template
+                os.kill(victim, signal.SIGKILL)
+                time.sleep(wait)
+                assert daemon.pid() == serving
+                assert daemon.kill() != serving
+        assert not [reading.wrong for reading in results if reading.wrong]
+        assert len(node.processes()) <= 3
+        node.umount(tree)
+
+
+_NO_RESEND = """
+import sys
+if any("lazyfs.mount.holder" in word for word in sys.orig_argv):
+    from lazyfs.mount.greeting import Greeting
+    Greeting.can_resend = property(lambda self: False)
+"""
+
+
+def test_without_the_kernels_help_the_mount_is_a_plain_one(node: Node, registry: FakeRegistry, tmp_path: Path) -> None:
+    (tmp_path / "sitecustomize.py").write_text(_NO_RESEND)
+    with held(node, PYTHONPATH=f"{tmp_path}:{Path(__file__).parents[2]}") as daemon:
+        tree = node.mount(image_of(registry))
+        assert node.read(tree / "f1") == contents()["f1"]
+        assert node.status()["daemon"]["holder"] == 0
+        assert daemon.pid() == daemon.process.pid  # which would have been the holder
+        assert "no holder" in node.refused(2, "upgrade")
+        node.umount(tree)
+
+
 def test_the_standby_is_in_nobodys_way(node: Node, registry: FakeRegistry) -> None:
     with held(node) as daemon:
         image = image_of(registry)

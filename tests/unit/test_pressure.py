@@ -99,6 +99,18 @@ def test_without_anything_to_read_nothing_happens(tmp_path: Path, text: str) -> 
     assert cache.bound == WHOLE
 
 
+def test_the_group_above_counts_where_the_daemons_own_does_not(tmp_path: Path) -> None:
+    """The holder gives lazyfsd a group of its own within the unit's, which has the bounds."""
+    machine = Machine(tmp_path)
+    (machine.group / "daemon").mkdir()
+    (machine.group / "daemon/memory.pressure").write_text("some total=0\n")  # every group has one
+    (machine.proc / "self/cgroup").write_text("0::/system.slice/lazyfsd.service/daemon\n")
+    found = find_sources(machine.proc, tmp_path / "cgroup")
+    assert (found.ours, found.events) == (machine.group / "memory.pressure", machine.group / "memory.events")
+    (machine.proc / "self/cgroup").write_text("0::/system.slice/../lazyfsd.service\n")
+    assert find_sources(machine.proc, tmp_path / "cgroup").events is None
+
+
 async def test_the_watcher_sees_it_by_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     machine = Machine(tmp_path)
     monkeypatch.setattr(pressure, "_LOOK", 0.01)
