@@ -32,6 +32,7 @@ from lazyfs.process import environment
 PROTOCOL = 1
 _NEEDED = {"pyfuse3": "pyfuse3", "trio": "trio", "lru-dict": "lru"}  # the extra "mount": package → module
 _UCRED = struct.Struct("3i")  # pid, uid, gid (unix(7), SO_PEERCRED)
+_SOCKET = "lazyfsd.sock"  # of the node's own daemon, the one that may have a holder
 _HOLDER_LOCK = "holder.lock"  # see mount.holder, which imports nothing of ours
 _RACE = 0.05  # seconds between looks while somebody else's daemon starts or ends
 
@@ -185,7 +186,7 @@ def connect(path: Path) -> Daemon:
         try:
             return _connect(path)
         except DaemonUnreachable as error:
-            if error.hint or time.monotonic() > deadline or not _is_held(path.parent):
+            if error.hint or path.name != _SOCKET or time.monotonic() > deadline or not _is_held(path.parent):
                 raise
         time.sleep(_RACE)
 

@@ -275,5 +275,7 @@ HOLDER_TIMEOUT = 5.0  # seconds for another holder of the same directory to end
 STOP_TIMEOUT = 25.0  # seconds for a daemon to take its mounts down
 CRASH_LOOP = 3  # crashes within CRASH_LOOP_WITHIN after which reads are taken one by one
 CRASH_LOOP_WITHIN = 30.0  # seconds in which they count together
+MANY_CRASHES = 10  # crashes within CRASH_LOOP_WITHIN beyond which each next daemon waits longer
+SERVE_TIMEOUT = 60.0  # seconds for a daemon to serve once it was ordered to
 HOPELESS_CRASHES = 20  # daemons in a row that did not come to serve; then readers get errors rather than wait
 LONGEST_PAUSE = 5.0  # seconds between two of these

@@ -88,6 +88,14 @@ class Catalog(ImageCatalog):
                 connection.execute("PRAGMA synchronous=NORMAL")
             return number
 
+    def reserve(self, number: int) -> None:
+        """Give out no number up to this one any more. Doesn't touch those that are given out."""
+        rows = self._rows("SELECT coalesce(max(number), 0) FROM numbers", ())
+        if rows and int(rows[0][0]) < number <= MAX_NUMBER:
+            with self._transaction() as connection:
+                words = "INSERT OR IGNORE INTO numbers (number, key) VALUES (?, ?)"
+                connection.execute(words, (number, f"reserved:{number}"))
+
     def key_of(self, number: int) -> str | None:
         """Return the key that has this number."""
         rows = self._rows("SELECT key FROM numbers WHERE number = ?", (number,))

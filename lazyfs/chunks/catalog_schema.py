@@ -159,13 +159,16 @@ def _move_aside(path: Path) -> Path:
     return aside
 
 
-def open_database(path: Path) -> sqlite3.Connection:
+def open_database(path: Path, *, anew: bool = True) -> sqlite3.Connection:
     """Open the catalog's file in WAL mode, mode 0600, made where missing. Blocking, up to BUSY_TIMEOUT.
 
-    A damaged file is moved aside and begun anew, with a warning. Raise StoreFull, or StoreBroken (also for a newer
+    A damaged file is moved aside and begun anew, with a warning; with `anew` false it is left, as StoreBroken: another
+    daemon has given out the numbers in it. Raise StoreFull, or StoreBroken (also for a newer
     version, and for anything but a file of ours under that name).
     """
     if os.path.lexists(_marker(path)):
+        if not anew:
+            raise StoreBroken(f"the catalog {path} was found damaged, and a daemon serves by it")
         _begin_anew(path, "it was found damaged earlier")
     check_file(path, _what(path), make=True)
     try:
@@ -178,6 +181,8 @@ def open_database(path: Path) -> sqlite3.Connection:
                     # A disk without a free block has no room for SQLite's -shm. Whoever comes to free some needs us.
                     return _connect(path, alone=True)
                 raise
+        if not anew:
+            raise StoreBroken(f"the catalog {path} is damaged, and a daemon serves by it") from None
         _begin_anew(path, str(error))
     check_file(path, _what(path), make=True)
     with translated(path):

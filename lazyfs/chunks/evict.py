@@ -178,13 +178,19 @@ class Evictor:
         self._start = threading.Lock()
         self._thread: threading.Thread | None = None
         self._closed = False
+        self.rests = False  # another daemon evicts
         self.evicted = 0  # bytes freed since the start
         budget.wake = self.wake
 
     def wake(self) -> None:
         """Start a pass unless one is running or would be in vain. Doesn't block."""
         with self._start:
-            if self._closed or self._budget.hopeless or (self._thread is not None and self._thread.is_alive()):
+            if (
+                self._closed
+                or self.rests
+                or self._budget.hopeless
+                or (self._thread is not None and self._thread.is_alive())
+            ):
                 return
             thread = threading.Thread(target=self.run, name="lazyfs-evict", daemon=True)
             try:

@@ -218,10 +218,13 @@ class LayerFiles:
             self._follows = False
             self._data = self._chunks = self._used_file = None
             self._open(create=False)
-            self._hold()
-            self._load()
-            if shape is not None:
-                self.ensure(shape)
+            try:
+                self._hold()
+                self._load()
+                if shape is not None:
+                    self.ensure(shape)
+            finally:
+                self.shape = self.shape or shape
 
     def _reset(self, shape: Shape) -> None:
         self.flags = bytearray(shape.chunk_count)
@@ -261,7 +264,7 @@ class LayerFiles:
         """Set the flags of chunks [first, last) to 1 (present) or 0. The caller holds `lock`."""
         content = bytes([value]) * (last - first)
         self.flags[first:last] = content
-        if self._chunks is not None:
+        if self._chunks is not None and not self._follows:
             try:
                 os.pwrite(self._chunks.number, content, HEADER + first)
             except OSError as error:
@@ -279,7 +282,7 @@ class LayerFiles:
         if self._used[segment] == second:
             return
         self._used[segment] = second
-        if self._used_file is not None:
+        if self._used_file is not None and not self._follows:
             try:
                 os.pwrite(self._used_file.number, second.to_bytes(4, "little"), HEADER + segment * _RECORD.size)
             except OSError as error:  # a read must not count as a failed write, nor put off the next try
@@ -311,6 +314,8 @@ class LayerFiles:
         Raise OSError, or StoreLocked when the files had to be opened again and another process
         is removing them. At most IOV_MAX buffers. The caller holds `lock`.
         """
+        if self._follows:
+            raise StoreLocked(f"layer {self.digest} is another daemon's")
         if self._closed:  # a fetch that ends late must not open them again: the layer may be on its way out
             raise StoreLocked(f"layer {self.digest} was given back")
         if self._data is None or self._chunks is None:
@@ -343,6 +348,8 @@ class LayerFiles:
         Return the bytes it takes on disk. Raise OSError. Readers inside a read keep the old file until they return.
         """
         with self.lock:
+            if self._follows:
+                raise OSError(errno.EBUSY, "the layer is another daemon's")
             new = open_file(self._directory, name, create=False)
             if new is None:
                 raise OSError(errno.ENOENT, os.strerror(errno.ENOENT))
@@ -384,7 +391,7 @@ class LayerFiles:
         """Forget a segment's chunks, then free their blocks. Return the bytes freed. Never raises."""
         with self.lock:
             data, before = self._data, self.disk_usage()
-            if data is None or self.shape is None:
+            if data is None or self.shape is None or self._follows:
                 return 0
             first, last = self.shape.chunks(segment)
             self.mark(first, last, 0)
@@ -402,7 +409,7 @@ class LayerFiles:
         with self.lock:
             before = self.disk_usage()
             self.mark(0, len(self.flags), 0)
-            if self._data is not None:
+            if self._data is not None and not self._follows:
                 try:
                     os.ftruncate(self._data.number, 0)
                 except OSError as error:

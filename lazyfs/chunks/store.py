@@ -137,11 +137,12 @@ class Store:
     def follow(self) -> None:
         """Open layers beside the daemon that has the store, and change nothing of them, until `take`."""
         self._shared = self._follows = True
+        self.evictor.rests = True
 
     def take(self) -> None:
         """Have the layers ourselves: the daemon that we followed has ended. A few system calls a layer."""
         with self._lock:
-            self._follows = False
+            self._follows = self.evictor.rests = False
             for slot in self._slots.values():
                 try:
                     slot.files.take()
@@ -317,6 +318,8 @@ class Store:
         return read_whole(directory, name, bound) if directory is not None else None
 
     def _write(self, digest: str, name: str, data: bytes) -> None:
+        if self._follows:
+            raise StoreLocked(f"layer {digest} is another daemon's")
         directory = open_directory(self._layers, digests.hex_of(digest), create=True)
         assert directory is not None
         replace_file(directory, name, data)

@@ -146,7 +146,8 @@ class Chains:
         """Tell the next daemon of a chain."""
         layers = claims.layers_of(chain.layers)
         claim = Claim(chain.image, chain.manifest_digest, None, access, layers, chain.shown)
-        self._inheritance.put(PREFIX + chain.id, claim.to_json())
+        numbers = claims.numbers_of(chain.planted, chain.layers)
+        self._inheritance.put(PREFIX + chain.id, claim.to_json() | {"numbers": numbers})
 
     def regain(self, claim: Claim, planted: Planted, layers: tuple[LayerFacts, ...]) -> None:
         """Take over a chain that a daemon before us showed, with its tree."""

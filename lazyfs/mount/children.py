@@ -5,10 +5,12 @@ The standard library alone: the holder imports this, and must outlive everything
 
 from __future__ import annotations
 
+import errno
 import os
 import select
 import signal
 import socket
+import sys
 from dataclasses import dataclass
 
 _PIDFD_THREAD = os.O_EXCL  # to pidfd_open(2), Linux 6.9
@@ -76,22 +78,27 @@ def is_over(pid: int) -> bool:
     In the midst of its end it may wait for an answer, too: for the last pages of a mount that goes with it.
     """
     fields = _stat(pid)
+    if fields is None:
+        return False  # out of memory or files: look again
     return not fields or fields[0] in (b"Z", b"X") or bool(int(fields[6]) & _PF_EXITING)
 
 
 def died_of(pid: int) -> int:
     """Return the signal that ended a process which nobody has taken away yet; 0: none, or we may not know yet."""
-    fields = _stat(pid)
+    fields = _stat(pid) or []
     return int(fields[_EXIT_CODE]) & 0x7F if len(fields) > _EXIT_CODE else 0
 
 
-def _stat(pid: int) -> list[bytes]:
-    """Return the fields of proc(5)'s stat behind the name, state first; none where the process is gone."""
+def _stat(pid: int) -> list[bytes] | None:
+    """Return the fields of proc(5)'s stat behind the name, state first; none where the process is gone.
+
+    None: it can't be read just now.
+    """
     try:
         with open(f"/proc/{pid}/stat", "rb") as handle:
             return handle.read().rpartition(b") ")[2].split()
-    except OSError:
-        return []
+    except OSError as error:
+        return [] if error.errno in (errno.ENOENT, errno.ESRCH) else None
 
 
 def oom_kills() -> int:
@@ -113,6 +120,23 @@ def reap(pid: int) -> int | None:
     except ChildProcessError:
         return 0  # it has been taken away already
     return (os.WTERMSIG(status) if os.WIFSIGNALED(status) else 0) if found else None
+
+
+def reap_strangers(known: set[int]) -> None:
+    """Take away those who came to us because their parents died: children of dead daemons. Doesn't block."""
+    try:
+        while (found := os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)) and found.si_pid not in known:
+            os.waitpid(found.si_pid, os.WNOHANG)
+    except ChildProcessError:
+        pass
+
+
+def tell(text: str) -> None:
+    """Say something on the standard error, which may be a full disk, or nobody."""
+    try:
+        print(text, file=sys.stderr, flush=True)
+    except (OSError, ValueError):
+        pass
 
 
 def set_priority(nice: int, pid: int = 0) -> bool:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lazyfs import oci
+from lazyfs.mount.forest import Planted
 from lazyfs.mount.images import LayerFacts
 from lazyfs.mount.showing import Shown
 from lazyfs.oci import Descriptor
@@ -49,6 +50,11 @@ def from_json(value: dict[str, Any]) -> Claim:
         layers,
         Shown(*value["shown"]),
     )
+
+
+def numbers_of(planted: Planted, facts: Sequence[LayerFacts]) -> list[int]:
+    """Return the numbers that the kernel knows a tree and its layers by."""
+    return [planted.number, *(fact.layer.number for fact in facts)]
 
 
 def layers_of(facts: Sequence[LayerFacts]) -> tuple[tuple[Descriptor, str], ...]:

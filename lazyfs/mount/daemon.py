@@ -71,7 +71,7 @@ from lazyfs.process import harden
 log = logging.getLogger(__name__)
 
 _STOPS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
-_LOCK_AGAIN, _LOCK_TIMEOUT = 0.05, 60.0  # seconds between tries for the store, and for all of them
+_LOCK_AGAIN, _LOCK_TIMEOUT = 0.05, 60.0  # seconds between tries for the store, and until that is told
 _LAST_WORDS = 0.1  # seconds
 _AFTER_THEM = 0.05  # seconds after a take-over in which readers come before commands
 _BREATH = 0.5  # seconds after a take-over in which readers come before all else
@@ -102,6 +102,7 @@ class Daemon:
         self._scope = trio.CancelScope()
         self._stop = trio.Event()  # a client asked for the end
         self._signalled = False
+        self._is_ready = False
         self._last = threading.Timer(_LAST_REQUESTS, _end_now)
         self._last.daemon = True
 
@@ -119,7 +120,7 @@ class Daemon:
         settings = self._settings
         prepare_run(settings)
         settings.root.mkdir(mode=0o700, parents=True, exist_ok=True)
-        catalog = Catalog(settings.root / "catalog.db")
+        catalog = Catalog(settings.root / "catalog.db", anew=self._leash is None or not self._leash.is_spare)
         try:
             store = Store(settings.root, settings.store_size, catalog)
             try:
@@ -146,11 +147,12 @@ class Daemon:
         return True
 
     async def _lock_late(self, store: Store) -> None:
-        """Take the store once what is left of the daemon before us has gone, or end: somebody else has it."""
-        deadline = trio.current_time() + _LOCK_TIMEOUT
+        """Take the store once what is left of the daemon before us has gone. Until then it is as if it were shared."""
+        warn_at = trio.current_time() + _LOCK_TIMEOUT
         while not self._lock(store):
-            if trio.current_time() > deadline:
-                raise StoreLocked(f"another daemon uses the store {self._settings.root}", hint="stop it")
+            if trio.current_time() > warn_at:
+                log.error("something of the daemon before us still holds the store %s", self._settings.root)
+                warn_at = float("inf")
             await trio.sleep(_LOCK_AGAIN)
 
     @property
@@ -239,7 +241,8 @@ class Daemon:
                 traces,
                 inheritance,
             )
-            succession = Succession(settings, inheritance, images, catalog, store, reader, mounted, service.chains)
+            succession = Succession(settings, inheritance, images, catalog, store, mounted, service.chains)
+            scraped = metrics().scraped(settings, mounted) if settings.metrics_address and self._alone else None
             if self._leash is not None:
                 self._order = await self._follow(self._leash, succession)
                 if self._order is None:
@@ -250,7 +253,6 @@ class Daemon:
                     nursery.start_soon(self._lock_late, store)
             if not self._inherits:
                 preparer.builder.warm()
-            scraped = metrics().scraped(settings, mounted) if settings.metrics_address and self._alone else None
             nursery.start_soon(service.keeping.watch)
             nursery.start_soon(heap.give_back)
             nursery.start_soon(pressure.watch, memory)
@@ -262,6 +264,9 @@ class Daemon:
             try:
                 with self._scope, scraped or nullcontext():
                     await self._parts(session, server, mounted, showing, succession, scraped)
+            except Exception:
+                self._hand_over()
+                raise
             finally:
                 with trio.CancelScope(shield=True):
                     server.unlink()
@@ -286,6 +291,13 @@ class Daemon:
             nursery.cancel_scope.cancel()
         self.hold_signals()  # from now on there is something to take down
         return order
+
+    def _hand_over(self) -> None:
+        """After a fault of ours: where somebody else can take over, end at once, with all that is shown as it is."""
+        if self._leash is not None and (self._inherits or self._is_ready):
+            log.exception("lazyfsd broke, another one takes over")
+            logging.shutdown()
+            os._exit(1)
 
     @property
     def _inherits(self) -> bool:
@@ -330,6 +342,7 @@ class Daemon:
             nursery.start_soon(self._watch_stop)
             log.info("ready: root=%s session=%s", self._settings.root, self._solo or self._settings.session)
             self._report({"ok": True})
+            self._is_ready = True
             notify.tell("READY=1")
             if not inherits:  # what is shown is shown; the next mount may wait for the test
                 nursery.start_soon(showing.test_early)

@@ -65,6 +65,8 @@ class Fillings:
         self.before: Callable[[ServedLayer], Awaitable[None]] = _nothing
         self._fillings: dict[str, _Filling] = {}
         self._resting: dict[str, ServedLayer] | None = None  # what begins when we work
+        self._works = trio.Event()
+        self._works.set()
         self._working: Counter[str] = Counter()  # tasks that have not ended yet, their threads being in a request
 
     def start(self, layer: ServedLayer) -> None:
@@ -86,11 +88,12 @@ class Fillings:
 
     def rest(self) -> None:
         """Begin with nothing before `work`: another daemon does what is to be done."""
-        self._resting = {}
+        self._resting, self._works = {}, trio.Event()
 
     def work(self) -> None:
         """Begin with what was to be begun meanwhile. Doesn't wait."""
         layers, self._resting = self._resting, None
+        self._works.set()
         for layer in (layers or {}).values():
             self.start(layer)
 
@@ -180,6 +183,7 @@ class Fillings:
         Raise TableInvalid where the layer's own table is damaged: the check would wait for a sound one.
         """
         await trio.to_thread.run_sync(layer.table.ensure_names)
+        await self._works.wait()
         filling = self._fillings.get(layer.digest)
         patience = self._settings.read_timeout or FILL_PATIENCE
         while filling is not None and not filling.checked.is_set():
@@ -204,6 +208,7 @@ class Fillings:
             layer.collected -= 1
 
     async def _complete(self, layer: ServedLayer) -> None:
+        await self._works.wait()
         for _ in range(_ROUNDS):
             layer.ensure_readable()
             if layer.verified and layer.store.complete:

@@ -25,7 +25,7 @@ from lazyfs.errors import DaemonFault
 from lazyfs.limits import MAX_ORDER
 from lazyfs.mount import greeting as greetings
 from lazyfs.mount.greeting import Greeting
-from lazyfs.mount.holder import ENDS, FORK_AT_ONCE, IS, SERVES, WARM
+from lazyfs.mount.holder import ENDS, FORK, FORK_AT_ONCE, IS, SERVES, WARM
 
 _URGENT = -10  # nice value of who takes over: every reader of the node waits for it, and others may fill the processors
 _REST = 3.0  # seconds before a template loads what is missing: the first container's start is over by then
@@ -80,9 +80,7 @@ class Template:
                 self._socket.close()
                 if not is_first:
                     self._on_fork()
-                if is_loaded:
-                    _set_priority(_URGENT)
-                return Leash(*fds)
+                return Leash(*fds, is_spare=word == FORK)
             for fd in fds:
                 os.close(fd)
             if is_first:
@@ -91,9 +89,13 @@ class Template:
 
 
 class Leash:
-    """The socket to the holder. `estate`: the memory of what daemons leave to each other. Belongs to one trio loop."""
+    """The socket to the holder. `estate`: the memory of what daemons leave to each other. Belongs to one trio loop.
 
-    def __init__(self, fd: int, estate: int) -> None:
+    `is_spare`: another daemon serves meanwhile.
+    """
+
+    def __init__(self, fd: int, estate: int, *, is_spare: bool = False) -> None:
+        self.is_spare = is_spare
         self._socket = socket.socket(fileno=fd)
         self._socket.setblocking(False)
         self.estate = estate
@@ -115,7 +117,12 @@ class Leash:
                 continue
             except OSError:
                 return None
-            return _decode(data, fds) if data else None
+            if not data:
+                return None
+            order = _decode(data, fds)
+            if order.inherits:
+                _set_priority(_URGENT)
+            return order
 
     def is_warm(self) -> None:
         """Say that all is ready that can be before the order. Doesn't block."""

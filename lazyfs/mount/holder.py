@@ -32,6 +32,8 @@ from lazyfs.limits import (
     HOPELESS_CRASHES,
     INIT_TIMEOUT,
     LONGEST_PAUSE,
+    MANY_CRASHES,
+    SERVE_TIMEOUT,
     STOP_TIMEOUT,
 )
 from lazyfs.mount import greeting as greetings
@@ -43,8 +45,10 @@ from lazyfs.mount.children import (
     oom_kills,
     own_cgroup,
     reap,
+    reap_strangers,
     send,
     set_priority,
+    tell,
 )
 from lazyfs.mount.premises import claim, clear_stale
 
@@ -90,6 +94,7 @@ class Holder:
         self._template_at = float("inf")
         self._again = _AGAIN
         self._start_at = float("inf")  # when to put the next one in place
+        self._serve_by = float("inf")  # when who was ordered to serve must do so
         self._crashes: list[float] = []
         self._oom_kills = oom_kills()  # of the machine, when a daemon died last
         self._dying: dict[int, float] = {}  # dead processes, some of whose threads may be left; when it seemed a crash
@@ -177,13 +182,25 @@ class Holder:
         try:
             self._current = self._standby or self._fork(FORK_AT_ONCE)
         except OSError as error:  # no memory, no more processes
-            print(f"no lazyfsd can be started: {error}", file=sys.stderr, flush=True)
+            tell(f"no lazyfsd can be started: {error}")
             self._start_at = time.monotonic() + _AGAIN
             return
         self._standby, self._standby_at = None, float("inf")
+        self._upgrading = False  # this is the new code, where one was coming
+        if not self._current.pid and self._template is not None:
+            set_priority(0, self._template.pid)  # it may still be loading for this one
+        self._serve_by = time.monotonic() + SERVE_TIMEOUT
         looping = len([at for at in self._crashes if at > time.monotonic() - CRASH_LOOP_WITHIN]) >= CRASH_LOOP
         order = {"greeting": self._greeting.hex(), "inherits": self._served, "careful": looping, "holder": os.getpid()}
         _pass(self._current.leash, json.dumps(order).encode(), self._fuse)
+
+    def _give_up(self) -> None:
+        """End who was ordered to serve and does not, or the template that does not fork it."""
+        self._serve_by = float("inf")
+        hanging = self._current if self._current is not None and self._current.pid else self._template
+        if hanging is not None:
+            tell(f"lazyfsd {hanging.pid} does not come to serve, and is ended")
+            send(hanging, signal.SIGKILL)
 
     # -- the loop
 
@@ -231,7 +248,9 @@ class Holder:
                 if child.leash.fileno() >= 0:
                     poll.register(child.leash.fileno(), select.POLLIN)
         # The kernel tells when all threads have ended, and their memory is free; that the main one has, it doesn't.
-        until = min(self._standby_at, self._template_at, self._start_at, self._stop_by, time.monotonic() + _LOOK)
+        until = min(self._start_at, self._stop_by, self._serve_by, time.monotonic() + _LOOK)
+        if not self._stopping:
+            until = min(until, *self._spares_at())
         if self._current is not None and self._current.falling > time.monotonic() - _CLOSELY:
             time.sleep(_LOOK_CLOSELY)
             until = 0.0
@@ -257,6 +276,7 @@ class Holder:
         if self._template is not None and self._has_ended(self._template):
             self._template.leash.close()
             self._template, self._template_at = None, now + self._again
+            self._again = min(2 * self._again, _LONGEST_AGAIN)
         if self._current is not None:
             if self._has_ended(self._current):
                 over = self._bury(now)
@@ -267,24 +287,38 @@ class Holder:
         if now >= self._stop_by and self._current is not None:
             send(self._current, signal.SIGKILL)
             self._stop_by = float("inf")
+        if now >= self._serve_by:
+            self._give_up()
         if now >= self._start_at:
             self._put_in_place()
-        if self._upgrading and self._standby is not None and self._standby.warm and self._current is not None:
+        serving = self._current is not None and self._current.serving
+        if self._upgrading and serving and self._standby is not None and self._standby.warm:
             # What a daemon holds is written down as it comes: there is nothing that it could do at its end.
+            assert self._current is not None
             self._upgrading, self._planned = False, True
             send(self._current, signal.SIGKILL)
         if not self._stopping:
             self._ready_spares(now)
+        known = [child.pid for child in (self._current, self._standby, self._template) if child is not None]
+        reap_strangers({*known, *self._dying})
         return None
 
+    def _spares_at(self) -> tuple[float, float]:
+        """Return when a template, and a standby, are to be begun, where they are wanted."""
+        return (
+            self._template_at if self._template is None else float("inf"),
+            self._standby_at if self._standby is None else float("inf"),
+        )
+
     def _ready_spares(self, now: float) -> None:
+        template_at, standby_at = self._spares_at()
         try:
-            if now >= self._template_at and self._template is None:
+            if now >= template_at:
                 self._template, self._template_at = self._spawn(), float("inf")
-            if now >= self._standby_at and self._standby is None:
+            if now >= standby_at:
                 self._standby, self._standby_at = self._fork(FORK), float("inf")
         except OSError as error:  # no memory, no more processes: who serves goes on
-            print(f"no standby can be started: {error}", file=sys.stderr, flush=True)
+            tell(f"no standby can be started: {error}")
             self._template_at = self._standby_at = now + self._again
 
     def _listen(self, child: Child) -> None:
@@ -301,6 +335,8 @@ class Holder:
             elif word[:1] == IS:
                 pid, _, canary = word[1:].partition(b" ")
                 child.name(int(pid), int(canary))
+                if self._stopping:
+                    send(child, signal.SIGTERM)  # it could not be told before
             elif word == WARM:
                 child.warm, self._again = True, _AGAIN
             elif word == ENDS:
@@ -308,7 +344,7 @@ class Holder:
             elif word == SERVES:
                 self._standby_at = time.monotonic() + (_NEXT_STANDBY if self._served else _FIRST_STANDBY)
                 child.serving = self._served = True
-                self._failures = 0
+                self._failures, self._serve_by = 0, float("inf")
 
     def _has_ended(self, child: Child) -> bool:
         """Tell whether a daemon has ended; then it is left to be reaped, and its last words were heard."""
@@ -352,13 +388,12 @@ class Holder:
             self._crashes.append(now)  # no request makes a daemon die by somebody's hand
         if child.pid and self._oom_kills == before:
             self._dying[child.pid] = now
-        print(
-            f"lazyfsd {child.pid} has died (signal {child.signal}), another one takes over", file=sys.stderr, flush=True
-        )
+        tell(f"lazyfsd {child.pid} has died (signal {child.signal}), another one takes over")
         self._failures = 0 if child.serving else self._failures + 1
         if self._failures >= HOPELESS_CRASHES:
             return 1
-        pause = 0.0 if not self._failures else min(_PAUSE * 2.0**self._failures, LONGEST_PAUSE)
+        again = max(self._failures, len(self._crashes) - MANY_CRASHES)  # one that serves and crashes at once
+        pause = 0.0 if again <= 0 else min(_PAUSE * 2.0**again, LONGEST_PAUSE)
         self._start_at = now + pause
         if not pause:
             self._put_in_place()
@@ -405,6 +440,18 @@ def _first_request(fuse: int) -> bytes:
     return os.read(fuse, _LEAST)
 
 
+def _refuse(ready_fd: int, text: str) -> int:
+    """Say why nothing is started, to whoever started us as well. Return the exit status."""
+    tell(text)
+    if ready_fd >= 0:
+        error = {"class": "StoreLocked", "message": text, "hint": "stop it, or take another --root"}
+        try:
+            os.write(ready_fd, json.dumps({"error": error}).encode() + b"\n")
+        except OSError:
+            pass  # nobody waits any more
+    return 1
+
+
 def main(words: list[str]) -> int:
     """Run as `python -m lazyfs.mount.holder MOUNTPOINT READY_FD [lazyfsd's arguments]`. Blocking.
 
@@ -414,13 +461,13 @@ def main(words: list[str]) -> int:
     os.umask(0o077)
     holder = Holder(mountpoint, rest, ready_fd)
     try:
-        held = claim(os.path.dirname(mountpoint))
-        if held:
-            clear_stale(mountpoint)
-            os.makedirs(mountpoint, exist_ok=True)
-            held = holder.open()
+        if not claim(os.path.dirname(mountpoint)):
+            return _refuse(ready_fd, f"another lazyfsd serves {mountpoint}")  # a plain one would take its mount away
+        clear_stale(mountpoint)
+        os.makedirs(mountpoint, exist_ok=True)
+        held = holder.open()
     except (OSError, ValueError) as error:
-        print(f"the FUSE connection can't be held: {error}", file=sys.stderr, flush=True)
+        tell(f"the FUSE connection can't be held: {error}")
         held = False
     if held:
         return holder.run()

@@ -21,6 +21,7 @@ from lazyfs.chunks.schedule import Scheduler
 from lazyfs.config import Settings
 from lazyfs.errors import (
     BlobMissing,
+    DaemonFault,
     ImageIncomplete,
     LazyfsError,
     ManifestMissing,
@@ -407,6 +408,8 @@ class Images:
                     )
                 say(f"layer {layer.digest[7:19]}: verified in full first, lazy_from does not list {origin}")
                 await self.fillings.until_checked(layer)
+                if not layer.verified and not layer.quarantine:
+                    raise DaemonFault(f"nothing checks layer {layer.digest}", hint="see lazyfsd.log; try again")
             layer.ensure_readable()
 
     async def _in_thread(self, job: Callable[[], T]) -> T:

@@ -41,23 +41,26 @@ class Inheritance:
 
     def look(self) -> bool:
         """Take over what was written since the last look; False: nothing was. Doesn't block."""
-        if self._fd is None or (end := max(_BOARD, os.fstat(self._fd).st_size)) == self._end:
+        if self._fd is None or (end := _size(self._fd)) == self._end:
             return False
-        self._end = end
-        self._load(self._fd)
+        while end != self._end:  # what was read meanwhile may have been given back in the midst of it
+            self._end = end
+            self._load(self._fd)
+            end = _size(self._fd)
         return True
 
     def own(self) -> None:
         """Be the one that writes: whoever did before has ended. Doesn't block."""
         self.look()
-        self._write({"all": self._values}, first=True)
+        self._write({"all": self._values})
 
     def values(self, prefix: str) -> dict[str, Value]:
         """Return the values whose names begin so, in the order in which they came."""
         return {name: value for name, value in self._values.items() if name.startswith(prefix)}
 
     def put(self, name: str, value: Value) -> None:
-        """Keep a value, in place of what had its name. Doesn't block."""
+        """Keep a value, in place of what had its name, and behind all others. Doesn't block."""
+        self._values.pop(name, None)
         self._values[name] = value
         self._write({"put": name, "value": value})
 
@@ -97,15 +100,16 @@ class Inheritance:
             if "all" in change:
                 self._values = change["all"]
             elif "put" in change:
+                self._values.pop(change["put"], None)
                 self._values[change["put"]] = change["value"]
             else:
                 self._values.pop(change.get("remove"), None)
 
-    def _write(self, change: Value, *, first: bool = False) -> None:
+    def _write(self, change: Value) -> None:
         if self._fd is None:
             return
-        # Behind a line that was not finished: the newline in front ends it.
-        line = b"\n" * first + json.dumps(change).encode() + b"\n"
+        # Behind a line that was not finished, perhaps: the newline in front ends it.
+        line = b"\n" + json.dumps(change).encode() + b"\n"
         at = self._end
         try:
             self._end += os.pwrite(self._fd, line, at)
@@ -125,6 +129,10 @@ class Inheritance:
         end -= end % _BOARD
         if self._fd is not None and end > _BOARD:
             _fallocate(self._fd, _BOARD, end - _BOARD)
+
+
+def _size(fd: int) -> int:
+    return max(_BOARD, os.fstat(fd).st_size)
 
 
 def _fallocate(fd: int, offset: int, size: int) -> None:

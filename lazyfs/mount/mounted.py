@@ -293,6 +293,7 @@ class Mounted:
             PREFIX + mount.id,
             claim.to_json()
             | {
+                "numbers": claims.numbers_of(image.planted, image.layers),
                 "name": mount.name,
                 "platform": image.platform,
                 "dir": mount.dir,
@@ -320,10 +321,12 @@ class Mounted:
 
     async def watch_callers(self) -> None:
         """Release what clients of a daemon before us leased, once their processes have ended. Ends with them."""
-        callers = {mount.client for mount in self._mounts.values() if mount.leased or not mount.dir}
+        left = {mount.client for mount in self._mounts.values() if mount.leased or not mount.dir}
+        # Those of today have a connection, which tells when they go.
+        callers: set[Process | None] = {client for client in left if client is None or isinstance(client, Process)}
 
-        async def watch(caller: object) -> None:
-            if isinstance(caller, Process):
+        async def watch(caller: Process | None) -> None:
+            if caller is not None:
                 await processes.wait(caller)
             await self.hung_up(caller)
 

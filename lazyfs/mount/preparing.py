@@ -28,6 +28,7 @@ from lazyfs.errors import (
     DiffIdMismatch,
     FormatError,
     LayerQuarantined,
+    StoreBroken,
     StoreError,
     StoreFull,
     TableInvalid,
@@ -187,6 +188,9 @@ class Preparer:
         if known is not None and self._usable(known, wanted, found):
             table = self._table(digest) or self._remake(known)
         tail, whole = b"", 0
+        if wanted.regained and (known is None or table is None):
+            # Readers wait, or another daemon serves the layer: no time to ask a registry, nor to change records.
+            raise StoreBroken(f"the table of layer {digest} is not in the store any more")
         if known is None or table is None:
             known, table, tail = self._make(repository, wanted, found, say, alive)
             whole = wanted.descriptor.size if table.form == FORM_PLAIN else 0

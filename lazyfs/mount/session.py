@@ -120,8 +120,11 @@ class Session:
     def take_over(self) -> None:
         """Have what a daemon before us did not answer asked again. After `open`, before `run`. Doesn't block."""
         assert self._connection is not None and self._held is not None
-        if self._held.careful and self._board is not None:
-            self._connection.go_carefully(self._board, self._on_guilty)
+        if self._board is not None:
+            if self._held.careful:
+                self._connection.go_carefully(self._board, self._on_guilty)
+            else:
+                self._board.set_trial(0)  # who was at one then is dead for another reason
         self._connection.take_over()
 
     async def run(self) -> None:

@@ -19,9 +19,6 @@ import trio
 from lazyfs import oci
 from lazyfs import reference as references
 from lazyfs.chunks.catalog import Catalog
-from lazyfs.chunks.layer import ServedLayer
-from lazyfs.chunks.read import Reader
-from lazyfs.chunks.schedule import Priority
 from lazyfs.chunks.store import Store
 from lazyfs.config import Settings
 from lazyfs.errors import LazyfsError, StoreBroken
@@ -36,8 +33,6 @@ from lazyfs.registry.config import access as accesses
 from lazyfs.units import MiB
 
 log = logging.getLogger(__name__)
-
-Regain = Callable[[str, dict[str, Any], "_Ready"], None]
 
 _LOOK = 0.5  # seconds between looks at what the daemon that serves shows
 _LOOK_AT_LAYERS = 5.0  # seconds between looks whether a layer of that is known by another table, or false, meanwhile
@@ -65,7 +60,6 @@ class Succession:
         images: Images,
         catalog: Catalog,
         store: Store,
-        reader: Reader,
         mounts: Mounted,
         shown: Chains,
     ) -> None:
@@ -74,10 +68,10 @@ class Succession:
         self._images = images
         self._catalog = catalog
         self._store = store
-        self._reader = reader
         self._mounts = mounts
         self._chains = shown
         self._ready: dict[str, _Ready] = {}
+        self._late: dict[str, dict[str, Any]] = {}  # what could not be planted in time when we took over
         self._refused: dict[str, object] = {}  # signs of what could not be planted: not tried again while they last
 
     async def follow(self, is_warm: Callable[[], None]) -> None:
@@ -89,16 +83,18 @@ class Succession:
         self._store.follow()
         await self._prepare()
         await self._rehearse()
-        is_warm()
-        looked = trio.current_time()
+        looked, told = trio.current_time(), False
         while True:
+            if not told and not self._refused:  # an upgrade that could not show all of this waits
+                is_warm()
+                told = True
             await trio.sleep(_LOOK)
             if self._inheritance.look() or trio.current_time() > looked + _LOOK_AT_LAYERS:
                 await self._prepare()
                 looked = trio.current_time()
 
     async def _prepare(self) -> None:
-        values = {**self._inheritance.values(mounted.PREFIX), **self._inheritance.values(chains.PREFIX)}
+        values = self._values()
         signs = await trio.to_thread.run_sync(self._all_signs, values)
         for name in list(self._ready):
             if signs.get(name) != self._ready[name].of:
@@ -111,7 +107,7 @@ class Succession:
                 with trio.fail_after(_PATIENCE):
                     self._ready[name] = await self._plant(name, values[name], of)
             except Exception as error:
-                log.info("%s is left for later: %s", name, error or "its files do not come")
+                log.warning("%s could not be taken over: %s", name, error or "its files do not come")
                 self._refused[name] = of
 
     async def _rehearse(self) -> None:
@@ -125,11 +121,8 @@ class Succession:
         )
         async with trio.open_nursery() as nursery:
             for layer, chunk in islice(here, _REHEARSED):
-                nursery.start_soon(self._read_one, layer, chunk)
-
-    async def _read_one(self, layer: ServedLayer, chunk: int) -> None:
-        with suppress(LazyfsError), trio.move_on_after(_PATIENCE):
-            await self._reader.chunk(layer, chunk, Priority.DEMAND, chunk)
+                # From the disk alone: nothing may be fetched.
+                nursery.start_soon(trio.to_thread.run_sync, layer.store.read, chunk)
 
     async def _let_go(self, name: str) -> None:
         with trio.CancelScope(shield=True):
@@ -149,36 +142,58 @@ class Succession:
         """Take all over, side by side, once the daemon before us has ended. A checkpoint, 10 s at most."""
         self._inheritance.own()
         for value in self._inheritance.values(mounted.LOGINS).values():
-            self._images.node_logins.update(value.get("logins"))
-        kinds: tuple[tuple[str, Regain], ...] = ((mounted.PREFIX, self._mount), (chains.PREFIX, self._chain))
+            with suppress(LazyfsError):
+                self._images.node_logins.update(value.get("logins"))
+        values = self._values()
+        self._reserve_numbers(values)
+        signs = self._all_signs(values)
+        # All of these first: what somebody plants anew would be the layer that is open already, as it was known before.
+        for name in [name for name, ready in self._ready.items() if signs.get(name) != ready.of]:
+            await self._let_go(name)
         async with trio.open_nursery() as nursery:
-            for prefix, regain in kinds:
-                values = self._inheritance.values(prefix)
-                signs = self._all_signs(values)
-                for name, value in values.items():
-                    ready = self._ready.get(name)
-                    if ready is not None and ready.of == signs[name]:
-                        regain(name, value, self._ready.pop(name))
-                    else:
-                        nursery.start_soon(self._one, name, value, regain)
+            for name, value in values.items():
+                nursery.start_soon(self._one, name, value)
 
     async def clear(self) -> None:
-        """Let go of what is shown no more, and begin with the background's work. A checkpoint."""
-        for name in list(self._ready):
-            await self._let_go(name)
+        """Try once more what could not be had in time, and begin with the background's work. A checkpoint."""
+        for name, value in list(self._late.items()):
+            await self._one(name, value)
+        for name in self._late:
+            self._inheritance.remove(name)
+        self._late.clear()
         self._images.fillings.work()
         await trio.to_thread.run_sync(self._store.evictor.scan)  # others have written since we looked
 
-    async def _one(self, name: str, value: dict[str, Any], regain: Regain) -> None:
+    def _values(self) -> dict[str, dict[str, Any]]:
+        return {**self._inheritance.values(mounted.PREFIX), **self._inheritance.values(chains.PREFIX)}
+
+    async def _one(self, name: str, value: dict[str, Any]) -> None:
         try:
             with trio.fail_after(_PATIENCE):
-                regain(name, value, await self._plant(name, value, None))
+                ready = self._ready.pop(name, None) or await self._plant(name, value, None)
+            if name.startswith(mounted.PREFIX):
+                self._mount(name, value, ready)
+            else:
+                self._chain(name, value, ready)
+            self._late.pop(name, None)
             return
-        except (LazyfsError, trio.TooSlowError) as error:
-            log.error("%s can't be shown any more: %s", name, error or "its files do not come")
+        except trio.TooSlowError:
+            log.error("%s can't be shown yet: its files do not come", name)
+            self._late[name] = value
+            return
+        except LazyfsError as error:
+            log.error("%s can't be shown any more: %s", name, error)
         except Exception:
             log.exception("%s can't be shown any more", name)
+        self._late.pop(name, None)
         self._inheritance.remove(name)
+
+    def _reserve_numbers(self, values: dict[str, dict[str, Any]]) -> None:
+        """Give out no number that the kernel knows: a catalog that was begun anew does not know them."""
+        with suppress(LazyfsError):
+            self._catalog.reserve(
+                max((number for value in values.values() for number in value.get("numbers", ())), default=0)
+            )
 
     def _mount(self, name: str, value: dict[str, Any], ready: _Ready) -> None:
         assert ready.documents is not None
@@ -203,6 +218,10 @@ class Succession:
             abandon_on_cancel=True,
         )
         planted, facts = await self._images.regain(repository, reference.origin, claim.layers)
+        if value.get("numbers") not in (None, claims.numbers_of(planted, facts)):
+            # The kernel knows files by these: under others it would be given those of another layer.
+            await self._images.planting.release(planted)
+            raise StoreBroken("its layers have other numbers than the kernel knows them by: the catalog was begun anew")
         return _Ready(of, planted, facts, documents)
 
     def _documents(self, digest: str) -> tuple[oci.Manifest, oci.ImageConfig]:
