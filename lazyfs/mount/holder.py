@@ -17,7 +17,6 @@ waiting for answers to requests of their own (they mount what lies in the sessio
 from __future__ import annotations
 
 import ctypes
-import errno
 import json
 import os
 import select
@@ -30,13 +29,11 @@ from lazyfs.limits import (
     CRASH_LOOP,
     CRASH_LOOP_WITHIN,
     HOPELESS_CRASHES,
-    INIT_TIMEOUT,
     LONGEST_PAUSE,
     MANY_CRASHES,
     SERVE_TIMEOUT,
     STOP_TIMEOUT,
 )
-from lazyfs.mount import greeting as greetings
 from lazyfs.mount.children import (
     Child,
     died_of,
@@ -50,14 +47,11 @@ from lazyfs.mount.children import (
     set_priority,
     tell,
 )
-from lazyfs.mount.premises import claim, clear_stale
+from lazyfs.mount.premises import claim, clear_stale, mount, unmount
 
 IS, WARM, SERVES, ENDS = b"I", b"W", b"S", b"E"
 FORK_AT_ONCE, FORK = b"!", b"?"  # to the template: somebody waits for that daemon, or it may load all code first
 _BOARD = 4096  # bytes in front of what daemons leave to each other: what one was at when it died
-_LEAST = 8192  # bytes of a buffer that the kernel reads a request into
-_MS_RDONLY = 0x1
-_MNT_FORCE, _MNT_DETACH = 0x1, 0x2  # force: whoever waits for an answer gets an error
 # Seconds until a standby or template that was lost is begun anew, which costs 0.3 s of processor time; doubled each
 # time that one did not even become warm.
 _AGAIN, _LONGEST_AGAIN = 1.0, 60.0
@@ -107,33 +101,15 @@ class Holder:
     def open(self) -> bool:
         """Mount, and answer INIT. Blocking, 10 s at most. False: the kernel can't hand a connection over.
 
-        Raise OSError.
+        Raise OSError, ValueError.
         """
-        fuse = os.open("/dev/fuse", os.O_RDWR | os.O_CLOEXEC | os.O_NONBLOCK)
-        options = f"fd={fuse},rootmode=40000,user_id=0,group_id=0,allow_other,default_permissions"
-        libc = ctypes.CDLL(None, use_errno=True)
-        target = os.fsencode(self._mountpoint)
-        if libc.mount(b"lazyfs", target, b"fuse.lazyfs", ctypes.c_ulong(_MS_RDONLY), options.encode()) != 0:
-            raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()), self._mountpoint)
-        self._fuse = fuse
-        try:
-            found = greetings.decode(_first_request(fuse))
-            if not found.can_resend or not found.is_known:
-                self._unmount()
-                return False
-            os.write(fuse, greetings.answer(found))
-        except BaseException:
-            self._unmount()
-            raise
-        self._greeting = found.raw
+        found = mount(self._mountpoint)
+        if found is None:
+            return False
+        self._fuse, self._greeting = found
         self._estate = os.memfd_create("lazyfs-estate", os.MFD_CLOEXEC)
         os.ftruncate(self._estate, _BOARD)
         return True
-
-    def _unmount(self) -> None:
-        ctypes.CDLL(None).umount2(os.fsencode(self._mountpoint), _MNT_DETACH | _MNT_FORCE)
-        os.close(self._fuse)
-        self._fuse = -1
 
     # -- daemons
 
@@ -411,7 +387,7 @@ class Holder:
 
     def _end(self) -> None:
         self._drop_spares()
-        self._unmount()
+        unmount(self._mountpoint, self._fuse)
         until = time.monotonic() + _LAST_THREADS
         while self._dying and time.monotonic() < until:
             self._reap()
@@ -430,14 +406,6 @@ def _pass(leash: socket.socket, word: bytes, *fds: int) -> None:
         socket.send_fds(leash, [word], fds)
     except OSError:
         pass
-
-
-def _first_request(fuse: int) -> bytes:
-    poll = select.poll()
-    poll.register(fuse, select.POLLIN)
-    if not poll.poll(INIT_TIMEOUT * 1000):
-        raise OSError(errno.ETIMEDOUT, "the kernel does not begin the FUSE connection")
-    return os.read(fuse, _LEAST)
 
 
 def _refuse(ready_fd: int, text: str) -> int:

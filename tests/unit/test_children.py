@@ -7,6 +7,7 @@ import select
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -55,6 +56,5 @@ def test_the_end_of_a_canary_is_told_while_its_process_lives_on() -> None:
 
 
 def test_processes_killed_for_want_of_memory_are_counted() -> None:
-    assert children.oom_kills() == int(
-        next(line for line in open("/proc/vmstat") if line.startswith("oom_kill ")).split()[1]
-    )
+    lines = Path("/proc/vmstat").read_text().splitlines()
+    assert children.oom_kills() == int(next(line for line in lines if line.startswith("oom_kill ")).split()[1])
