@@ -241,7 +241,7 @@ class Daemon:
                 traces,
                 inheritance,
             )
-            succession = Succession(settings, inheritance, images, catalog, store, mounted, service.chains)
+            succession = Succession(settings, inheritance, images, catalog, store, reader, mounted, service.chains)
             scraped = metrics().scraped(settings, mounted) if settings.metrics_address and self._alone else None
             if self._leash is not None:
                 self._order = await self._follow(self._leash, succession)

@@ -125,7 +125,8 @@ class Leash:
             return order
 
     def is_warm(self) -> None:
-        """Say that all is ready that can be before the order. Doesn't block."""
+        """Say that all is ready that can be before the order, which is to find us before all else. Doesn't block."""
+        _set_priority(_URGENT)
         self._say(WARM)
 
     def serves(self) -> None:

@@ -19,6 +19,9 @@ import trio
 from lazyfs import oci
 from lazyfs import reference as references
 from lazyfs.chunks.catalog import Catalog
+from lazyfs.chunks.layer import ServedLayer
+from lazyfs.chunks.read import Reader
+from lazyfs.chunks.schedule import Priority
 from lazyfs.chunks.store import Store
 from lazyfs.config import Settings
 from lazyfs.errors import LazyfsError, StoreBroken
@@ -60,6 +63,7 @@ class Succession:
         images: Images,
         catalog: Catalog,
         store: Store,
+        reader: Reader,
         mounts: Mounted,
         shown: Chains,
     ) -> None:
@@ -68,6 +72,7 @@ class Succession:
         self._images = images
         self._catalog = catalog
         self._store = store
+        self._reader = reader
         self._mounts = mounts
         self._chains = shown
         self._ready: dict[str, _Ready] = {}
@@ -116,13 +121,19 @@ class Succession:
         here = (
             (layer, chunk)
             for layer in layers
+            if not layer.is_plain
             for chunk in range(min(layer.table.chunk_count, _LOOKED_AT))
             if layer.table.chunk_size[chunk] <= MiB and layer.store.has(chunk)
         )
         async with trio.open_nursery() as nursery:
             for layer, chunk in islice(here, _REHEARSED):
-                # From the disk alone: nothing may be fetched.
-                nursery.start_soon(trio.to_thread.run_sync, layer.store.read, chunk)
+                nursery.start_soon(self._read_one, layer, chunk)
+
+    async def _read_one(self, layer: ServedLayer, chunk: int) -> None:
+        # Found right on the disk just now, it is read from there: nothing may be fetched.
+        if await trio.to_thread.run_sync(layer.store.examine, chunk):
+            with suppress(LazyfsError), trio.move_on_after(_PATIENCE):
+                await self._reader.chunk(layer, chunk, Priority.DEMAND, chunk)
 
     async def _let_go(self, name: str) -> None:
         with trio.CancelScope(shield=True):
