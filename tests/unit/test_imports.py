@@ -11,7 +11,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 VALUES = (
     "errors", "answer", "digest", "units", "limits", "oci", "reference", "config", "log", "notify", "stats", "scrape",
-    "exposition", "process", "private",
+    "exposition", "process", "private", "versions",
 )  # fmt: skip
 PACKAGES = ("format", "containerd", "registry", "chunks", "mount", "container", "deploy", "cli")
 MODULES = ("tree", "child", "control_client", "database")
