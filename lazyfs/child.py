@@ -303,6 +303,8 @@ def main() -> int:
     limit(resource.RLIMIT_AS, CHILD_MEMORY)
     limit(resource.RLIMIT_CORE, 0)
     go_first()
+    if os.getpriority(os.PRIO_PROCESS, 0) < 0:
+        os.setpriority(os.PRIO_PROCESS, 0, 0)  # a standby is more urgent than others, and its child is not
     patience = _FIRST_WAIT
     kept: list[object] = []
     gc.disable()  # among millions of objects that all live to the end, looking for garbage takes half of the time

@@ -264,24 +264,32 @@ class Daemon:
             try:
                 with self._scope, scraped or nullcontext():
                     await self._parts(session, server, mounted, showing, succession, scraped)
-            except Exception:
-                self._hand_over()
-                raise
-            finally:
-                with trio.CancelScope(shield=True):
-                    server.unlink()
-                    with trio.move_on_after(10):
-                        await mounted.release_all()
-                    with trio.move_on_after(5):
-                        await showing.close()
-                    with trio.move_on_after(5):
-                        await images.close()
-                if session is not None:
-                    session.close()
-                if self._leash is not None:
-                    self._leash.ends()
-                self._last.start()
+            except BaseException as error:
+                if self._hands_over(error):
+                    raise
+                await self._take_down(server, mounted, showing, images, session)
                 nursery.cancel_scope.cancel()
+                raise
+            await self._take_down(server, mounted, showing, images, session)
+            nursery.cancel_scope.cancel()
+
+    async def _take_down(
+        self, server: ControlServer, mounted: Mounted, showing: Showing, images: Images, session: Session | None
+    ) -> None:
+        """End in order: nothing is mounted any more then, and the holder has nothing to hold."""
+        with trio.CancelScope(shield=True):
+            server.unlink()
+            with trio.move_on_after(10):
+                await mounted.release_all()
+            with trio.move_on_after(5):
+                await showing.close()
+            with trio.move_on_after(5):
+                await images.close()
+        if session is not None:
+            session.close()
+        if self._leash is not None:
+            self._leash.ends()
+        self._last.start()
 
     async def _follow(self, leash: Leash, succession: Succession) -> Order | None:
         """Keep ready until we are to serve. None: we never are."""
@@ -292,12 +300,19 @@ class Daemon:
         self.hold_signals()  # from now on there is something to take down
         return order
 
-    def _hand_over(self) -> None:
-        """After a fault of ours: where somebody else can take over, end at once, with all that is shown as it is."""
-        if self._leash is not None and (self._inherits or self._is_ready):
-            log.exception("lazyfsd broke, another one takes over")
-            logging.shutdown()
-            os._exit(1)
+    def _hands_over(self, error: BaseException) -> bool:
+        """Tell whether somebody else takes over after a fault of ours: then all that is shown stays as it is.
+
+        `error` may be that another task broke, which is told on the way out; that takes some milliseconds at most.
+        """
+        served = self._inherits or self._is_ready
+        if self._leash is None or not served or self._scope.cancel_called:
+            return False
+        log.error("lazyfsd broke, another one takes over", exc_info=error if isinstance(error, Exception) else None)
+        end = threading.Timer(_LAST_WORDS, os._exit, (1,))
+        end.daemon = True
+        end.start()
+        return True
 
     @property
     def _inherits(self) -> bool:

@@ -162,8 +162,8 @@ def _fork_away() -> bool:
 
 def _set_priority(nice: int) -> None:
     """Set the nice value of all of our threads, as far as we may (RLIMIT_NICE, CAP_SYS_NICE)."""
-    with contextlib.suppress(OSError):
-        for thread in os.listdir("/proc/self/task"):
+    for thread in os.listdir("/proc/self/task"):
+        with contextlib.suppress(OSError):  # it has ended, or we may not
             os.setpriority(os.PRIO_PROCESS, int(thread), nice)
 
 

@@ -349,6 +349,7 @@ class Holder:
         """Note the end of the daemon that served. Return the exit status when none is to follow."""
         child, self._current = self._current, None
         assert child is not None
+        self._serve_by = float("inf")
         child.leash.close()
         if self._stopping or child.ending:
             return 0

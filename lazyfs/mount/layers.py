@@ -105,6 +105,8 @@ class Layers:
                 return prepared
             # Somebody mounts the same blob under another diff ID or TOC: one of both is false. The check tells which.
             try:
+                if wanted.regained:  # nothing is checked before we serve, and readers wait for that
+                    raise LayerQuarantined(digest, layer.quarantine or f"its diff ID is {layer.diff_id}")
                 if layer.check is not None and not layer.quarantine:
                     self._fillings.start(layer)  # nothing checks a layer that no tree shows yet
                 await self._fillings.until_checked(layer)

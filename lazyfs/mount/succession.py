@@ -77,6 +77,7 @@ class Succession:
         self._chains = shown
         self._ready: dict[str, _Ready] = {}
         self._late: dict[str, dict[str, Any]] = {}  # what could not be planted in time when we took over
+        self._told: set[str] = set()  # of what it was said that it is refused
         self._refused: dict[str, object] = {}  # signs of what could not be planted: not tried again while they last
 
     async def follow(self, is_warm: Callable[[], None]) -> None:
@@ -90,11 +91,14 @@ class Succession:
         await self._rehearse()
         looked, told = trio.current_time(), False
         while True:
-            if not told and not self._refused:  # an upgrade that could not show all of this waits
+            if not told and self._ready.keys() == self._values().keys():  # an upgrade that could not show all waits
                 is_warm()
                 told = True
             await trio.sleep(_LOOK)
-            if self._inheritance.look() or trio.current_time() > looked + _LOOK_AT_LAYERS:
+            is_due = trio.current_time() > looked + _LOOK_AT_LAYERS
+            if self._inheritance.look() or is_due:
+                if is_due:
+                    self._refused.clear()  # it may have been a busy disk
                 await self._prepare()
                 looked = trio.current_time()
 
@@ -112,7 +116,9 @@ class Succession:
                 with trio.fail_after(_PATIENCE):
                     self._ready[name] = await self._plant(name, values[name], of)
             except Exception as error:
-                log.warning("%s could not be taken over: %s", name, error or "its files do not come")
+                if name not in self._told:
+                    log.warning("%s could not be taken over: %s", name, error or "its files do not come")
+                    self._told.add(name)
                 self._refused[name] = of
 
     async def _rehearse(self) -> None:
@@ -161,17 +167,21 @@ class Succession:
         # All of these first: what somebody plants anew would be the layer that is open already, as it was known before.
         for name in [name for name, ready in self._ready.items() if signs.get(name) != ready.of]:
             await self._let_go(name)
+        ready = [name for name in values if name in self._ready]
+        for name in ready:
+            await self._one(name, values[name])  # in the order in which they came
         async with trio.open_nursery() as nursery:
-            for name, value in values.items():
-                nursery.start_soon(self._one, name, value)
+            for name in values:
+                if name not in ready:
+                    nursery.start_soon(self._one, name, values[name])
 
     async def clear(self) -> None:
         """Try once more what could not be had in time, and begin with the background's work. A checkpoint."""
         for name, value in list(self._late.items()):
-            await self._one(name, value)
-        for name in self._late:
-            self._inheritance.remove(name)
-        self._late.clear()
+            if self._values().get(name) is value:  # else somebody has let it go meanwhile, or shows it anew
+                await self._one(name, value)
+            if self._late.pop(name, None) is not None and self._values().get(name) is value:
+                self._inheritance.remove(name)
         self._images.fillings.work()
         await trio.to_thread.run_sync(self._store.evictor.scan)  # others have written since we looked
 
