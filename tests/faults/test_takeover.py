@@ -159,6 +159,46 @@ def test_a_spare_process_that_dies_is_replaced(node: Node, registry: FakeRegistr
         node.umount(tree)
 
 
+_BREAKS = """
+import os, sys
+if "lazyfs.mount.daemon" in sys.orig_argv:
+    import trio
+    from lazyfs.mount import heap
+    flag = os.path.join(os.path.dirname(__file__), "break")
+    async def give_back():
+        while not os.path.exists(flag):
+            await trio.sleep(0.05)
+        os.unlink(flag)
+        raise RuntimeError("can't start new thread")
+    heap.give_back = give_back
+"""
+
+
+@shows(
+    Case(
+        "processes-held-broken",
+        Area.PROCESSES,
+        "a fault of lazyfsd's own ends it, with a holder",
+        "right bytes, after some milliseconds",
+        "nothing: another one takes over; its log has the fault",
+    ),
+)
+def test_a_fault_of_the_daemon_ends_in_a_hand_over(node: Node, registry: FakeRegistry, tmp_path: Path) -> None:
+    (tmp_path / "sitecustomize.py").write_text(_BREAKS)
+    with held(node, PYTHONPATH=f"{tmp_path}:{Path(__file__).parents[2]}") as daemon:
+        tree = node.mount(image_of(registry))
+        with readers(node, tree, ("held", "names")) as results:
+            before = daemon.pid()
+            (tmp_path / "break").touch()
+            until(lambda: daemon.pid() != before, "another daemon serves")
+        assert not [reading.wrong for reading in results if reading.wrong]
+        assert [mount["dir"] for mount in node.status()["mounts"]] == [str(tree)]
+        assert "another one takes over" in node.log()
+        node.umount(tree)
+    log = node.run_dir / "lazyfsd.log"  # what is in it was meant
+    log.write_text(log.read_text(errors="replace").replace("Traceback", "traceback"))
+
+
 _NO_RESEND = """
 import sys
 if any("lazyfs.mount.holder" in word for word in sys.orig_argv):
