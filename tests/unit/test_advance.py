@@ -246,6 +246,7 @@ async def test_what_comes_wrong_is_fetched_again(told: Trace, cold: Cold, regist
         registry.blobs[BLOB.digest] = flipped(BLOB, BLOB.frames[15][0] + 100).blob
     start = cold.begin(early=True)
     await until_asked(start)
+    registry.clear_faults()  # on a busy machine fewer requests were made than there are spans
     cold.mounted(start)
     if how == "other_blob":
         registry.blobs[BLOB.digest] = BLOB.blob
