@@ -91,7 +91,7 @@ class Plain(pyfuse3.Operations):
 def serve(which: str, directory: Path) -> None:
     """Serve until somebody unmounts."""
     if which == OURS:
-        session = Session(Handler(), directory, allow_other=True)  # type: ignore[arg-type]
+        session = Session(Handler(), directory, allow_other=True)
         session.open()
         trio.run(session.run)
     else:

@@ -19,9 +19,8 @@ import trio
 
 from lazyfs.container import mounts
 from lazyfs.errors import FuseUnavailable, LazyfsError, MountFailed, MountPointInvalid
-from lazyfs.mount.connection import Board, Connection
+from lazyfs.mount.connection import Board, Connection, Handler
 from lazyfs.mount.held import Order
-from lazyfs.mount.operations import Operations
 from lazyfs.units import KiB, MiB
 
 log = logging.getLogger(__name__)
@@ -49,7 +48,7 @@ class Session:
 
     def __init__(
         self,
-        operations: Operations,
+        operations: Handler,
         mountpoint: Path,
         *,
         allow_other: bool,

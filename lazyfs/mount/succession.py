@@ -176,13 +176,16 @@ class Succession:
                     nursery.start_soon(self._one, name, values[name])
 
     async def clear(self) -> None:
-        """Try once more what could not be had in time, and begin with the background's work. A checkpoint."""
+        """Begin with the background's work, for which mounts may wait, and try once more what could not be had in time.
+
+        A checkpoint, 10 s at most for each of these.
+        """
+        self._images.fillings.work()
         for name, value in list(self._late.items()):
             if self._values().get(name) is value:  # else somebody has let it go meanwhile, or shows it anew
                 await self._one(name, value)
             if self._late.pop(name, None) is not None and self._values().get(name) is value:
                 self._inheritance.remove(name)
-        self._images.fillings.work()
         await trio.to_thread.run_sync(self._store.evictor.scan)  # others have written since we looked
 
     def _values(self) -> dict[str, dict[str, Any]]:

@@ -8,6 +8,7 @@ import random
 import signal
 import sys
 import time
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,12 @@ from tests.helpers.takeover import KINDS, Held, contents, held, readers
 from tests.helpers.tars import file, tar_of
 
 pytestmark = [pytest.mark.fuse, pytest.mark.faults]
+
+
+def sabotaged(node: Node, place: Path, code: str) -> AbstractContextManager[Held]:
+    """Run a node's daemon with a holder; each of its processes runs `code` when it starts."""
+    (place / "sitecustomize.py").write_text(code)
+    return held(node, PYTHONPATH=f"{place}:{Path(__file__).parents[2]}")
 
 
 def image_of(registry: FakeRegistry, **more: bytes) -> AddedImage:
@@ -184,8 +191,7 @@ if "lazyfs.mount.daemon" in sys.orig_argv:
     ),
 )
 def test_a_fault_of_the_daemon_ends_in_a_hand_over(node: Node, registry: FakeRegistry, tmp_path: Path) -> None:
-    (tmp_path / "sitecustomize.py").write_text(_BREAKS)
-    with held(node, PYTHONPATH=f"{tmp_path}:{Path(__file__).parents[2]}") as daemon:
+    with sabotaged(node, tmp_path, _BREAKS) as daemon:
         tree = node.mount(image_of(registry))
         with readers(node, tree, ("held", "names")) as results:
             before = daemon.pid()
@@ -208,8 +214,7 @@ if any("lazyfs.mount.holder" in word for word in sys.orig_argv):
 
 
 def test_without_the_kernels_help_the_mount_is_a_plain_one(node: Node, registry: FakeRegistry, tmp_path: Path) -> None:
-    (tmp_path / "sitecustomize.py").write_text(_NO_RESEND)
-    with held(node, PYTHONPATH=f"{tmp_path}:{Path(__file__).parents[2]}") as daemon:
+    with sabotaged(node, tmp_path, _NO_RESEND) as daemon:
         tree = node.mount(image_of(registry))
         assert node.read(tree / "f1") == contents()["f1"]
         assert node.status()["daemon"]["holder"] == 0
@@ -310,8 +315,7 @@ if "lazyfs.mount.daemon" in sys.orig_argv and os.path.exists(os.path.join(os.pat
     ),
 )
 def test_code_that_cannot_begin_takes_nothing_over(node: Node, registry: FakeRegistry, tmp_path: Path) -> None:
-    (tmp_path / "sitecustomize.py").write_text(_BROKEN)
-    with held(node, PYTHONPATH=f"{tmp_path}:{Path(__file__).parents[2]}") as daemon:
+    with sabotaged(node, tmp_path, _BROKEN) as daemon:
         tree = node.mount(image_of(registry))
         before = daemon.pid()
         (tmp_path / "broken").touch()
