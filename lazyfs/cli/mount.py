@@ -110,7 +110,7 @@ def _attach(settings: Settings, daemon: Daemon, answer: dict[str, Any], director
 
     path, mount = answer.get("path"), answer.get("mount")
     with contextlib.ExitStack() as undo:
-        undo.callback(_release, daemon, mount)
+        undo.callback(_release, settings, directory, kind, str(mount))
         if not isinstance(path, str) or not os.path.isabs(path):
             raise DaemonFault("lazyfsd's answer to mount_image has no path")
         state = ""
@@ -133,9 +133,11 @@ def _attach(settings: Settings, daemon: Daemon, answer: dict[str, Any], director
         undo.pop_all()
 
 
-def _release(daemon: Daemon, mount: object) -> None:
+def _release(settings: Settings, directory: str, kind: str, mount: str) -> None:
+    from lazyfs import control_client
+
     with contextlib.suppress(LazyfsError):  # the failure that brought us here is the one to tell
-        daemon.call("release", mount=mount)
+        control_client.release(settings, Path(directory) if kind == "solo" else None, mount)
 
 
 def _tell(out: Output, image: str, directory: str, kind: str, answer: dict[str, Any]) -> None:

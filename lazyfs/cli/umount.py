@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lazyfs.cli import common, exit_codes
 from lazyfs.cli.output import Output
-from lazyfs.errors import DaemonFault, DaemonUnreachable, MountFailed, MountPointInvalid
+from lazyfs.errors import MountFailed, MountPointInvalid
 
 if TYPE_CHECKING:
     from lazyfs.config import Settings
@@ -34,6 +33,7 @@ def add_parser(subparsers: Any) -> None:
 
 def run(args: argparse.Namespace, out: Output) -> int:
     """Unmount, drop what was written to an --rw mount, tell the daemon. Blocking. Raise LazyfsError."""
+    from lazyfs import control_client
     from lazyfs.container import attached
 
     settings = common.settings(args)
@@ -49,7 +49,7 @@ def run(args: argparse.Namespace, out: Output) -> int:
     if known.state_dir:
         _remove_state(settings, known, out)
     attached.forget(settings, directory)
-    _tell_daemon(settings, known)
+    control_client.release(settings, Path(known.dir) if known.kind == "solo" else None, known.mount)
     out.line(f"{directory} is unmounted")
     out.json({"dir": directory, "kind": known.kind, "mount": known.mount})
     return exit_codes.OK
@@ -84,15 +84,3 @@ def _remove_state(settings: Settings, known: Attached, out: Output) -> None:
         out.warn(f"{state} does not lie in this store and stays")
         return
     directories.remove_tree(state)
-
-
-def _tell_daemon(settings: Settings, known: Attached) -> None:
-    """Release the mount. A daemon that is gone has nothing to release, one that does not know the mount neither."""
-    from lazyfs import control_client
-
-    solo = Path(known.dir) if known.kind == "solo" else None
-    with (
-        contextlib.suppress(DaemonUnreachable, DaemonFault, MountPointInvalid),
-        control_client.open_daemon(settings, solo, start=False) as daemon,
-    ):
-        daemon.call("release", mount=known.mount)

@@ -9,6 +9,7 @@ import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain, repeat
 from typing import Any, TypeGuard
 from uuid import uuid4
 
@@ -156,9 +157,12 @@ class Mounted:
             await self._release(mount)
 
     async def watch_table(self) -> None:
-        """Release mounts whose directory somebody unmounted without telling us. Runs until cancelled."""
-        while True:
-            await trio.sleep(_LOOK)
+        """Release mounts whose directory somebody unmounted without telling us. Runs until cancelled.
+
+        The first look is at once: what was unmounted while a daemon before us died could not be told to anybody.
+        """
+        for wait in chain([0.0], repeat(_LOOK)):
+            await trio.sleep(wait)
             shown = [mount for mount in self._mounts.values() if mount.dir and mount.kind != "container"]
             if not shown:
                 continue

@@ -149,7 +149,7 @@ def held(node: Node, **environment: str) -> Iterator[Held]:
 
 
 @contextlib.contextmanager
-def readers(node: Node, root: Path, kinds: tuple[str, ...] = KINDS, *, pause: float = 0) -> Iterator[list[Reading]]:
+def readers(node: Node, root: Path, kinds: tuple[str, ...] = KINDS, *, pause: float = 0.003) -> Iterator[list[Reading]]:
     """Have a reader of each kind at work, `pause` seconds between reads; at the end the list has what they say."""
     arguments = [str(root), json.dumps(FILES), str(Path(__file__).parents[2]), str(pause)]
     started = [node.spawn([sys.executable, "-c", _READER, kind, *arguments], feed=True) for kind in kinds]

@@ -13,6 +13,7 @@ import pytest
 
 from lazyfs import config, control_client
 from lazyfs.errors import DaemonUnreachable, FuseUnavailable
+from tests.helpers.control_daemon import ControlDaemon
 
 
 @pytest.fixture
@@ -76,3 +77,18 @@ def test_a_daemon_is_not_started_with_the_logins_of_a_command(
         pass
     seen = (tmp_path / "seen").read_text()
     assert "LAZYFS_DRIVER=fuse" in seen and "alice" not in seen
+
+
+def test_a_mount_is_released_by_the_next_daemon_where_one_dies_over_it(broken: config.Settings) -> None:
+    dies = iter([True, False])
+
+    def answer(args: dict[str, Any]) -> dict[str, Any]:
+        if next(dies):
+            raise ConnectionResetError
+        return {}
+
+    with ControlDaemon(broken.socket) as daemon:
+        daemon.answers["release"] = answer
+        control_client.release(broken, None, "m1")
+        assert daemon.named("release") == [{"mount": "m1"}] * 2
+    control_client.release(broken, None, "m1")  # no daemon: nothing to release
