@@ -2,10 +2,10 @@
 # packages that are missing, and a virtual environment in .venv. Run as root, or as a user who may sudo.
 
 PYTHON ?= python3
-# Four at once on two cores: tests of daemons and faults wait more than they compute. In the order of tests/conftest.py: by
+# Five at once on two cores: tests of daemons and faults wait more than they compute. In the order of tests/conftest.py: by
 # itself xdist begins with files of many tests, and ends with a slow one alone. `make pytest PYTEST_ARGS=tests` for all
 # tests one by one.
-PYTEST_ARGS ?= -n 4 --dist loadfile --no-loadscope-reorder tests/faults tests/fuse tests/system
+PYTEST_ARGS ?= -n 5 --dist loadfile --no-loadscope-reorder tests/faults tests/fuse tests/system
 # Tests that only compute take what the others leave of the processors, a third, and no time of those that a clock watches.
 UNITS_ARGS ?= -n 2 --dist loadfile -p no:cacheprovider tests/unit
 PYTEST = $(SUDO) env "PATH=$$PATH" CI=true $(1) .venv/bin/python -m pytest -q

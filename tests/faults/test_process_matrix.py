@@ -13,7 +13,7 @@ import pytest
 
 from tests.faults.cases import ERROR, NOTHING_SHOWN, RIGHT, Area, Case, shows
 from tests.helpers.blobs import crowded, zstd_chunked_layer
-from tests.helpers.daemon import Node, add, both_drivers, pattern, until
+from tests.helpers.daemon import Node, add, pattern, until
 from tests.helpers.fake_registry import AddedImage, FakeRegistry, Request
 from tests.helpers.memory_group import memory_group
 from tests.helpers.tars import file, tar_of
@@ -176,25 +176,25 @@ def test_unpacker_killed(node: Node, registry: FakeRegistry) -> None:
         "`status`: “lazyfsd does not answer (see its log, or kill it)”, exit 0, after 5 s",
     )
 )
-@both_drivers
 def test_daemon_stopped(node: Node, registry: FakeRegistry) -> None:
     node.settings["READ_TIMEOUT"] = "60"
-    tree = node.mount(image_of(registry))
+    trees = [node.mount(image_of(registry, driver), "--driver", driver) for driver in ("fuse", "erofs")]
     pids = node.processes()
     for pid in pids:
         os.kill(pid, signal.SIGSTOP)
     end = time.monotonic() + 30
     try:
-        reader = node.spawn(["cat", str(tree / "data")])
+        readers = [node.spawn(["cat", str(tree / "data")]) for tree in trees]
         said = node.lazyfs("status", timeout=15)
         time.sleep(max(0.0, end - time.monotonic()))
-        assert reader.poll() is None
+        assert [reader.poll() for reader in readers] == [None, None]
     finally:
         for pid in pids:
             os.kill(pid, signal.SIGCONT)
     assert said.returncode == 0 and "lazyfsd does not answer" in said.stderr, said
-    done = node.finish(reader, 30)
-    assert (done.stdout, done.stderr) == (DATA, b"")
+    for reader in readers:
+        done = node.finish(reader, 30)
+        assert (done.stdout, done.stderr) == (DATA, b"")
 
 
 @shows(

@@ -153,7 +153,7 @@ def trees(draw: st.DrawFn) -> list[Entry]:
     return out
 
 
-@settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(trees())
 def test_any_layer_comes_back(layer: list[Entry]) -> None:
     with TemporaryDirectory() as name:
@@ -173,7 +173,7 @@ def run_tree(directory: Path, tables: list[LayerTable]) -> dict[bytes, Inode]:
     return names
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much])
+@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much])
 @given(st.builds(lambda base, upper: [base, *upper], BASE_LAYERS, st.lists(UPPER_LAYERS, min_size=1, max_size=3)))
 def test_any_chain_comes_back(layers: list[list[Entry]]) -> None:
     with TemporaryDirectory() as name:

@@ -405,7 +405,7 @@ DAMAGED = tar_of(
 WHOLE = {name: make(DAMAGED) for name, (make, _) in FORMS.items()}
 
 
-@settings(max_examples=250, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(st.sampled_from(sorted(FORMS)), st.floats(0, 1, exclude_max=True))
 def test_no_flipped_bit_passes(name: str, where: float) -> None:
     layer = WHOLE[name]

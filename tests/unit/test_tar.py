@@ -327,7 +327,7 @@ def test_records() -> None:
             pax_records(bad)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(st.lists(st.integers(1, 20_000), min_size=1, max_size=60))
 def test_any_cut_of_the_stream_gives_the_same_items(steps: list[int]) -> None:
     data = odd_tar()[:200_000]

@@ -159,7 +159,7 @@ def layers(draw: st.DrawFn) -> tuple[list[tuple[Entry, list[Chunk]]], int]:
     return out, blob_offset + 1
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=120, deadline=None)
 @given(layers())
 def test_what_is_written_is_read_back(layer: tuple[list[tuple[Entry, list[Chunk]]], int]) -> None:
     pairs, payload_end = layer
@@ -391,7 +391,7 @@ def nearly_ordinary(draw: st.DrawFn) -> list[dict[str, Any]]:
     return told
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=250, deadline=None)
 @given(nearly_ordinary(), st.integers(1, 400))
 def test_blocks_and_columns_give_what_the_rules_for_single_files_give(told: list[dict[str, Any]], block: int) -> None:
     def outcome() -> list[tuple[Entry, list[Chunk]]] | None:

@@ -49,7 +49,7 @@ def hardlink(path: bytes, target: bytes) -> Entry:
     return entry(path, Kind.HARDLINK, target)
 
 
-@settings(max_examples=600, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much])
+@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much])
 @given(CHAINS)
 def test_the_tree_is_what_a_real_unpack_leaves(layers: list[list[Entry]]) -> None:
     layers = numbered(layers)
