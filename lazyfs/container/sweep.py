@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import shutil
 
 from lazyfs.config import Settings
 from lazyfs.container import attached, mounts
@@ -51,3 +52,28 @@ def is_ours(settings: Settings, directory: str) -> bool:
     if found is None or known is None:
         return found is not None and found.kind == "fuse.lazyfs"
     return found.device == known.device
+
+
+def is_below(settings: Settings, path: str) -> bool:
+    """Tell whether a directory to be removed later lies where we keep such directories. Doesn't block."""
+    clean = os.path.normpath(path)
+    return any(clean.startswith(f"{root}/") for root in (settings.root, settings.run))
+
+
+def take_away(settings: Settings, directory: str, kind: str, state_dir: str) -> None:
+    """Unmount a directory that shows an image, and remove its writable layer. Blocking; logs what fails."""
+    try:
+        if directory and kind != "container" and is_ours(settings, directory):
+            if os.geteuid() == 0:
+                mounts.umount(os.fsencode(directory), lazy=True)
+            else:
+                mounts.umount_user(os.fsencode(directory), lazy=True)
+    except (LazyfsError, OSError) as error:
+        log.warning("%s stays mounted: %s", directory, error)
+    remove_state(state_dir)
+
+
+def remove_state(state_dir: str) -> None:
+    """Remove a writable layer, as far as it goes; "" is none. Blocking."""
+    if state_dir:
+        shutil.rmtree(state_dir, ignore_errors=True)

@@ -55,6 +55,21 @@ class Child:
         self.pidfd = self.canary = -1
 
 
+def new_leash() -> tuple[socket.socket, socket.socket]:
+    """Return both ends of a leash: ours, which doesn't block, and the child's."""
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    ours.setblocking(False)
+    return ours, theirs
+
+
+def say(leash: socket.socket, word: bytes, *fds: int) -> None:
+    """Send a word with fds down a leash. Who has ended already misses it, which is seen next."""
+    try:
+        socket.send_fds(leash, [word], fds)
+    except OSError:
+        pass
+
+
 def send(child: Child, number: int) -> None:
     """Send a signal; none where it has no number yet."""
     if not child.pid:

@@ -1,4 +1,4 @@
-"""lazyfsd, the data plane: puts the parts together, serves the FUSE session and the control socket, and takes it down.
+"""lazyfsd, the data plane: begins its parts, serves the FUSE session and the control socket, and takes all down.
 
 One daemon a store, held by a lock on it. An ordinary user, who can't bind-mount, gets one a mount point (`--solo`);
 these share the store.
@@ -13,11 +13,10 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import Any, NoReturn
 
 import trio
 
@@ -25,47 +24,18 @@ from lazyfs import config, notify
 from lazyfs import log as logs
 from lazyfs.answer import encode_error
 from lazyfs.chunks.catalog import Catalog
-from lazyfs.chunks.census import Census
-from lazyfs.chunks.fill import Filler
-from lazyfs.chunks.memory import MemoryCache
-from lazyfs.chunks.read import Reader
-from lazyfs.chunks.remote import Remote
-from lazyfs.chunks.schedule import Priority, Scheduler
-from lazyfs.chunks.stock import Stock
 from lazyfs.chunks.store import Store
-from lazyfs.chunks.trace_files import TraceFiles
 from lazyfs.config import Settings
 from lazyfs.container import sweep
 from lazyfs.control_client import holder_words, prepare_run, socket_of
-from lazyfs.errors import DaemonFault, LazyfsError, StoreLocked, UsageError, first_of
+from lazyfs.errors import DaemonFault, LazyfsError, StoreLocked, first_of
 from lazyfs.mount import heap, pressure
-from lazyfs.mount.ahead import Ahead
-from lazyfs.mount.chain_service import serve_chains
+from lazyfs.mount.assembly import Parts, Role, assemble
 from lazyfs.mount.control import ControlServer
-from lazyfs.mount.donors import Donors
-from lazyfs.mount.fetching import Fetcher
-from lazyfs.mount.filling import Fillings
-from lazyfs.mount.forest import SHIFT, Forest, Owner, Planted
 from lazyfs.mount.held import Leash, Order, Template
-from lazyfs.mount.images import Images
-from lazyfs.mount.inheritance import Inheritance
 from lazyfs.mount.mounted import Mounted
-from lazyfs.mount.node_uses import NodeUses
-from lazyfs.mount.operations import Operations
-from lazyfs.mount.preparing import Preparer
-from lazyfs.mount.resolving import Resolver
 from lazyfs.mount.session import Session
-from lazyfs.mount.showing import Showing
-from lazyfs.mount.starts import Starts
-from lazyfs.mount.status import RequestCounters, StatusReport
-from lazyfs.mount.stock_calls import StockCalls
 from lazyfs.mount.succession import Succession
-from lazyfs.oci import Descriptor
-
-if TYPE_CHECKING:
-    from lazyfs.format.trace import Trace
-    from lazyfs.mount.metrics import DaemonMetrics, Scraped
-    from lazyfs.registry.repository import Repository
 from lazyfs.process import harden
 
 log = logging.getLogger(__name__)
@@ -85,16 +55,14 @@ class Daemon:
     def __init__(
         self,
         settings: Settings,
-        solo: Path | None,
+        role: Role,
         *,
         until_idle: bool,
         ready_fd: int,
-        store_only: bool = False,
         leash: Leash | None = None,
     ) -> None:
         self._settings = settings
-        self._solo = solo
-        self._store_only = store_only
+        self._role = role
         self._until_idle = until_idle
         self._ready_fd = ready_fd
         self._leash = leash
@@ -139,7 +107,7 @@ class Daemon:
         They wait for our answers. Raise StoreLocked where somebody else has it.
         """
         try:
-            store.lock(exclusive=self._alone)
+            store.lock(exclusive=self._role.is_alone)
         except StoreLocked:
             if not self._inherits:
                 raise
@@ -155,96 +123,20 @@ class Daemon:
                 warn_at = float("inf")
             await trio.sleep(_LOCK_AGAIN)
 
-    @property
-    def _alone(self) -> bool:
-        """Whether this is the node's one daemon, rather than one of several that share a store."""
-        return self._solo is None and not self._store_only
-
     async def _serve(self, catalog: Catalog, store: Store) -> None:
         settings = self._settings
-        requests = RequestCounters()
-        rates = {Priority.PREFETCH: settings.prefetch_rate, Priority.BACKGROUND: settings.background_rate}
-        scheduler = Scheduler(settings.host_connections, rates=rates)
-        memory = MemoryCache(settings.memory_size)
-        donors = Donors(catalog, store)
-        preparer = Preparer(store, catalog, settings)
-        squash = Owner(os.geteuid(), os.getegid()) if os.geteuid() != 0 else None
-        forest = Forest(solo=self._solo is not None, squash=squash)
         async with trio.open_nursery() as nursery:
-            remote = Remote(scheduler, nursery, settings.read_timeout, requests.note_error)
-            reader = Reader(memory, remote, donors.find, nursery)
-            filler = Filler(scheduler, remote)
-            uses = NodeUses()
-            census = Census(store, catalog, uses)
-            traces = TraceFiles(settings.root)
-            find = partial(_find_trace, census)
-            starts = Starts(settings, traces, census, remote, scheduler, nursery, find, requests.note_error)
-            images = Images(
+            parts = assemble(
                 settings,
-                forest,
-                scheduler,
-                Ahead(reader, remote),
-                partial(Fillings, settings, nursery, filler, reader, preparer, donors),
-                donors,
-                reader,
-                preparer,
-                census,
-                starts,
-                partial(Resolver, catalog, settings, lambda manifest: not census.missing(manifest)),
-                nursery,
-                requests.note_hop,
-            )
-            showing = Showing(settings, images.planting.ensure_image, self._path_of, self._why_not_erofs())
-            images.planting.with_images = lambda: showing.wants_images
-            operations = Operations(forest, reader)
-            mountpoint = self._solo or settings.session
-            inheritance = Inheritance(None) if self._leash is None else Inheritance(self._leash.estate, follows=True)
-            session = None
-            if not self._store_only:
-                session = Session(
-                    operations,
-                    mountpoint,
-                    allow_other=os.geteuid() == 0,
-                    board=inheritance,
-                    on_guilty=partial(_accuse, images, forest),
-                )
-            report = StatusReport(
-                settings,
-                forest,
-                operations,
-                session,
-                showing,
-                store,
-                memory,
-                reader.counters,
-                scheduler,
-                requests,
-                images.health,
-                lambda: images.layers.fetched,
-            )
-            fetcher = Fetcher(settings, images, census, store, catalog)
-            stock = StockCalls(Stock(census, release=donors.close), fetcher)
-            service = serve_chains(
-                settings, images, preparer, forest, census, donors, nursery, showing, stock, inheritance
-            )
-            report.chains = service.chains.all
-            metrics = partial(_metrics, report, requests, catalog, lambda: len(service.chains))
-            mounted = Mounted(
-                settings,
-                images,
+                self._role,
                 catalog,
-                showing,
-                report.report,
-                lambda mounts: metrics().answer(mounts),
-                self._stop.set,
-                service,
-                traces,
-                inheritance,
+                store,
+                nursery,
+                estate=None if self._leash is None else self._leash.estate,
+                stop=self._stop.set,
             )
-            succession = Succession(settings, inheritance, images, catalog, store, reader, mounted, service.chains)
-            scraped = metrics().scraped(settings, mounted) if settings.metrics_address and self._alone else None
             if self._leash is not None:
-                self._order = await self._follow(self._leash, succession)
+                self._order = await self._follow(self._leash, parts.succession)
                 if self._order is None:
                     nursery.cancel_scope.cancel()
                     return
@@ -252,41 +144,40 @@ class Daemon:
                 if not self._lock(store):
                     nursery.start_soon(self._lock_late, store)
             if not self._inherits:
-                preparer.builder.warm()
-            nursery.start_soon(service.keeping.watch)
+                parts.preparer.builder.warm()
+            nursery.start_soon(parts.chains.keeping.watch)
             nursery.start_soon(heap.give_back)
-            nursery.start_soon(pressure.watch, memory)
-            uses.bind(images, mounted)
-            store.irreplaceable = images.layers.offline
-            server = ControlServer(socket_of(settings, self._solo, store_only=self._store_only), mounted)
-            if session is not None:
-                session.open(self._order)
+            nursery.start_soon(pressure.watch, parts.memory)
+            store.irreplaceable = parts.images.layers.offline
+            server = ControlServer(
+                socket_of(settings, self._role.solo, store_only=self._role.store_only), parts.mounted
+            )
+            if parts.session is not None:
+                parts.session.open(self._order)
             try:
-                with self._scope, scraped or nullcontext():
-                    await self._parts(session, server, mounted, showing, succession, scraped)
+                with self._scope, parts.scraped or nullcontext():
+                    await self._work(parts, server)
             except BaseException as error:
                 if self._hands_over(error):
                     raise
-                await self._take_down(server, mounted, showing, images, session)
+                await self._take_down(parts, server)
                 nursery.cancel_scope.cancel()
                 raise
-            await self._take_down(server, mounted, showing, images, session)
+            await self._take_down(parts, server)
             nursery.cancel_scope.cancel()
 
-    async def _take_down(
-        self, server: ControlServer, mounted: Mounted, showing: Showing, images: Images, session: Session | None
-    ) -> None:
+    async def _take_down(self, parts: Parts, server: ControlServer) -> None:
         """End in order: nothing is mounted any more then, and the holder has nothing to hold."""
         with trio.CancelScope(shield=True):
             server.unlink()
             with trio.move_on_after(10):
-                await mounted.release_all()
+                await parts.mounted.release_all()
             with trio.move_on_after(5):
-                await showing.close()
+                await parts.showing.close()
             with trio.move_on_after(5):
-                await images.close()
-        if session is not None:
-            session.close()
+                await parts.images.close()
+        if parts.session is not None:
+            parts.session.close()
         if self._leash is not None:
             self._leash.ends()
         self._last.start()
@@ -318,20 +209,12 @@ class Daemon:
     def _inherits(self) -> bool:
         return self._order is not None and self._order.inherits
 
-    async def _parts(
-        self,
-        session: Session | None,
-        server: ControlServer,
-        mounted: Mounted,
-        showing: Showing,
-        succession: Succession,
-        scraped: Scraped | None,
-    ) -> None:
-        inherits = self._inherits
+    async def _work(self, parts: Parts, server: ControlServer) -> None:
+        inherits, session, scraped = self._inherits, parts.session, parts.scraped
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._watch_signals)
             if self._leash is not None:
-                await succession.run()
+                await parts.succession.run()
             if session is not None:
                 if inherits:
                     session.take_over()
@@ -340,41 +223,41 @@ class Daemon:
                     await session.tune()
             if self._leash is not None:
                 self._leash.serves()
-                nursery.start_soon(self._calm_down, self._leash, succession, mounted, showing)
+                nursery.start_soon(self._calm_down, self._leash, parts)
             if inherits:
                 await trio.sleep(_AFTER_THEM)
                 if scraped is not None:
                     nursery.start_soon(scraped.begin_late)
             elif scraped is not None:
                 scraped.begin()
-            if self._alone and not inherits:
-                await mounted.clean_up_crashed()
-                await showing.clean_up_crashed()
+            if self._role.is_alone and not inherits:
+                await parts.mounted.clean_up_crashed()
+                await parts.showing.clean_up_crashed()
             await server.listen()
             nursery.start_soon(server.serve)
-            nursery.start_soon(mounted.watch_table)
-            nursery.start_soon(self._watch_idle, server, mounted)
+            nursery.start_soon(parts.mounted.watch_table)
+            nursery.start_soon(self._watch_idle, server, parts.mounted)
             nursery.start_soon(self._watch_stop)
-            log.info("ready: root=%s session=%s", self._settings.root, self._solo or self._settings.session)
+            log.info("ready: root=%s session=%s", self._settings.root, self._role.solo or self._settings.session)
             self._report({"ok": True})
             self._is_ready = True
             notify.tell("READY=1")
             if not inherits:  # what is shown is shown; the next mount may wait for the test
-                nursery.start_soon(showing.test_early)
-            if self._alone and not inherits:
+                nursery.start_soon(parts.showing.test_early)
+            if self._role.is_alone and not inherits:
                 await self._sweep()
 
-    async def _calm_down(self, leash: Leash, succession: Succession, mounted: Mounted, showing: Showing) -> None:
+    async def _calm_down(self, leash: Leash, parts: Parts) -> None:
         """Do what can wait, once those are answered who waited for us."""
         if self._inherits:
             await trio.sleep(_BREATH)
         leash.is_calm()
-        await succession.clear()
+        await parts.succession.clear()
         if self._inherits:
-            await showing.clear_unknown()
-            if self._alone:
+            await parts.showing.clear_unknown()
+            if self._role.is_alone:
                 await self._sweep()
-            await mounted.watch_callers()
+            await parts.mounted.watch_callers()
 
     async def _sweep(self) -> None:
         await trio.to_thread.run_sync(partial(sweep.sweep, self._settings))
@@ -384,20 +267,6 @@ class Daemon:
         await session.run()
         log.info("the session was unmounted")
         self._scope.cancel()
-
-    def _path_of(self, planted: Planted) -> str:
-        if self._store_only:
-            raise UsageError("this daemon only fills the store, it shows no image")
-        if self._solo is not None:
-            return os.fspath(self._solo)
-        return os.fspath(self._settings.session / planted.name.decode())
-
-    def _why_not_erofs(self) -> str:
-        if self._store_only:
-            return "it only fills the store"
-        if self._solo is not None or os.geteuid() != 0:
-            return "erofs can be mounted by root alone"
-        return ""
 
     async def _watch_signals(self) -> None:
         with trio.open_signal_receiver(*_STOPS) as signals:
@@ -477,9 +346,8 @@ def main(argv: list[str] | None = None) -> int:
             leash = Template(args.leash, forked).run()
             if leash is None:
                 return 0
-        daemon = Daemon(
-            settings, args.solo, until_idle=args.until_idle, ready_fd=ready_fd, store_only=args.store_only, leash=leash
-        )
+        role = Role(args.solo, args.store_only)
+        daemon = Daemon(settings, role, until_idle=args.until_idle, ready_fd=ready_fd, leash=leash)
         if leash is None:
             daemon.hold_signals()
         trio.run(daemon.run, strict_exception_groups=True)
@@ -500,31 +368,6 @@ def _become_holder(settings: Settings, args: argparse.Namespace) -> NoReturn:
     if args.ready_fd >= 0:
         os.set_inheritable(args.ready_fd, True)
     os.execv(sys.executable, [sys.executable, "-P", "-m", "lazyfs.mount.holder", *words])
-
-
-def _accuse(images: Images, forest: Forest, node: int) -> None:
-    """Stop reading from the layer that a node is of: a request for it has ended several daemons."""
-    layer = forest.layer(node >> SHIFT)
-    if layer is not None:
-        images.quarantine(layer, "reading it has ended lazyfsd several times")
-
-
-def _metrics(
-    report: StatusReport, requests: RequestCounters, catalog: Catalog, chains: Callable[[], int]
-) -> DaemonMetrics:
-    from lazyfs.mount.metrics import DaemonMetrics  # not at the start, which is measured in milliseconds
-
-    return DaemonMetrics(report, requests, catalog, chains)
-
-
-def _find_trace(
-    census: Census, repository: Repository, manifest: str, deadline: float, layers: Sequence[str] | None
-) -> Trace | None:
-    from lazyfs.registry import traces  # not at the start, which is measured in milliseconds
-
-    known = census.manifest(manifest)
-    subject = Descriptor(known.media_type, known.digest, len(known.raw)) if known is not None else None
-    return traces.find(repository, manifest, deadline, layers=layers, subject=subject)
 
 
 def _end_now() -> None:

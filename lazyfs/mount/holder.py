@@ -21,32 +21,24 @@ import json
 import os
 import select
 import signal
-import socket
 import sys
 import time
 
-from lazyfs.limits import (
-    CRASH_LOOP,
-    CRASH_LOOP_WITHIN,
-    HOPELESS_CRASHES,
-    LONGEST_PAUSE,
-    MANY_CRASHES,
-    SERVE_TIMEOUT,
-    STOP_TIMEOUT,
-)
+from lazyfs.limits import SERVE_TIMEOUT, STOP_TIMEOUT
 from lazyfs.mount.children import (
     Child,
     died_of,
     is_over,
     is_readable,
-    oom_kills,
+    new_leash,
     own_cgroup,
-    reap,
     reap_strangers,
+    say,
     send,
     set_priority,
     tell,
 )
+from lazyfs.mount.deaths import Deaths
 from lazyfs.mount.premises import claim, clear_stale, mount, unmount
 
 IS, WARM, SERVES, ENDS = b"I", b"W", b"S", b"E"
@@ -57,7 +49,6 @@ _BOARD = 4096  # bytes in front of what daemons leave to each other: what one wa
 _AGAIN, _LONGEST_AGAIN = 1.0, 60.0
 _FIRST_STANDBY, _NEXT_STANDBY = 3.0, 0.2  # seconds after a daemon serves: those who wait for it come first
 _PR_SET_CHILD_SUBREAPER = 36
-_PAUSE = 0.1  # seconds before the next one where one could not start, doubled each time
 _LOOK = 0.25  # seconds between looks whether threads are left of a daemon that has died
 _LOOK_CLOSELY, _CLOSELY = 0.0003, 0.1  # seconds between looks at one that is dying, and for how long they are so many
 _URGENT, _GENTLE = -10, 10  # nice values: ours, since all readers wait when we are needed; of a template that loads
@@ -89,11 +80,8 @@ class Holder:
         self._again = _AGAIN
         self._start_at = float("inf")  # when to put the next one in place
         self._serve_by = float("inf")  # when who was ordered to serve must do so
-        self._crashes: list[float] = []
-        self._oom_kills = oom_kills()  # of the machine, when a daemon died last
-        self._dying: dict[int, float] = {}  # dead processes, some of whose threads may be left; when it seemed a crash
+        self._deaths = Deaths()
         self._may_be_gentle = False  # who may not lower a nice value must not raise one
-        self._failures = 0  # in a row, before they served
         self._wake, self._waker = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
 
     # -- the connection
@@ -115,7 +103,7 @@ class Holder:
 
     def _spawn(self) -> Child:
         """Start a template. The first one knows, too, where to say that a daemon is ready."""
-        ours, theirs = _socket_pair()
+        ours, theirs = new_leash()
         passed = [theirs.fileno()]
         words = [sys.executable, "-P", "-m", "lazyfs.mount.daemon", *self._words, "--leash", str(theirs.fileno())]
         if self._ready_fd >= 0:
@@ -147,8 +135,8 @@ class Holder:
             self._template, self._template_at = self._spawn(), float("inf")
         if how == FORK_AT_ONCE:
             set_priority(0, self._template.pid)
-        ours, theirs = _socket_pair()
-        _pass(self._template.leash, how, theirs.fileno(), self._estate)
+        ours, theirs = new_leash()
+        say(self._template.leash, how, theirs.fileno(), self._estate)
         theirs.close()
         return Child(ours)
 
@@ -165,10 +153,10 @@ class Holder:
         self._upgrading = False  # this is the new code, where one was coming
         if not self._current.pid and self._template is not None:
             set_priority(0, self._template.pid)  # it may still be loading for this one
-        self._serve_by = time.monotonic() + SERVE_TIMEOUT
-        looping = len([at for at in self._crashes if at > time.monotonic() - CRASH_LOOP_WITHIN]) >= CRASH_LOOP
-        order = {"greeting": self._greeting.hex(), "inherits": self._served, "careful": looping, "holder": os.getpid()}
-        _pass(self._current.leash, json.dumps(order).encode(), self._fuse)
+        now = time.monotonic()
+        self._serve_by, careful = now + SERVE_TIMEOUT, self._deaths.is_loop(now)
+        order = {"greeting": self._greeting.hex(), "inherits": self._served, "careful": careful, "holder": os.getpid()}
+        say(self._current.leash, json.dumps(order).encode(), self._fuse)
 
     def _give_up(self) -> None:
         """End who was ordered to serve and does not, or the template that does not fork it."""
@@ -240,7 +228,7 @@ class Holder:
         """Look at everything once. Return the exit status when it is over."""
         now = time.monotonic()
         self._obey(now)
-        self._reap()
+        self._deaths.reap()
         for child in (self._current, self._standby):
             if child is not None:
                 self._listen(child)
@@ -276,7 +264,7 @@ class Holder:
         if not self._stopping:
             self._ready_spares(now)
         known = [child.pid for child in (self._current, self._standby, self._template) if child is not None]
-        reap_strangers({*known, *self._dying})
+        reap_strangers({*known, *self._deaths.dying})
         return None
 
     def _spares_at(self) -> tuple[float, float]:
@@ -320,7 +308,8 @@ class Holder:
             elif word == SERVES:
                 self._standby_at = time.monotonic() + (_NEXT_STANDBY if self._served else _FIRST_STANDBY)
                 child.serving = self._served = True
-                self._failures, self._serve_by = 0, float("inf")
+                self._serve_by = float("inf")
+                self._deaths.served()
 
     def _has_ended(self, child: Child) -> bool:
         """Tell whether a daemon has ended; then it is left to be reaped, and its last words were heard."""
@@ -333,17 +322,8 @@ class Holder:
         self._listen(child)
         child.signal = died_of(child.pid)
         child.forget()
-        self._dying[child.pid] = 0.0
+        self._deaths.add_dying(child.pid)
         return True
-
-    def _reap(self) -> None:
-        """Take away who has gone, and look again at what seemed a crash: now it is known what ended it."""
-        for pid in list(self._dying):
-            number = reap(pid)
-            if number is not None:
-                crash = self._dying.pop(pid)
-                if number == signal.SIGKILL and crash in self._crashes:
-                    self._crashes.remove(crash)
 
     def _bury(self, now: float) -> int | None:
         """Note the end of the daemon that served. Return the exit status when none is to follow."""
@@ -359,18 +339,10 @@ class Holder:
             self._planned = False
             self._put_in_place()
             return None
-        before, self._oom_kills = self._oom_kills, oom_kills()
-        self._crashes = [at for at in self._crashes if at > now - CRASH_LOOP_WITHIN]
-        if child.signal != signal.SIGKILL or self._oom_kills != before:
-            self._crashes.append(now)  # no request makes a daemon die by somebody's hand
-        if child.pid and self._oom_kills == before:
-            self._dying[child.pid] = now
         tell(f"lazyfsd {child.pid} has died (signal {child.signal}), another one takes over")
-        self._failures = 0 if child.serving else self._failures + 1
-        if self._failures >= HOPELESS_CRASHES:
+        pause = self._deaths.note(child, now)
+        if pause is None:
             return 1
-        again = max(self._failures, len(self._crashes) - MANY_CRASHES)  # one that serves and crashes at once
-        pause = 0.0 if again <= 0 else min(_PAUSE * 2.0**again, LONGEST_PAUSE)
         self._start_at = now + pause
         if not pause:
             self._put_in_place()
@@ -383,30 +355,16 @@ class Holder:
                 if spare.pid:
                     send(spare, signal.SIGKILL)
                     spare.forget()
-                    self._dying[spare.pid] = 0.0
+                    self._deaths.add_dying(spare.pid)
         self._standby = self._template = None
 
     def _end(self) -> None:
         self._drop_spares()
         unmount(self._mountpoint, self._fuse)
         until = time.monotonic() + _LAST_THREADS
-        while self._dying and time.monotonic() < until:
-            self._reap()
+        while self._deaths.dying and time.monotonic() < until:
+            self._deaths.reap()
             time.sleep(0.01)
-
-
-def _socket_pair() -> tuple[socket.socket, socket.socket]:
-    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    ours.setblocking(False)
-    return ours, theirs
-
-
-def _pass(leash: socket.socket, word: bytes, *fds: int) -> None:
-    """Send a word with fds. Who has ended already misses it, which is seen next."""
-    try:
-        socket.send_fds(leash, [word], fds)
-    except OSError:
-        pass
 
 
 def _refuse(ready_fd: int, text: str) -> int:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import shutil
 import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
@@ -19,7 +18,7 @@ from lazyfs.chunks.catalog import Catalog, MountRecord
 from lazyfs.chunks.trace_files import TraceFiles
 from lazyfs.config import Settings
 from lazyfs.container import mounts, sweep
-from lazyfs.errors import LazyfsError, MountPointInvalid, StoreError, UsageError
+from lazyfs.errors import MountPointInvalid, StoreError, UsageError
 from lazyfs.format.trace import fitting
 from lazyfs.mount import claims, processes
 from lazyfs.mount.chain_service import ChainService
@@ -175,7 +174,7 @@ class Mounted:
             for mount in shown:
                 if os.fsencode(mount.dir) not in there and mount.id in self._mounts:
                     log.info("unmounted from outside: dir=%s", mount.dir)
-                    await trio.to_thread.run_sync(_remove_state, mount.state_dir, limiter=self._limiter)
+                    await trio.to_thread.run_sync(sweep.remove_state, mount.state_dir, limiter=self._limiter)
                     await self._release(mount)
 
     async def clean_up_crashed(self) -> None:
@@ -186,7 +185,7 @@ class Mounted:
             await self._note(partial(self._catalog.remove_mount, record.id), record.dir)
 
     async def _take_away(self, directory: str, kind: str, state_dir: str) -> None:
-        work = partial(_take_away, self._settings, directory, kind, state_dir)
+        work = partial(sweep.take_away, self._settings, directory, kind, state_dir)
         await trio.to_thread.run_sync(work, limiter=self._limiter)
 
     async def _note(self, work: Callable[[], None], directory: str) -> None:
@@ -270,7 +269,7 @@ class Mounted:
         if kind not in KINDS:
             raise UsageError(f"a mount can't be of kind {kind!r}")
         directory, state_dir = _text(args, "dir"), str(args.get("state_dir") or "")
-        if state_dir and not _is_ours(self._settings, state_dir):
+        if state_dir and not sweep.is_below(self._settings, state_dir):
             raise UsageError(f"{state_dir} is not in the store")
         mount.dir, mount.kind, mount.state_dir = directory, kind, state_dir
         tree = mount.image.planted.name.decode()
@@ -404,27 +403,3 @@ def _text(args: dict[str, Any], name: str) -> str:
 
 def _is_words(value: object) -> TypeGuard[list[str]]:
     return isinstance(value, list) and all(isinstance(word, str) for word in value)
-
-
-def _is_ours(settings: Settings, path: str) -> bool:
-    """Tell whether a directory to be removed later lies where we keep such directories."""
-    clean = os.path.normpath(path)
-    return any(clean.startswith(f"{root}/") for root in (settings.root, settings.run))
-
-
-def _take_away(settings: Settings, directory: str, kind: str, state_dir: str) -> None:
-    """Unmount a directory that shows an image, and remove its writable layer. Blocking; logs what fails."""
-    try:
-        if directory and kind != "container" and sweep.is_ours(settings, directory):
-            if os.geteuid() == 0:
-                mounts.umount(os.fsencode(directory), lazy=True)
-            else:
-                mounts.umount_user(os.fsencode(directory), lazy=True)
-    except (LazyfsError, OSError) as error:
-        log.warning("%s stays mounted: %s", directory, error)
-    _remove_state(state_dir)
-
-
-def _remove_state(state_dir: str) -> None:
-    if state_dir:
-        shutil.rmtree(state_dir, ignore_errors=True)
