@@ -10,6 +10,7 @@ import logging
 import random
 import time
 from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
 from typing import TypeVar
 
 import trio
@@ -27,13 +28,21 @@ from lazyfs.units import KiB
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
-Given = Callable[[], Awaitable[bytes | None]]  # waits for bytes that are under way; None: they don't come
 
 _PIECE = 128 * KiB  # compressed bytes of a piece of a frame at least: 20 ms at 50 Mbit/s
 _BACKOFF = (0.2, 0.5, 1.0, 2.0, 5.0)  # seconds between tries, with jitter
 _DAMAGED_TRIES = 2  # wrong bytes are fetched again once, and once from each other source; then they are real
 _LANDING = 2  # threads that take apart what came before its layer's table: the machine's cores, about
 _LATE = 1.0  # seconds beyond twice the time that a piece takes, after which a reader waits for it no longer
+
+
+@dataclass(frozen=True, slots=True)
+class Given:
+    """Bytes that somebody has asked for. `wait` for them; None: they don't come. `ticket`: of that request, which may
+    still wait for its turn when a reader turns up."""
+
+    wait: Callable[[], Awaitable[bytes | None]]
+    ticket: Ticket
 
 
 class Flights:
@@ -78,8 +87,7 @@ class Flights:
     def land(self, layer: ServedLayer, first: int, stop: int, priority: Priority, given: Given) -> None:
         """Let frames [first, stop) land whose compressed bytes somebody has asked for already. Never blocks.
 
-        None of them may be on its way. `given` waits for the bytes; None: they don't come. Then, and where they are
-        wrong, the frames are asked for like others.
+        None of them may be on its way. Where the bytes don't come, or are wrong, the frames are asked for like others.
         """
         self._begin(layer, first, stop, priority, False, given)
 
@@ -134,8 +142,8 @@ class Flights:
         data: bytes | None = None
         async with trio.open_nursery() as nursery:
             with trio.CancelScope() as scope:
-                nursery.start_soon(self._hasten, fetch, scope, self._patience(layer, size))
-                data = await given()
+                nursery.start_soon(self._hasten, fetch, given.ticket, scope, self._patience(layer, size))
+                data = await given.wait()
             nursery.cancel_scope.cancel()
         if data is None or layer.dropped:
             return
@@ -150,9 +158,10 @@ class Flights:
             self._on_error(wrong)
 
     @staticmethod
-    async def _hasten(fetch: Fetch, scope: trio.CancelScope, patience: float) -> None:
-        """End a wait `patience` seconds after somebody has come to want the frames now."""
+    async def _hasten(fetch: Fetch, ticket: Ticket, scope: trio.CancelScope, patience: float) -> None:
+        """End a wait `patience` seconds after somebody has come to want the frames now; `ticket` waits no longer."""
         await fetch.hurry.wait()
+        ticket.promote(fetch.priority)
         scope.deadline = trio.current_time() + patience
 
     def _patience(self, layer: ServedLayer, size: int) -> float:

@@ -129,13 +129,13 @@ class Remote:
     def land(self, layer: ServedLayer, first: int, stop: int, priority: Priority, given: Given) -> None:
         """Let frames [first, stop) land whose bytes are here or under way, except those that are here or on flights.
 
-        `given` waits for the compressed bytes from the first frame's to the last one's. Never blocks.
+        `given`: the compressed bytes from the first frame's to the last one's. Never blocks.
         """
         table = layer.table
         base = table.frame_blob_offset[first]
 
         async def part(begin: int, end: int) -> bytes | None:
-            data = await given()
+            data = await given.wait()
             return None if data is None else data[begin - base : end - base]
 
         while first < stop:
@@ -144,8 +144,8 @@ class Remote:
                 end += 1
             if end > first:
                 last = int(table.frame_blob_offset[end - 1]) + needed(table, end - 1)
-                given_part = partial(part, int(table.frame_blob_offset[first]), last)
-                self._flights.land(layer, first, end, priority, given_part)
+                wait = partial(part, int(table.frame_blob_offset[first]), last)
+                self._flights.land(layer, first, end, priority, Given(wait, given.ticket))
             first = max(end, first + 1)
 
     def drop(self, layer: ServedLayer) -> None:

@@ -17,10 +17,11 @@ from itertools import groupby
 
 import trio
 
-from lazyfs.chunks.frames import fetch_bytes, needed
+from lazyfs.chunks.flights import Given
+from lazyfs.chunks.frames import Sample, fetch_bytes, needed
 from lazyfs.chunks.layer import ServedLayer, limited_for
 from lazyfs.chunks.remote import Remote
-from lazyfs.chunks.schedule import Priority, Scheduler
+from lazyfs.chunks.schedule import Priority, Scheduler, Ticket
 from lazyfs.errors import LazyfsError
 from lazyfs.format.table import LayerTable
 from lazyfs.format.trace import Span, Trace
@@ -42,6 +43,7 @@ class _Coming:
 
     digest: str
     span: Span
+    ticket: Ticket
     data: bytes | None = None
     over: trio.Event = field(default_factory=trio.Event)
 
@@ -82,7 +84,7 @@ class Advance:
                     await self._until_welcome()
                     if self._landed.is_set():
                         break
-                    coming = _Coming(digest, span)
+                    coming = _Coming(digest, span, self._scheduler.ticket(self._host, Priority.PREFETCH))
                     self._coming.append(coming)
                     self._asked(span.size)
                     nursery.start_soon(self._fetch, coming, partial(places.release_on_behalf_of, span))
@@ -98,16 +100,15 @@ class Advance:
                 await self._landed.wait()
 
     async def _fetch(self, coming: _Coming, release: Callable[[], None]) -> None:
-        ticket = self._scheduler.ticket(self._host, Priority.PREFETCH)
+        ticket, span = coming.ticket, coming.span
 
-        def job() -> bytes:
-            span = coming.span
+        def job() -> tuple[bytes, Sample]:
             deadline = time.monotonic() + EARLY_TRY
-            data, _ = fetch_bytes(self._repository, coming.digest, span.blob_offset, span.size, deadline, ticket.flow)
-            return data
+            return fetch_bytes(self._repository, coming.digest, span.blob_offset, span.size, deadline, ticket.flow)
 
         try:
-            coming.data = await self._scheduler.run(ticket, job, coming.span.size)
+            coming.data, sample = await self._scheduler.run(ticket, job, span.size)
+            self._scheduler.observe(self._host, sample.first_byte, sample.size, sample.seconds)
         except LazyfsError as error:
             log.info("what a trace asks for early is left to readers: layer=%s error=%s", coming.digest, error)
         finally:
@@ -131,7 +132,8 @@ class Advance:
             first, stop = _frames(layer.table, span.blob_offset, span.blob_offset + span.size)
             if first < stop:
                 skipped = int(layer.table.frame_blob_offset[first]) - span.blob_offset
-                remote.land(layer, first, stop, Priority.PREFETCH, partial(_behind, coming, skipped))
+                given = Given(partial(_behind, coming, skipped), coming.ticket)
+                remote.land(layer, first, stop, Priority.PREFETCH, given)
                 out.append(Range(layer, first, stop))
         self._coming = [coming for coming in self._coming if not coming.over.is_set()]
         return out

@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from lazyfs.chunks.census import Census
 from lazyfs.chunks.frames import needed
 from lazyfs.chunks.layer import ServedLayer
+from lazyfs.chunks.schedule import Priority, _Pace
 from lazyfs.chunks.trace_files import TraceFiles
 from lazyfs.config import Settings
 from lazyfs.format.table import LayerTable
@@ -234,6 +235,32 @@ async def test_a_reader_does_not_wait_for_what_crawls(told: Trace, cold: Cold, r
     assert cold.one.remote.in_flight()
     await cold.reads(WANTED[0])
     assert not start.over.is_set()  # what crawls does so still
+
+
+async def test_no_reader_waits_for_the_rate_of_prefetch(told: Trace, scratch: Path, registry: FakeRegistry) -> None:
+    """He would wait for half an hour here: nothing is known of the link so far."""
+    async with node(scratch, read_timeout=3600.0) as one:
+        layer = one.serve(BLOB, registry)
+        registry.clear_log()
+        pace = one.scheduler._paces[Priority.PREFETCH] = _Pace(1, trio.current_time)
+        pace._note(10**6)
+        cold = Cold(one, layer, starts_of(one, scratch, told))
+        start = cold.begin(early=True)
+        await until_asked(start)
+        cold.mounted(start)
+        await trio.testing.wait_all_tasks_blocked()
+        assert one.remote.in_flight() and not registry.bytes_sent("/blobs/")
+        await cold.reads(WANTED[0])
+        cold.starts.end(start)
+        assert registry.bytes_sent("/blobs/") < told_bytes(told)  # what nobody reads still waits for its turn
+
+
+async def test_the_link_is_known_from_what_came_early(told: Trace, cold: Cold, registry: FakeRegistry) -> None:
+    link = cold.one.scheduler.link(cold.layer.host)
+    assert not link.round_trip
+    with trio.fail_after(DEADLINE):
+        await advance_of(cold.one, cold.layer, told, lambda _: None).run()
+    assert link.round_trip > 0
 
 
 @pytest.mark.parametrize("how", ["flip", "refuse", "other_blob"])
