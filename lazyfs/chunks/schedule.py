@@ -81,19 +81,47 @@ class Ticket:
 
 
 class _Pace:
-    """The bytes a second that jobs of one priority may ask for: a request waits for the excess of those before it."""
+    """The bytes a second that jobs of one priority may ask for: a request waits for the excess of those before it.
+
+    They leave in the order in which they came. One that is cancelled or promoted meanwhile counts for nothing: those
+    behind it move up.
+    """
 
     def __init__(self, rate: int, clock: Callable[[], float]) -> None:
         self._rate = rate
         self._clock = clock
         self._next = float("-inf")  # when the next request may leave
+        self._line: dict[Ticket, trio.CancelScope] = {}  # who waits, and until when; only the first one's turn is known
 
-    def wait_for(self, size: int) -> float:
-        """Note a request of `size` bytes. Return the seconds that it has to wait."""
-        now = self._clock()
-        begin = max(now, self._next)
-        self._next = begin + size / self._rate
-        return begin - now
+    async def wait_for(self, ticket: Ticket, size: int) -> bool:
+        """Wait until a request of `size` bytes may leave, or is promoted. Return whether it counts here."""
+        if not self._line and self._next <= self._clock():
+            self._note(size)
+            return True
+        scope = self._line[ticket] = trio.CancelScope()
+        try:
+            self._move_up()
+            with scope:
+                await ticket.promoted.wait()
+            if scope.cancelled_caught:
+                self._note(size)
+        finally:
+            del self._line[ticket]
+            self._move_up()
+        return scope.cancelled_caught
+
+    def give_back(self, size: int) -> None:
+        """Forget a request of `size` bytes that was cancelled before anything was asked for."""
+        self._next = max(self._clock(), self._next - size / self._rate)
+        self._move_up()
+
+    def _note(self, size: int) -> None:
+        self._next = max(self._clock(), self._next) + size / self._rate
+
+    def _move_up(self) -> None:
+        first = next(iter(self._line.values()), None)
+        if first is not None:
+            first.deadline = trio.current_time() + max(0.0, self._next - self._clock())
 
 
 @dataclass(frozen=True, slots=True)
@@ -402,10 +430,11 @@ class Scheduler:
         Cancelling the wait gives the place back; a job that runs is abandoned only by its own deadline.
         """
         host = ticket._host
-        pace = self._paces.get(ticket.priority)
-        if pace is not None and (wait := pace.wait_for(size)):
-            with trio.move_on_after(wait):
-                await ticket.promoted.wait()  # a reader waits for it now
+        counted: _Pace | None = None
+        while counted is None and (pace := self._paces.get(ticket.priority)) is not None:
+            ticket.promoted = trio.Event()
+            if await pace.wait_for(ticket, size):  # else it is of a more urgent priority now, with a rate of its own
+                counted = pace
         ticket.queued = True
         ticket.size = size
         host.push(ticket)
@@ -422,6 +451,8 @@ class Scheduler:
                 host.leave(ticket)
             ticket.entered = True
             host.grant()  # drops it from the head of the queue
+            if counted is not None:
+                counted.give_back(size)
             raise
         try:
             # A job stalled in a request must not hold up the end of the daemon; its own deadline ends the thread.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 import trio
@@ -240,6 +241,66 @@ async def test_a_rate_bounds_what_nobody_waits_for_and_no_reader() -> None:
             assert len(began) == 5
             ticket.promote(DEMAND)
     assert len(began) == 6 and scheduler.statistics()[HOST].running == 0
+
+
+async def test_what_is_cancelled_before_it_leaves_delays_nobody_behind_it() -> None:
+    """An image that is unmounted again: the next one's prefetch finds the link idle, and the rate unused."""
+    scheduler = Scheduler(2, rates={PREFETCH: 1_000})  # one prefetch runs at a time
+    gate, over = threading.Event(), trio.Event()
+    large = 10**9  # bytes; their turn would take eleven days
+
+    async def fetch(size: int, job: Callable[[], object] = int) -> None:
+        await scheduler.run(scheduler.ticket(HOST, PREFETCH), job, size)
+
+    async def last() -> None:
+        await fetch(1)
+        over.set()
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(fetch, 1, partial(gate.wait, 10))
+        await trio.testing.wait_all_tasks_blocked()
+        async with trio.open_nursery() as first:
+            for size in (large, large, 100):  # the one may leave soon, and waits for a connection; the others for it
+                first.start_soon(fetch, size)
+            with trio.fail_after(10):
+                while scheduler.statistics()[HOST].waiting != 1:
+                    await trio.sleep(0.001)
+            nursery.start_soon(last)  # is there before the others go
+            await trio.testing.wait_all_tasks_blocked(0.01)
+            first.cancel_scope.cancel()
+        gate.set()
+        with trio.fail_after(10):
+            await over.wait()
+    assert scheduler.statistics()[HOST].running == 0
+
+
+async def test_a_rate_keeps_the_order_and_what_is_promoted_takes_none_of_it() -> None:
+    scheduler = Scheduler(8, rates={PREFETCH: 100, BACKGROUND: 1})
+    began: list[str] = []
+
+    async def fetch(name: str, ticket: Ticket, size: int) -> None:
+        await scheduler.run(ticket, lambda: began.append(name), size)
+
+    async with trio.open_nursery() as nursery:
+        with trio.fail_after(10):
+            await fetch("background", scheduler.ticket(HOST, BACKGROUND), 10**6)
+            await fetch("first", scheduler.ticket(HOST, PREFETCH), 20)  # 0.2 s
+            sizes = {
+                "wanted": (PREFETCH, 10**6),
+                "second": (PREFETCH, 10),
+                "third": (PREFETCH, 10),
+                "known": (BACKGROUND, 10),
+            }
+            tickets = {}
+            for name, (priority, size) in sizes.items():
+                tickets[name] = scheduler.ticket(HOST, priority)
+                nursery.start_soon(fetch, name, tickets[name], size)
+                await trio.testing.wait_all_tasks_blocked()
+            tickets["known"].promote(PREFETCH)  # behind the others, at their rate
+            tickets["wanted"].promote(DEMAND)
+            while len(began) < 6:
+                await trio.sleep(0.001)
+    assert began == ["background", "first", "wanted", "second", "third", "known"]
 
 
 async def test_hosts_do_not_wait_for_each_other() -> None:
