@@ -16,7 +16,7 @@ import threading
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import urlencode, urlsplit
 
 import zstandard
 
@@ -130,25 +130,52 @@ def probe(reference: str) -> Hops:
     host, _, rest = reference.partition("/")
     name, _, tag = rest.rpartition(":")
     link = http.client.HTTPConnection(host, timeout=30)
+    known: dict[str, str] = {}
+    tcp, auth = 1, 0
     try:
-        status, headers, body = _get(link, f"/v2/{name}/manifests/{tag}", {"Accept": ", ".join(_INDEXES + _MANIFESTS)})
+        manifest, asked = f"/v2/{name}/manifests/{tag}", {"Accept": ", ".join(_INDEXES + _MANIFESTS)}
+        status, headers, body = _get(link, manifest, asked)
         if status == 401:
-            return Hops(auth=2)  # what is behind the challenge is not looked at
+            auth = 2
+            realm, token = _token(headers.get("www-authenticate", ""))
+            if not token:
+                return Hops(auth=auth)  # it wants a password, and what is behind it is not looked at
+            tcp += int(realm != host)
+            known = {"Authorization": f"Bearer {token}"}
+            status, headers, body = _get(link, manifest, asked | known)
         if status != 200:
             raise StartFailed(f"the registry answered {status} for the manifest of {reference}")
         index = int(headers.get("content-type", "") in _INDEXES)
         if index:
             first = json.loads(body)["manifests"][0]["digest"]
-            body = _get(link, f"/v2/{name}/manifests/{first}", {"Accept": ", ".join(_MANIFESTS)})[2]
+            body = _get(link, f"/v2/{name}/manifests/{first}", {"Accept": ", ".join(_MANIFESTS)} | known)[2]
         layer = json.loads(body)["layers"][0]["digest"]
-        status, headers, _ = _get(link, f"/v2/{name}/blobs/{layer}", {"Range": "bytes=0-0"})
+        status, headers, _ = _get(link, f"/v2/{name}/blobs/{layer}", {"Range": "bytes=0-0"} | known)
     finally:
         link.close()
     if status in (200, 206):
-        return Hops(index=index)
+        return Hops(tcp=tcp, auth=auth, index=index)
     there = urlsplit(headers.get("location", ""))
     other = int(bool(there.netloc) and there.netloc != host)  # its connection waits for the redirect's answer
-    return Hops(tcp=1 + other, tls=int(there.scheme == "https"), index=index, redirect=1)
+    return Hops(tcp=tcp + other, tls=int(there.scheme == "https"), auth=auth, index=index, redirect=1)
+
+
+def _token(challenge: str) -> tuple[str, str]:
+    """Return who gives tokens to anybody, HOST:PORT, and one of them; "" for both where nobody does. Blocking."""
+    asked = dict(re.findall(r'(\w+)="([^"]*)"', challenge))
+    realm = urlsplit(asked.pop("realm", ""))
+    if not challenge.lower().startswith("bearer ") or not realm.hostname:
+        return "", ""
+    kind = http.client.HTTPSConnection if realm.scheme == "https" else http.client.HTTPConnection
+    link = kind(realm.netloc, timeout=30)
+    try:
+        status, _, body = _get(link, f"{realm.path}?{urlencode(asked)}", {})
+    finally:
+        link.close()
+    if status != 200:
+        return "", ""
+    found = json.loads(body)
+    return realm.netloc, str(found.get("token") or found.get("access_token") or "")
 
 
 def _get(link: http.client.HTTPConnection, path: str, headers: dict[str, str]) -> tuple[int, dict[str, str], bytes]:

@@ -1,23 +1,30 @@
-"""Facts about the machine that a measurement was taken on, to stand beside its figures."""
+"""Facts about the machine that a measurement was taken on, and when, to stand beside its figures."""
 
 from __future__ import annotations
 
 import contextlib
 import os
 import platform
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 
 def facts() -> dict[str, Any]:
-    """Return CPU model, cores, memory (bytes), kernel and Python; "" or 0 where /proc does not tell."""
+    """Return CPU model, cores, memory (bytes), kernel, Python and date; "" or 0 where /proc does not tell."""
     return {
         "cpu": _field("/proc/cpuinfo", "model name"),
         "cores": len(os.sched_getaffinity(0)),
         "memory": int(_field("/proc/meminfo", "MemTotal").split()[0] or 0) * 1024,
         "kernel": platform.release(),
         "python": platform.python_version(),
+        "date": now(),
     }
+
+
+def now() -> str:
+    """Return the time of day, UTC, to the second (ISO 8601)."""
+    return datetime.now(UTC).isoformat(timespec="seconds")
 
 
 def cpu_seconds(pid: int) -> float:

@@ -42,7 +42,7 @@ def named(names: Iterable[str]) -> list[Workload]:
 
 
 class Results:
-    """JSON lines, each with the machine that it was measured on."""
+    """JSON lines, each with the machine that it was measured on, and when."""
 
     def __init__(self, out: TextIO) -> None:
         self._out = out
@@ -51,7 +51,7 @@ class Results:
         self.last: dict[str, Any] = {}
 
     def add(self, what: str, **found: Any) -> None:
-        self.last = {"what": what, **found, **self._facts}
+        self.last = {"what": what, **found, **self._facts, "date": machine.now()}
         print(json.dumps(self.last), file=self._out, flush=True)
 
     def failed(self, error: BaseException, **where: Any) -> None:

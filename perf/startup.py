@@ -5,8 +5,9 @@
 
 Real containerd with CRI and runc, a fresh node for each start, images of Debian packages that are made the first time
 and kept (--cache). Each pair starts all modes in another order. Prints JSON lines: each start, and for each workload
-and link medians, spread, ratios with their 95 % bound, and the limit; the machine in each of them. Exits with 1 when a
-start failed or a promise is missed. Method: perf/README.md.
+and link medians, spread, ratios with their 95 % bound, and the limit; the machine and the date in each of them. Exits
+with 1 when a start failed or a promise is missed: without its full pulls a workload has no summary. Method:
+perf/README.md.
 """
 
 from __future__ import annotations
@@ -115,7 +116,7 @@ def _rounds(
             except _FAILURES as error:
                 results.failed(error, workload=scene.workload.name, link=link.name, mode=visit)
                 del visits[visit]
-                for mode in (visit, *((startup_modes.WARM,) if visit == startup_modes.WARM_STORE else ())):
+                for mode in startup_modes.PAIRS.get(visit, (visit,)):
                     found.pop(mode, None)
                 continue
             for mode, start in starts.items():
@@ -196,17 +197,19 @@ def plan_of(args: argparse.Namespace) -> Plan:
     )
 
 
-def quick_words(summary: dict[str, Any]) -> str:
-    """Return the last line of a quick run: measured ÷ limit."""
+def quick_words(summary: dict[str, Any], seconds: float) -> str:
+    """Return the last line of a quick run, which took `seconds`: measured ÷ limit."""
     bound = summary["limit"]
+    hops = ", ".join(name if count == 1 else f"{count} {name}" for name, count in bound["hops"].items() if count)
     parts = [f"{mode} {one['total_s']:.2f} s = {one['by_limit']:.2f}" for mode, one in summary["modes"].items()
              if "by_limit" in one]  # fmt: skip
     made = (
-        f"{bound['round_trips']} round trips {bound['round_trips_s']:.2f} s, pages {bound['transfer_s']:.2f} s, "
-        f"overlayfs warm {bound['overlayfs_warm_s']:.2f} s"
+        f"{bound['round_trips']} round trips ({hops}) {bound['round_trips_s']:.2f} s, "
+        f"pages {bound['transfer_s']:.2f} s, overlayfs warm {bound['overlayfs_warm_s']:.2f} s"
     )
     full = f"full pull {summary['modes'][FULL]['total_s']:.2f} s"
-    return f"{full}; limit {bound['seconds']:.2f} s ({made}); measured ÷ limit: {', '.join(parts)}"
+    limits = f"limit {bound['seconds']:.2f} s ({made})"
+    return f"{full}; {limits}; measured ÷ limit: {', '.join(parts)}; it took {seconds:.0f} s"
 
 
 def main() -> int:
@@ -227,6 +230,7 @@ def main() -> int:
     runs.add_cache(parser)
     parser.add_argument("--out", type=Path, metavar="FILE", help="append the JSON lines to it; else they are printed")
     args = parser.parse_args()
+    began = time.monotonic()
     if os.geteuid() != 0:
         parser.error("it starts containers and drops caches: run it as root")
     try:
@@ -237,7 +241,7 @@ def main() -> int:
         results = Results(out)
         measure(plan, results)
     if args.quick and results.last.get("what") == "startup":
-        print(quick_words(results.last), flush=True)
+        print(quick_words(results.last, time.monotonic() - began), flush=True)
     return 1 if results.bad else 0
 
 

@@ -20,6 +20,7 @@ TRACE = "trace"
 WARM_STORE = "warm-store"
 WARM = "warm"
 OURS = (COLD, TRACE, WARM_STORE, WARM)
+PAIRS = {FULL: (FULL, FULL_WARM), WARM_STORE: (WARM_STORE, WARM)}  # the modes of a visit that gives two
 _LEAST = 50  # the part of an image that another snapshotter has to fetch: tables of contents alone are less
 _WHOLE = 1800.0  # seconds for an image to be complete
 

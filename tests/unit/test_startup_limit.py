@@ -80,6 +80,25 @@ def test_the_registrys_hops_are_seen() -> None:
     with FakeRegistry(auth="bearer", anonymous=True) as strict:
         strict.add_image("app", "lazy", [b"a layer"])
         assert probe(f"{strict.host}/app:lazy") == Hops(auth=2)
+    with FakeRegistry(auth="basic", users={"a": "b"}) as closed:
+        closed.add_image("app", "lazy", [b"a layer"])
+        assert probe(f"{closed.host}/app:lazy") == Hops(auth=2)
+
+
+@pytest.mark.parametrize("auth", ["", "bearer"])
+def test_an_index_and_a_storage_of_its_own_are_hops(auth: str) -> None:
+    with FakeRegistry(auth=auth, anonymous=bool(auth), redirect=True) as registry:
+        image = registry.add_image("app", "", [b"a layer"])
+        registry.add_index("app", "lazy", {"linux/amd64": image})
+        found = probe(f"{registry.host}/app:lazy")
+        assert found == Hops(tcp=2, auth=2 if auth else 0, index=1, redirect=1)
+        registry.redirect = False
+        assert probe(f"{registry.host}/app:lazy") == replace(found, tcp=1, redirect=0)
+
+
+def test_a_registry_without_the_image_has_no_hops() -> None:
+    with FakeRegistry() as registry, pytest.raises(StartFailed, match="answered 404"):
+        probe(f"{registry.host}/app:lazy")
 
 
 @settings(max_examples=20)
@@ -118,6 +137,18 @@ def test_ratios_are_those_of_a_round_and_missed_promises_are_named() -> None:
     missed = broken(BY_NAME["nginx"], WAN, summary)
     assert [words.split(":")[0] for words in missed] == ["cold", "cold"]
     assert broken(BY_NAME["nginx"], parse_link("loopback"), summary) == ["cold: up to 1.1 of the full pull, not 1.03"]
+
+
+def test_the_faster_full_pull_of_a_round_is_the_reference() -> None:
+    found = {
+        "overlayfs": [start(10.0), start(6.0)],
+        "overlayfs-warm": [start(0.1), start(0.1)],
+        "overlayfs-converted": [start(4.0), start(8.0)],
+        "cold": [start(2.0), start(3.0)],
+    }
+    modes = summarise(found, LIMIT)["modes"]
+    assert modes["cold"]["by_full_pull"] == modes["cold"]["by_full_pull_95"] == 0.5  # of 4.0 and of 6.0
+    assert "by_full_pull" not in modes["overlayfs-converted"]
 
 
 def test_a_start_that_found_something_warm_is_no_cold_start(tmp_path: Path) -> None:
