@@ -15,11 +15,11 @@ import zstandard
 
 from indexer.options import LEVELS, OutputForm
 from lazyfs.format.entry import Chunk
+from lazyfs.limits import COMPRESSION_MEMORY
 from lazyfs.units import KiB, MiB
 
 FRAME_SIZE = MiB  # bytes; a frame that holds more than one chunk is not larger
 FRAME_LIMIT = FRAME_SIZE + 64 * KiB  # bytes; no frame is larger
-_WORKER_MEMORY = 96 * MiB  # of all compression contexts together; at level 19 one takes 18 MiB
 _DEFLATE_MEMORY = MiB  # bytes; a deflate state's window, tables and buffers
 # No time, no extra flags, unknown system: the same bytes wherever it is made. Source: RFC 1952 section 2.3.
 _GZIP_HEADER = bytes.fromhex("1f8b08000000000000ff")
@@ -58,7 +58,7 @@ class Compressors:
         context = _DEFLATE_MEMORY
         if form is not OutputForm.ESTARGZ:
             context = _parameters(level).estimated_compression_context_size()
-        affordable = _WORKER_MEMORY // (context + FRAME_LIMIT)
+        affordable = COMPRESSION_MEMORY // (context + FRAME_LIMIT)
         self.threads = max(1, min(jobs, affordable))
         self._local = threading.local()
         self._pool = ThreadPoolExecutor(self.threads, "compress")

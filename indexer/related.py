@@ -19,14 +19,13 @@ from indexer.report import ReferrerReport
 from lazyfs import digest as digests
 from lazyfs import oci
 from lazyfs.errors import DocumentInvalid, FormatError, ManifestMissing, RegistryError, TrustError
-from lazyfs.limits import MAX_COPIED_BLOB, MAX_LAYERS
+from lazyfs.limits import LISTING_TIMEOUT, MAX_COPIED_BLOB, MAX_LAYERS
 from lazyfs.registry import traces
 from lazyfs.registry.repository import Repository
 
 log = logging.getLogger(__name__)
 
 SOURCE_REFERRER = "dev.lazyfs.source.referrer"  # annotation of a copy: the original's digest
-_PATIENCE = 60.0  # seconds; listing runs beside the conversion and must not hold it up for long
 # What cosign keeps beside an image under the tag sha256-<hex>SUFFIX, without a subject.
 _BESIDE = {".sig": "cosign signature", ".att": "cosign attestation", ".sbom": "cosign SBOM"}
 _SIGNING = ("signature", "sigstore", "cosign", "notary", "simplesigning")
@@ -63,9 +62,9 @@ class Copied:
 def list_referrers(source: Repository, subjects: list[str]) -> list[Referrer]:
     """Return what refers to the manifests `subjects` (digests). Raise RegistryError.
 
-    Blocks for some requests each, and no longer than _PATIENCE in all.
+    Blocks for some requests each, and no longer than LISTING_TIMEOUT in all.
     """
-    deadline = time.monotonic() + _PATIENCE
+    deadline = time.monotonic() + LISTING_TIMEOUT
     found: list[Referrer] = []
     for subject in subjects:
         found += [

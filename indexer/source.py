@@ -11,7 +11,7 @@ from typing import BinaryIO
 
 from lazyfs.errors import Interrupted, RegistryError, StoreBroken
 from lazyfs.format.inflate import decompress
-from lazyfs.limits import SOURCE_DEPTH
+from lazyfs.limits import SLOWEST_SOURCE, SOURCE_DEPTH, SOURCE_GRACE
 from lazyfs.oci import Descriptor
 from lazyfs.registry.repository import Repository
 from lazyfs.units import KiB
@@ -19,8 +19,6 @@ from lazyfs.units import KiB
 _READ = 256 * KiB  # bytes asked of the registry at once
 _RESUMES = 5  # broken transfers in a row without a byte between them
 _POLL = 0.2  # seconds until a cancelled conversion is noticed
-_SLOWEST = 50_000  # bytes/s; a source slower than this is given up after the grace
-_GRACE = 600.0  # seconds
 
 
 class BlobSource:
@@ -48,7 +46,7 @@ class BlobSource:
     def blocks(self) -> Iterator[bytes]:
         """Yield the blob's bytes from where it stands. Blocks. Raise RegistryError."""
         total = self._blob.size
-        deadline = time.monotonic() + _GRACE + total / _SLOWEST
+        deadline = time.monotonic() + SOURCE_GRACE + total / SLOWEST_SOURCE
         failures = 0
         while self.size < total:
             try:

@@ -10,12 +10,12 @@ from concurrent.futures import FIRST_EXCEPTION, Future, wait
 from typing import TypeVar
 
 from lazyfs.errors import Interrupted
+from lazyfs.limits import INTERRUPT_PATIENCE
 
 T = TypeVar("T")
 R = TypeVar("R")
 
 _POLL = 0.5  # seconds between two looks at signals
-_PATIENCE = 5.0  # seconds that an interruption waits for work under way, so that it can tidy up
 
 
 def side_by_side(
@@ -60,7 +60,7 @@ def side_by_side(
     except BaseException as error:
         waiting.clear()
         stop()
-        deadline = time.monotonic() + _PATIENCE
+        deadline = time.monotonic() + INTERRUPT_PATIENCE
         for thread in running:
             if thread.ident is not None:
                 thread.join(None if isinstance(error, Exception) else max(0.0, deadline - time.monotonic()))

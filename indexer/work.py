@@ -28,14 +28,13 @@ from types import TracebackType
 from lazyfs import digest as digests
 from lazyfs import oci, private
 from lazyfs.errors import FormatError, StoreBroken
-from lazyfs.limits import MAX_WORK_RECORD, MAX_WORK_RECORDS, MAX_WORK_SIZE
+from lazyfs.limits import MAX_WORK_RECORD, MAX_WORK_RECORDS, MAX_WORK_SIZE, WORK_LOCK_TIMEOUT
 
 log = logging.getLogger(__name__)
 
 VERSION = 1  # of the records
 BLOB_AGE = 7 * 86_400.0  # seconds that a blob waits for its run to be taken up again
 RECORD_AGE = 90 * 86_400.0  # seconds
-_LOCK_WAIT = 60.0  # seconds; the lock is held for a tidy-up only
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,7 +163,7 @@ class WorkDirectory:
     def _locked(self) -> Iterator[None]:
         descriptor = os.open(self._path / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
         try:
-            _flock(descriptor, time.monotonic() + _LOCK_WAIT)
+            _flock(descriptor, time.monotonic() + WORK_LOCK_TIMEOUT)
             yield
         finally:
             os.close(descriptor)

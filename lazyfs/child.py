@@ -28,13 +28,18 @@ from typing import Any
 
 from lazyfs.answer import decode_error, encode_error
 from lazyfs.errors import FormatError, LazyfsError, StoreBroken, TocInvalid
-from lazyfs.limits import CHILD_MEMORY, CHILD_TIMEOUT, IDLE_CHILDREN, MAX_CHILD_ANSWER
+from lazyfs.limits import (
+    CHILD_MEMORY,
+    CHILD_TIMEOUT,
+    END_TIMEOUT,
+    IDLE_CHILDREN,
+    IDLE_WAIT,
+    MAX_CHILD_ANSWER,
+    STANDBY_WAIT,
+)
 
-_FIRST_WAIT = 60.0  # seconds that a process started ahead of need waits for its job
-_NEXT_WAIT = 3.0  # seconds after which a process without further jobs ends, and gives its memory back
 _START = 0.1  # seconds that starting a process takes, of one core: one that is free sooner is waited for
 _SOON = 0.3  # seconds that a process waits for its next job before it frees what the last one took
-_GRACE = 5.0  # seconds that a process may take to end
 _GOES_FIRST = 1000  # oom_score_adj, the most there is
 
 
@@ -180,14 +185,14 @@ def _end(child: subprocess.Popen[bytes]) -> tuple[bytes, int]:
     """Close a child's pipes and reap it. Return its last words and its exit status."""
     complaint = b""
     try:
-        _, complaint = child.communicate(timeout=_GRACE)
+        _, complaint = child.communicate(timeout=END_TIMEOUT)
     except subprocess.TimeoutExpired:
         child.kill()
         with suppress(subprocess.TimeoutExpired):  # one that hangs in the kernel, for a disk, is left to it
-            _, complaint = child.communicate(timeout=_GRACE)
+            _, complaint = child.communicate(timeout=END_TIMEOUT)
     except BrokenPipeError:
         with suppress(subprocess.TimeoutExpired):
-            child.wait(_GRACE)
+            child.wait(END_TIMEOUT)
     return complaint, -signal.SIGKILL if child.returncode is None else child.returncode
 
 
@@ -305,7 +310,7 @@ def main() -> int:
     go_first()
     if os.getpriority(os.PRIO_PROCESS, 0) < 0:
         os.setpriority(os.PRIO_PROCESS, 0, 0)  # a standby is more urgent than others, and its child is not
-    patience = _FIRST_WAIT
+    patience = STANDBY_WAIT
     kept: list[object] = []
     gc.disable()  # among millions of objects that all live to the end, looking for garbage takes half of the time
     while select.select([sys.stdin], [], [], patience)[0]:
@@ -316,7 +321,7 @@ def main() -> int:
         if not select.select([sys.stdin], [], [], _SOON)[0]:  # after a table a tree is wanted: somebody waits for it
             kept.clear()
             gc.collect()
-        patience = _NEXT_WAIT
+        patience = IDLE_WAIT
     return 0
 
 

@@ -16,6 +16,7 @@ MAX_DOCUMENT = 8 * MiB  # bytes of a manifest, index or config; real ones have s
 MAX_LAYERS = 512  # layers of an image; overlayfs and containerd end sooner
 MAX_BLOB = 1 << 40  # bytes of a blob; node ids leave 40 bits for rows, and no registry takes a layer of a terabyte
 MAX_INDEX_DEPTH = 3  # indexes within indexes
+MAX_MANIFESTS = 1024  # manifests of one image that are fetched; an index may name many
 MAX_CONFIG_WORDS = 10_000  # words or variables in an image config; the kernel's own bound on argv is of this size
 MAX_PASSWD = 16 * MiB  # bytes of an image's passwd or group file
 MAX_MEMBERS = 1 << 16  # members of one archive; an image's has a few for each layer
@@ -38,6 +39,7 @@ MAX_TAR_ENTRIES = 4_000_000  # entries of one tar stream
 MAX_TOC_HEADERS = MiB  # bytes of headers before the JSON of an eStargz TOC
 MAX_EXTENSION = MiB  # bytes of one extension header's payload, and of one sparse map
 MAX_HEADERS = 4 * MAX_EXTENSION  # bytes of all headers of one entry, extension headers included
+MAX_TAR_SEGMENT = 8 * MiB  # bytes of headers of a tar-split at once; longer runs are zeros behind the end
 MAX_FILE_SIZE = 1 << 44  # bytes of a file: ext4's largest. More would overflow the data space
 MAX_XATTRS = 1 << 17  # bytes of all extended attributes of one entry
 MAX_SYMLINKS = 40  # symlinks followed for one path, the kernel's own limit
@@ -86,6 +88,9 @@ MAX_AHEAD_FILES = 64  # files fetched ahead of one exec
 MAX_AHEAD_DEPTH = 4  # scripts whose interpreters are scripts, programs whose libraries need libraries
 MAX_PREFETCH_LIST = 16 * MiB  # bytes of a list of what to prefetch
 MAX_PATHS = 100_000  # paths in it
+MAX_IMAGE_LIST = 4 * MiB  # bytes of a list of images to fetch
+LONGEST_START = 86_400.0  # seconds of a start that is recorded, or waited for
+LONGEST_NOTES = 60.0  # seconds of a start in which the daemon notes what it reads
 
 # -- What a registry answers
 
@@ -100,6 +105,8 @@ MAX_DISCARD = 64 * KiB  # bytes of an unwanted body read to keep its connection;
 MAX_CAUSES = 10  # causes of an error that are looked through
 POOL_SIZE = 32  # idle connections kept for each host
 MAX_REGISTRY_WORDS = 200  # characters of a registry's own message that are repeated
+MAX_IMAGE_WORDS = 600  # characters of what an image says of a layer, or of why it is not lazy, that are repeated
+MAX_CONTAINERD_WORDS = 300  # characters of containerd's own message that are repeated
 MAX_WAIT = 86_400.0  # seconds; a Retry-After beyond it says nothing more
 MAX_SIT_OUT = 3600.0  # seconds; whatever a 429 asks for, its host is tried again then
 MAX_REFERRER_PAGES = 20  # pages of a list of referrers
@@ -112,6 +119,10 @@ MAX_SERIES = 1000  # combinations of labels of one metric; a bound on mistakes, 
 MAX_LINK_HOSTS = 256  # hosts whose link is known; with more, those of which nothing is under way are forgotten
 MAX_LIMITS_TOLD = 20  # hosts of which somebody who waits for an image is told that they limit how often they are asked
 MAX_OTHER_SOURCES = 3  # further sources of a layer that are remembered
+SLOWEST_TRANSFER = 64 * KiB  # bytes a second for which a request without a deadline has time, beside REQUEST_TIMEOUT
+SLOWEST_UNPACK = 256 * KiB  # bytes of a layer's blob a second for which containerd has time, when it unpacks one
+# bytes a second of a layer that is converted; a source slower than this is given up after SOURCE_GRACE
+SLOWEST_SOURCE = 50_000
 
 # -- Configuration and logins
 
@@ -134,8 +145,11 @@ MAX_LOGIN_PLACES = 1000  # repositories whose logins the daemon keeps; those not
 MAX_SEEN_LOGINS = 1000  # repositories whose logins the snapshotter keeps; those not pulled from for longest go
 MAX_LOGINS_DOCUMENT = 768 * KiB  # bytes of all of them as JSON; the control socket takes 1 MiB a message
 MAX_SECRET = 32 * KiB  # characters of one secret
+MAX_LOGIN_LINE = 64 * KiB  # bytes of a login in a file or on standard input; clouds' tokens have a few thousand
+MAX_IMAGE_NAME = 4096  # characters of an image's name for which a login is looked up
 MAX_NODE_FILE = 8 * MiB  # bytes of a configuration file of the node that `install` changes
 MAX_IMPORTS = 100  # files that containerd's configuration imports
+MAX_HOST_FILE = MiB  # bytes of the node's hosts or resolv.conf that a container gets
 
 # -- Sockets
 
@@ -162,12 +176,16 @@ MAX_REASONS = 10_000  # reasons kept of what became of layers; the oldest go
 MAX_REASON = 2000  # characters of each part of one
 MAX_USAGES = 10_000  # layers whose usage the snapshotter remembers
 MAX_EXTRACTIONS = 64  # images whose answers the snapshotter remembers
+MAX_REMOVED = 1000  # digests of one call that removes layers; a message has at most MAX_LINE
+MAX_REPORT = 64 * KiB  # bytes of one report of a container's supervisor
 
 # -- Memory and disk of the node
 
 # bytes of address space of a process that reads TOCs: one of half a million entries takes a fifth of it
 CHILD_MEMORY = 4 * GiB
 IDLE_CHILDREN = 2  # such processes that wait for work
+STANDBY_WAIT = 60.0  # seconds that one which was started ahead of need waits for its first job
+IDLE_WAIT = 3.0  # seconds after which one without further jobs ends, and gives its memory back
 MAX_CHILD_ANSWER = MiB  # bytes that one answers: a sentence
 DOCUMENTS_BOUND = 256 * MiB  # bytes of all documents in the catalog; those used longest ago go
 MAX_TRACE_FILES = 1000  # learned traces on disk
@@ -177,11 +195,16 @@ MAX_SOURCE = MiB  # bytes of the file that says where a layer is from
 MAX_STORED_TOC = GiB  # bytes of a raw TOC that is read back from the store
 MAX_CHECKED = 4096  # files, or parts, known to be whole; with one more all are forgotten
 MAX_LOG = 8 * MiB  # bytes of a daemon's log, after which its next start begins a new one
+MAX_RUNTIME_LOG = MiB  # bytes of a container runtime's log that are looked at
+MAX_ATTACHED = 64 * KiB  # bytes of the file that says what `mount` attached
+MAX_PRESSURE_FILE = 4 * KiB  # bytes of a file in which the kernel tells of memory; they have some hundred
+MAX_OPEN_DIRECTORIES = 500  # directories held open while a disk's usage is summed; what lies deeper isn't counted
 MAX_TREES = 400  # trees on disk, two files each; the oldest go when one is built
 MAX_TREE_BYTES = 8 * GiB  # bytes of them together: an image may have gigabytes that its layer had no bytes for
 MAX_ANSWERS = 64  # answers of registries about traces, remembered
 MAX_ANSWER_BYTES = 24 * MiB  # bytes of memory of all of them: one of the largest, or dozens of usual ones
 MAX_KEPT_LAYERS = 1024  # pulled layers held for the containers to come, four open files each
+KEPT_FOR = 300.0  # seconds from a pull to its container: so long its layers are held, and its first bytes fetched ahead
 MAX_DONORS = 16  # layers held open for copying from; a mapped table and three files each
 MAX_EARLY = 8  # images fetched ahead at a time; a node that pulls more has enough to do
 MAX_PULLED = 64  # pulls whose mount is to come, remembered
@@ -202,6 +225,7 @@ MAX_COLD_EXTENTS = 4096
 MAX_WORK_SIZE = 20 * GiB  # bytes of blobs in a work directory of `convert`
 MAX_WORK_RECORDS = 20_000  # records in it
 MAX_WORK_RECORD = MiB  # bytes of one
+COMPRESSION_MEMORY = 96 * MiB  # bytes of all contexts that compress side by side; at level 19 one takes 18 MiB
 MAX_SOURCE_DOCUMENTS = 64 * MiB  # bytes of all manifests and indexes of an image that is converted
 MAX_COPIED = 100  # referrers of one manifest that are copied along
 MAX_COPIED_BLOB = GiB  # bytes of a blob of one
@@ -226,6 +250,7 @@ UNPACK_BLOCKS = 4  # inflated blocks of at most 1 MiB that wait, for each of the
 IN_FLIGHT = 32  # batches waiting for compression or for the writer, of all layers together: up to 2.1 MiB each
 SIDE_BY_SIDE = 4  # layers converted at once: each has buffers of its own, and memory is promised
 UPLOADS = 4  # uploads at once
+VERIFY_THREADS = 8  # layers that `verify` reads at once
 SOURCE_DEPTH = 4  # blocks of 256 KiB between the threads that fetch a layer and convert it
 MAX_CALLS = 4096  # calls of containerd and kubelet that run or wait; further ones are refused
 CALL_THREADS = 192  # calls of containerd at once; fewer than the daemon takes connections, of which each has one
@@ -236,10 +261,22 @@ RESTORE_THREADS = 4  # chains of one registry brought back at once after the dae
 
 # -- Waits
 
-GREETING_TIMEOUT = 5.0  # seconds for a daemon's greeting
+GREETING_TIMEOUT = 5.0  # seconds for a daemon to take a connection, and for its greeting
 START_TIMEOUT = 30.0  # seconds until a started daemon must listen
+STORE_PATIENCE = 10.0  # seconds for a daemon that is starting or ending, of a command that needs its store
+DRIVER_PATIENCE = 3.0  # seconds for a daemon that has just started to know its driver
+COLD_STOP_TIMEOUT = 30.0  # seconds for the daemon of a store of its own to end
+SOCKET_TIMEOUT = 2.0  # seconds for the snapshotter to take a connection
+CONTAINERD_SOCKET_TIMEOUT = 1.0  # seconds for containerd to take one, asked why a call to it failed
+ADDRESS_TIMEOUT = 10.0  # seconds for an address for metrics to be let go by whoever has it
 # seconds without a word from a daemon; a plain image of many gigabytes is fetched inside a call, with events in between
 CALL_TIMEOUT = 3600.0
+# seconds of the snapshotter's calls of the daemon that ask no registry; twice that for removals
+LOCAL_CALL_TIMEOUT = 30.0
+USAGE_TIMEOUT = 5.0  # seconds of its calls for the usage of layers: it is asked of every snapshot again and again
+DEADLINE_SLACK = 5.0  # seconds that a call may take beyond the deadline that the daemon was given
+RETURN_TIMEOUT = 10.0  # seconds that the snapshotter's calls wait for a daemon that systemd is bringing back
+LOGIN_TOLD_TIMEOUT = 3.0  # seconds that a pull, or a call that may need a login, waits for the daemon to be told of it
 SEND_TIMEOUT = 30.0  # seconds that a client may take to read an answer
 SCRAPE_TIMEOUT = 5.0  # seconds that a client has for its request for metrics, and again for taking the answer
 CHILD_TIMEOUT = 120.0  # seconds for a table, tree or image to be made
@@ -247,21 +284,54 @@ UNPACK_CPU = 120  # seconds of processor time for unpacking any layer: tens of g
 UNPACK_CPU_RATE = 1_000_000  # bytes of blob for each further second; honest ones need a tenth of it
 # seconds in which who unpacks a plain layer takes none of its bytes, or is at its table behind the last
 UNPACK_WAIT = 60.0
+END_TIMEOUT = 5.0  # seconds for a process of ours to end, told to or killed; one that hangs in the kernel is left to it
 LONGEST_TRY = 300.0  # seconds of one request for frames; those that came before its end stay
 EARLY_TRY = 30.0  # seconds of a request for what comes before its tables
+# seconds of a request to a registry or containerd without a deadline, beside those that its bytes take
+REQUEST_TIMEOUT = 300.0
+BLOB_TIMEOUT = 6 * 3600.0  # seconds of one blob or document of an image that is pulled or converted; stalls end sooner
+SOURCE_GRACE = 600.0  # seconds of a layer that is converted, beside those that its bytes take
+HANDSHAKE_TIMEOUT = 2.0  # seconds in which a server that speaks TLS answers a handshake
+ALERT_TIMEOUT = 0.2  # seconds for an alert of TLS that is on its way
+MIRROR_PATIENCE = 2.0  # seconds until a mirror's answer must have begun, while another source is well
+MIRROR_STALL = 2.0  # seconds without a byte of a mirror, while another source is well
+MIRROR_PROBE_TIMEOUT = 10.0  # seconds for a host that failed to show whether it is well again
+DOCUMENTS_PATIENCE = 60.0  # seconds for the documents of an image that this node never saw
+KNOWN_PATIENCE = 10.0  # seconds for them where the last digest would do, and some of its bytes are missing
+WHOLE_PATIENCE = 2.0  # seconds for them where everything that the last digest names is here
+LISTING_TIMEOUT = 60.0  # seconds for listing what a registry has beside an image: traces, signatures
 PROGRAM_TIMEOUT = 15.0  # seconds for a credential program's answer
+LOGIN_PATIENCE = 20.0  # seconds for the credential programs of one endpoint, in `doctor`
 BUSY_TIMEOUT = 5.0  # seconds to wait for another process's transaction
 LOCK_TIMEOUT = 10.0  # seconds to wait for whoever else changes an OCI layout
+WORK_LOCK_TIMEOUT = 60.0  # seconds to wait for another run that tidies up the work directory of `convert`
+WRITER_TIMEOUT = 60.0  # seconds without a byte of another writer of the same blob to containerd
+GATE_TIMEOUT = 5.0  # seconds to wait for others who make a container's directory; they take microseconds
+REMOVAL_TIMEOUT = 1.0  # seconds to wait for another process that is removing a layer
+ADMIT_TIMEOUT = 1.0  # seconds that a write waits for an eviction under way before it is passed by
+EVICTION_TIMEOUT = 10.0  # seconds for an eviction under way to stop, when the store is closed
+SETTLE_TIMEOUT = 10.0  # seconds that whoever removes layers waits for what is at work on them, or about to name them
 FILL_PATIENCE = 300.0  # seconds without a byte after which the wait for a whole layer fails, where reads wait for ever
+TROUBLE_PATIENCE = 30.0  # seconds of the same where the last request has failed
 REACHABLE_TIMEOUT = 5.0  # seconds for a registry to say anything
 TRACE_ANSWER = 5.0  # seconds for a registry to answer whether it has traces
 PROBE_TIMEOUT = 10.0  # seconds for the self-test of the erofs driver
 UNIT_TIMEOUT = 180.0  # seconds for systemctl; a unit may take two minutes to start
 FUSERMOUNT_TIMEOUT = 30.0  # seconds for fusermount3
 DELETE_TIMEOUT = 30.0  # seconds for a runtime's `delete --force`, which waits for processes to die
-TOOL_TIMEOUT = 10.0  # seconds for a program to print its version, or for `doctor`'s test mount
+# seconds for a program that has little to do (a version, a unit's state, maps of ids), or `doctor`'s test mount
+TOOL_TIMEOUT = 10.0
+READY_PATIENCE = 300.0  # seconds for a start that is recorded to become ready, unless `--timeout` says otherwise
+NOTES_TIMEOUT = 3.0  # seconds that the end of the daemon waits for what was learned
+NAMESPACES_TIMEOUT = 30.0  # seconds for a container's namespaces to be made
+IDMAP_TIMEOUT = 10.0  # seconds for a user namespace to be made, to try an idmapped mount with it
+RUNTIME_START = 60.0  # seconds for the runtime to start a container, beside what one lazy read may take
+CONSOLE_TIMEOUT = 5.0  # seconds for the runtime, which has connected already, to send a container's terminal
+CONTAINER_STOP = 10.0  # seconds between an image's stop signal and SIGKILL, as with docker stop
+UNDO_TIMEOUT = 10.0  # seconds for giving up what containerd had begun to unpack
 CLEANUP = 60.0  # seconds that a Cleanup may take; what is left is done in the background
 GRACE = 5.0  # seconds that calls under way have when the snapshotter is asked to end
+INTERRUPT_PATIENCE = 5.0  # seconds that an interrupted command waits for its threads, so that they can tidy up
 
 # -- Requests of the kernel, and daemons that follow each other
 

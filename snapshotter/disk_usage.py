@@ -10,10 +10,10 @@ import os
 from collections.abc import Iterator
 
 from lazyfs.errors import StoreBroken
+from lazyfs.limits import MAX_OPEN_DIRECTORIES
 from snapshotter.model import Usage
 
 _BLOCK = 512  # bytes in a unit of st_blocks
-_MAX_DEPTH = 500  # directories that are held open; what lies deeper isn't counted
 _GONE = frozenset({errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ESTALE, errno.EACCES})
 _OPEN = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 
@@ -47,7 +47,7 @@ def disk_usage(directory: str) -> Usage:
                         continue
                     linked.add((status.st_dev, status.st_ino))
                 size, inodes = size + status.st_blocks * _BLOCK, inodes + 1
-                if entry.is_dir(follow_symlinks=False) and len(walking) < _MAX_DEPTH:
+                if entry.is_dir(follow_symlinks=False) and len(walking) < MAX_OPEN_DIRECTORIES:
                     _enter(walking, os.open(entry.name, _OPEN, dir_fd=fd))
             except OSError as error:
                 if error.errno not in _GONE:

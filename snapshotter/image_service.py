@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import grpc
 from google.protobuf.message import DecodeError
 
-from lazyfs.limits import IMAGE_THREADS, MAX_GRPC_MESSAGE, PULL_THREADS
+from lazyfs.limits import CONTAINERD_SOCKET_TIMEOUT, IMAGE_THREADS, MAX_GRPC_MESSAGE, PULL_THREADS
 from snapshotter.node_logins import NodeLogins, Noted
 from snapshotter.proto import cri_images_pb2 as messages
 
@@ -23,7 +23,6 @@ log = logging.getLogger(__name__)
 
 # v1alpha2 has the same messages under another package's name.
 SERVICES = ("runtime.v1.ImageService", "runtime.v1alpha2.ImageService")
-_LOOK = 1.0  # seconds in which a socket is found to be there
 _LONGEST = 10 * 365 * 86400.0  # seconds of a deadline that is one
 _OURS = frozenset({"user-agent", "content-type", "te", "host", "grpc-status", "grpc-message"})  # of the connection
 
@@ -167,7 +166,7 @@ def _passed(metadata: Iterable[Any] | None) -> Metadata:
 def _why_absent(path: str) -> str:
     """Tell why nobody can be reached at a socket; "" when somebody can: then the words are containerd's own."""
     with socket.socket(socket.AF_UNIX) as probe:
-        probe.settimeout(_LOOK)
+        probe.settimeout(CONTAINERD_SOCKET_TIMEOUT)
         try:
             probe.connect(path)
         except OSError as error:

@@ -19,13 +19,11 @@ from typing import Protocol
 
 from lazyfs import reference as references
 from lazyfs.errors import LazyfsError, ReferenceInvalid
-from lazyfs.limits import MAX_LOGINS_DOCUMENT, MAX_SECRET, MAX_SEEN_LOGINS
+from lazyfs.limits import LOGIN_TOLD_TIMEOUT, MAX_IMAGE_NAME, MAX_LOGINS_DOCUMENT, MAX_SECRET, MAX_SEEN_LOGINS
 
 log = logging.getLogger(__name__)
 
 RETRY = 5.0  # seconds until a daemon that could not be told is told again
-MAX_IMAGE = 4096  # characters of an image's name that is looked at
-PATIENCE = 3.0  # seconds that a pull waits for the daemon to know its login
 _TOKEN = re.compile(r"[\x21-\x7e]+")
 # All names of Docker Hub. Its references say the first one.
 _HUB = ("docker.io", "index.docker.io", "registry-1.docker.io", "registry.hub.docker.com")
@@ -73,7 +71,7 @@ class NodeLogins:
     `greet` makes it known to a daemon; from then on that one is told of every change, by a thread of its own.
     """
 
-    def __init__(self, patience: float = PATIENCE) -> None:
+    def __init__(self, patience: float = LOGIN_TOLD_TIMEOUT) -> None:
         self._patience = patience
         self._changed = threading.Condition()
         self._kept: OrderedDict[tuple[str, str], _Kept] = OrderedDict()
@@ -94,8 +92,8 @@ class NodeLogins:
     def note(self, image: str, **texts: str) -> Noted | None:
         """Keep the login of a pull that begins (fields of CRI's AuthConfig), and have the daemon told.
 
-        Blocks until it was, PATIENCE at most. None, and nothing changed: there is no login in it that holds for the
-        image's registry. A pull without a login takes nothing away.
+        Blocks until it was, LOGIN_TOLD_TIMEOUT at most. None, and nothing changed: there is no login in it that holds
+        for the image's registry. A pull without a login takes nothing away.
         """
         place = _place(image)
         login = decode(**texts)
@@ -219,7 +217,7 @@ def decode(
 
 def _place(image: str) -> tuple[str, str] | None:
     """The host and the repository that an image is pulled from, None where it is no name of one."""
-    if len(image) > MAX_IMAGE:
+    if len(image) > MAX_IMAGE_NAME:
         return None
     try:
         found = references.parse(image.removeprefix("docker://"))

@@ -20,17 +20,20 @@ from lazyfs import reference as references
 from lazyfs.config import Settings
 from lazyfs.control_client import Daemon, connect, reach_daemon
 from lazyfs.errors import DaemonFault, DaemonUnreachable, LazyfsError
-from lazyfs.limits import RESTORE_THREADS, START_TIMEOUT
+from lazyfs.limits import (
+    DEADLINE_SLACK,
+    LOCAL_CALL_TIMEOUT,
+    LOGIN_TOLD_TIMEOUT,
+    MAX_REMOVED,
+    RESTORE_THREADS,
+    RETURN_TIMEOUT,
+    START_TIMEOUT,
+    USAGE_TIMEOUT,
+)
 from snapshotter.model import LazyLayer, LazyPlace, Shown, Usage
 
 log = logging.getLogger(__name__)
 
-_COMING = 10.0  # seconds that a call waits for a daemon that systemd is bringing back
-_GREETING = 3.0  # seconds that calls which may need a login wait for a new daemon to be told of them
-_SLACK = 5.0  # seconds that a call may take beyond the deadline that the daemon was given
-_SHORT = 30.0  # seconds for calls that ask no registry
-_DIGESTS = 1000  # of one call; a message has at most 1 MiB
-_QUICK = 5.0  # seconds for what is asked of every snapshot again and again
 _SILENT = 5.0  # seconds after a daemon that did not even greet, in which nobody who can do without it waits for it
 _RETRY = (0.2, 0.5, 1.0, 2.0, 5.0)  # seconds between attempts to reach a daemon that has gone
 _SETTLE = 5.0  # seconds for which a chain that was just shown counts as used, whatever the records say
@@ -121,10 +124,10 @@ class Remote:
         Only the layer of this chain ID and those below it are waited for.
         """
         deadline = self._settings.prepare_timeout
-        self._greeted.wait(_GREETING)
+        self._greeted.wait(LOGIN_TOLD_TIMEOUT)
         answer = self._call(
             "resolve_chain",
-            deadline + _SLACK,
+            deadline + DEADLINE_SLACK,
             image=image,
             manifest_digest=manifest_digest,
             small=self._settings.small_layer,
@@ -157,11 +160,11 @@ class Remote:
     def show(self, place: LazyPlace) -> Shown:
         """Have the tree of a chain shown, until `hide`. Blocking, `chain_timeout`; complete chains need no network."""
         deadline = self._settings.chain_timeout
-        self._greeted.wait(_GREETING)
+        self._greeted.wait(LOGIN_TOLD_TIMEOUT)
         with self._asking(tuple(one.digest for one in place.layers)):
             answer = self._call(
                 "mount_chain",
-                deadline + _SLACK,
+                deadline + DEADLINE_SLACK,
                 image=place.image.reference,
                 manifest_digest=place.image.manifest_digest,
                 layers=[_layer(one) for one in place.layers],
@@ -184,7 +187,7 @@ class Remote:
     def _asking(self, layers: Layers) -> Iterator[None]:
         """Keep a chain from being hidden while it is asked for and for a moment after, until the records name it."""
         with self._turn:
-            if not self._turn.wait_for(lambda: layers not in self._hiding, _SHORT):
+            if not self._turn.wait_for(lambda: layers not in self._hiding, LOCAL_CALL_TIMEOUT):
                 raise DaemonUnreachable("lazyfsd does not let a chain go that is wanted again", hint="see its log")
             self._showing[layers] += 1
         try:
@@ -203,7 +206,7 @@ class Remote:
         found: dict[str, Layers] = {}
         more, after = True, ""
         while more:
-            answer = self._call("chains", _SHORT, after=after)
+            answer = self._call("chains", LOCAL_CALL_TIMEOUT, after=after)
             try:
                 page = {str(one["chain"]): tuple(map(str, one["layers"])) for one in answer.get("chains", [])}
             except (KeyError, TypeError) as error:
@@ -220,7 +223,7 @@ class Remote:
                 return False
             self._hiding.add(layers)
         try:
-            self._call("unmount_chain", _SHORT, chain=chain)
+            self._call("unmount_chain", LOCAL_CALL_TIMEOUT, chain=chain)
         finally:
             with self._turn:
                 self._hiding.discard(layers)
@@ -231,7 +234,7 @@ class Remote:
         """Return what these layers hold on this disk together. It waits for no daemon that is away, and starts none."""
         if not self._greeted.is_set() or time.monotonic() - self._silent < _SILENT:
             raise DaemonUnreachable("lazyfsd is not there to say what layers take")
-        found = self._call("layer_usage", _QUICK, digests=list(digests)).get("usage", {})
+        found = self._call("layer_usage", USAGE_TIMEOUT, digests=list(digests)).get("usage", {})
         try:
             return Usage(
                 sum(int(one["size"]) for one in found.values()), sum(int(one["inodes"]) for one in found.values())
@@ -244,8 +247,8 @@ class Remote:
         removed: list[str] = []
         kept: dict[str, str] = {}
         freed, wanted = 0, list(digests)
-        for first in range(0, len(wanted), _DIGESTS):
-            answer = self._call("remove_layers", _SHORT * 2, digests=wanted[first : first + _DIGESTS])
+        for first in range(0, len(wanted), MAX_REMOVED):
+            answer = self._call("remove_layers", LOCAL_CALL_TIMEOUT * 2, digests=wanted[first : first + MAX_REMOVED])
             try:
                 removed += answer.get("removed", [])
                 kept |= answer.get("kept", {})
@@ -256,7 +259,7 @@ class Remote:
 
     def set_logins(self, logins: list[dict[str, str]]) -> None:
         """Tell the daemon the node's logins, all of them. They are in no message and no log."""
-        self._call("set_logins", _SHORT, logins=logins)
+        self._call("set_logins", LOCAL_CALL_TIMEOUT, logins=logins)
 
     def _call(self, name: str, timeout: float, **args: Any) -> dict[str, Any]:
         deadline = time.monotonic() + timeout
@@ -268,7 +271,7 @@ class Remote:
                     raise
                 log.info("lazyfsd went away during %s: the next one is asked", name)
         with self._connect() as daemon:
-            return daemon.call(name, timeout=max(_SLACK, deadline - time.monotonic()), **args)
+            return daemon.call(name, timeout=max(DEADLINE_SLACK, deadline - time.monotonic()), **args)
 
     def _connect(self) -> Daemon:
         """Connect; start a daemon where none runs, one thread for all, or wait for who keeps it. Blocking, bounded."""
@@ -280,7 +283,7 @@ class Remote:
                 if error.hint:  # one is there and says nothing: no second one may be started, and waiting won't help
                     self._silent = time.monotonic()
                     raise
-                if not self._start and (time.monotonic() >= began + _COMING or self._stop.wait(_RETRY[0])):
+                if not self._start and (time.monotonic() >= began + RETURN_TIMEOUT or self._stop.wait(_RETRY[0])):
                     raise
             if self._start:
                 return self._begin(began)

@@ -11,9 +11,9 @@ from pathlib import Path
 
 from lazyfs import private
 from lazyfs.errors import StoreBroken, StoreFull, StoreLocked, UsageError
+from lazyfs.limits import SOCKET_TIMEOUT
 
 _MAX_PATH = 107  # bytes of a Unix socket's path
-_PATIENCE = 2.0  # seconds for whoever may listen there
 
 
 class Lock:
@@ -83,7 +83,7 @@ def _remove_stale(address: Path) -> None:
     if not stat.S_ISSOCK(found.st_mode):
         raise UsageError(f"{address} is there and is no socket", hint="remove it, or use another --address")
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC) as probe:
-        probe.settimeout(_PATIENCE)
+        probe.settimeout(SOCKET_TIMEOUT)
         try:
             probe.connect(os.fspath(address))
         except ConnectionRefusedError:

@@ -19,12 +19,12 @@ from typing import Protocol
 
 from lazyfs.chunks.layer_files import SEGMENT, LayerFiles
 from lazyfs.errors import StoreError
+from lazyfs.limits import ADMIT_TIMEOUT, EVICTION_TIMEOUT
 
 log = logging.getLogger(__name__)
 
 LOW_WATER = 0.9  # of the bound: where an eviction stops, and what is spare
 SPARE_WATER = 0.8  # of the bound: where an eviction for the sake of what is spare stops
-ADMIT_WAIT = 1.0  # seconds that a write waits for an eviction under way before it is passed by
 HOPELESS_FOR = 10.0  # seconds until an eviction that could free nothing is tried again
 WHOLE_LAYER = -1
 _RESERVE = SEGMENT // 16  # bytes for what the file system adds to a file (extent blocks), found at the next scan
@@ -78,12 +78,12 @@ class Budget:
         return int(self.bound * LOW_WATER)
 
     def admit(self, size: int) -> bool:
-        """Tell whether `size` bytes may be written now. Waits ADMIT_WAIT at most for an eviction to make room."""
+        """Tell whether `size` bytes may be written now. Waits ADMIT_TIMEOUT at most for an eviction to make room."""
         limit = self.bound + SEGMENT - _RESERVE
         if self.used + size <= limit:
             return True
         self.wake()
-        deadline = self._monotonic() + ADMIT_WAIT
+        deadline = self._monotonic() + ADMIT_TIMEOUT
         with self._changed:
             while self.bound and self.used + size > limit:
                 now = self._monotonic()
@@ -97,9 +97,9 @@ class Budget:
     def admit_spare(self, size: int) -> bool:
         """Tell whether `size` bytes that nobody has asked for may be written now; if so, count them as written.
 
-        Else `freed` takes them back. Waits ADMIT_WAIT at most for an eviction of what nobody uses.
+        Else `freed` takes them back. Waits ADMIT_TIMEOUT at most for an eviction of what nobody uses.
         """
-        deadline = self._monotonic() + ADMIT_WAIT
+        deadline = self._monotonic() + ADMIT_TIMEOUT
         asked = False
         while True:
             with self._changed:
@@ -201,7 +201,7 @@ class Evictor:
                 return
             self._thread = thread
 
-    def close(self, timeout: float = 10.0) -> None:
+    def close(self, timeout: float = EVICTION_TIMEOUT) -> None:
         """Start no more passes and wait `timeout` seconds at most for the running one, which stops early."""
         with self._start:
             self._closed = True

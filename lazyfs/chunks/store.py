@@ -37,13 +37,11 @@ from lazyfs.chunks.private_files import (
 )
 from lazyfs.chunks.source import LayerSource, decode_source, encode_source
 from lazyfs.errors import StoreError, StoreLocked
-from lazyfs.limits import MAX_SOURCE, MAX_STORED_TOC
+from lazyfs.limits import MAX_SOURCE, MAX_STORED_TOC, REMOVAL_TIMEOUT
 
 __all__ = ["LayerStore", "Store", "StoreStatus"]
 
 log = logging.getLogger(__name__)
-
-_OPEN_WAIT = 1.0  # seconds to wait for another process that is removing the layer
 
 
 @dataclass(frozen=True, slots=True)
@@ -233,7 +231,7 @@ class Store:
 
     def _open_files(self, digest: str, shape: Shape | None) -> LayerFiles | None:
         """Open a layer's files; while another process removes the layer, try again for a second."""
-        deadline = time.monotonic() + _OPEN_WAIT
+        deadline = time.monotonic() + REMOVAL_TIMEOUT
         name = digests.hex_of(digest)
         while True:
             directory = open_directory(self._layers, name, create=shape is not None)

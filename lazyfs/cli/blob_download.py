@@ -21,7 +21,6 @@ from lazyfs.registry.repository import ByteStream, Repository
 
 log = logging.getLogger(__name__)
 
-TOTAL_TIMEOUT = 6 * 3600.0  # seconds for one blob; a stalled server is noticed long before
 _TRIES = 5  # of going on with a stream that broke off, without a byte between them
 _PAUSE = 0.5  # seconds before the second try; twice as long before each further one
 _END = 30.0  # seconds for ending a lease

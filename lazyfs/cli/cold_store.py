@@ -19,11 +19,11 @@ from pathlib import Path
 from lazyfs.cli.output import Output
 from lazyfs.config import Settings
 from lazyfs.errors import LazyfsError, UsageError
+from lazyfs.limits import COLD_STOP_TIMEOUT
 
 _PREFIX = "lazyfs-cold-"
 _MOST = 16  # leftovers that are removed in one go
 _TRIES = 5  # directories that are made until one is ours: whoever sweeps may take a new one for a leftover
-_STOP = 30.0  # seconds for the daemon of a store to end
 _POLL = 0.05  # seconds
 
 
@@ -111,11 +111,11 @@ def _stop_daemons(settings: Settings) -> None:
     """Ask the daemons of a store to end, and wait for it."""
     from lazyfs import control_client
 
-    deadline = time.monotonic() + _STOP
+    deadline = time.monotonic() + COLD_STOP_TIMEOUT
     for path in control_client.sockets(settings):
         with contextlib.suppress(LazyfsError), control_client.connect(path) as daemon:
             pid = int(daemon.greeting.get("pid") or 0)
-            daemon.call("stop", timeout=_STOP)
+            daemon.call("stop", timeout=COLD_STOP_TIMEOUT)
             while pid > 0 and not _is_gone(pid) and time.monotonic() < deadline:
                 time.sleep(_POLL)
 

@@ -8,6 +8,7 @@ from contextlib import closing
 from typing import TYPE_CHECKING
 
 from lazyfs.errors import UsageError
+from lazyfs.limits import MAX_LOGIN_LINE
 from lazyfs.units import MiB
 
 if TYPE_CHECKING:
@@ -19,7 +20,6 @@ if TYPE_CHECKING:
     from lazyfs.registry.repository import Repository
 
 _SIDES = {"src": "SRC", "dest": "DST"}
-_MAX_LINE = 64 << 10  # bytes of a login; clouds' tokens have a few thousand
 IMAGE_HELP = (
     "docker://HOST/REPO:TAG, HOST/REPO:TAG, HOST/REPO@sha256:…, oci:DIR[:REF], oci-archive:FILE[:REF], "
     "docker-archive:FILE[:REPO:TAG], or containerd:NAME"
@@ -259,7 +259,7 @@ def _first_line(path: str, flag: str) -> str:
 
     try:
         with open(0 if path == "-" else os.path.expanduser(path), "rb", closefd=path != "-") as file:
-            return file.readline(_MAX_LINE).decode()
+            return file.readline(MAX_LOGIN_LINE).decode()
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
         raise UsageError(f"{flag} {path} can't be read: {reason}") from None

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from lazyfs.cli import common
 from lazyfs.errors import UsageError
+from lazyfs.limits import BLOB_TIMEOUT
 from lazyfs.units import format_size
 
 if TYPE_CHECKING:
@@ -21,7 +22,6 @@ if TYPE_CHECKING:
     from lazyfs.registry.open import OpenOptions
     from lazyfs.registry.repository import Repository
 
-_PUSH_TIMEOUT = 6 * 3600.0  # seconds for one upload or document; a stalled server is noticed long before
 
 _DESCRIPTION = """\
 Convert the layers of SRC to a form that starts lazily and push the image to DST. The converted image still pulls and
@@ -135,8 +135,8 @@ def _convert(args: argparse.Namespace, out: Output, report_file: ReportFile | No
     )
     options.check()
     settings = common.settings(args)
-    source_options = replace(common.open_options(args, settings, side="src"), total_timeout=_PUSH_TIMEOUT)
-    destination_options = replace(common.open_options(args, settings, side="dest"), total_timeout=_PUSH_TIMEOUT)
+    source_options = replace(common.open_options(args, settings, side="src"), total_timeout=BLOB_TIMEOUT)
+    destination_options = replace(common.open_options(args, settings, side="dest"), total_timeout=BLOB_TIMEOUT)
     with ExitStack() as opened:
 
         def repository(where: Reference, how: OpenOptions) -> Repository:

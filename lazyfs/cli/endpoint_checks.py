@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from lazyfs.cli.host_checks import Check, State
 from lazyfs.errors import LazyfsError
+from lazyfs.limits import LOGIN_PATIENCE
 from lazyfs.registry.config.credential_programs import CredentialPrograms
 from lazyfs.registry.config.logins import Logins
 from lazyfs.registry.config.routing import find_endpoints
@@ -15,8 +16,6 @@ if TYPE_CHECKING:
     from lazyfs.reference import Reference
     from lazyfs.registry.config.access import Access
     from lazyfs.registry.endpoints import Endpoint
-
-_PATIENCE = 20.0  # seconds for credential programs
 
 
 def endpoint_checks(reference: Reference, access: Access, plain_http: bool | None) -> list[Check]:
@@ -40,7 +39,7 @@ def _check(endpoint: Endpoint, access: Access) -> Check:
     if endpoint.headers:
         words.append(f"headers {', '.join(header for header, _ in endpoint.headers)}")
     try:
-        login = Logins(access, endpoint, CredentialPrograms()).find(time.monotonic() + _PATIENCE)
+        login = Logins(access, endpoint, CredentialPrograms()).find(time.monotonic() + LOGIN_PATIENCE)
     except LazyfsError as error:
         return Check(name, State.FAIL, f"{'; '.join(words)}; {error.message}", error.hint or "mend that file")
     words.append(login.tried)

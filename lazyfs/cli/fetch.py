@@ -12,13 +12,13 @@ from typing import TYPE_CHECKING, Any
 from lazyfs.cli import common, exit_codes, pull
 from lazyfs.cli.output import Output, count
 from lazyfs.errors import LazyfsError, UsageError
+from lazyfs.limits import MAX_IMAGE_LIST
 from lazyfs.units import format_size
 
 if TYPE_CHECKING:
     from lazyfs.cli.output import Progress
     from lazyfs.config import Settings
 
-_MAX_LIST = 4 << 20  # bytes of a list of images
 _JOBS = 3
 _EPILOG = """\
 examples:
@@ -106,17 +106,17 @@ def _listed(name: str) -> list[str]:
     """Return the references in a list. Raise UsageError."""
     try:
         if name == "-":
-            raw = sys.stdin.buffer.read(_MAX_LIST + 1)
+            raw = sys.stdin.buffer.read(MAX_IMAGE_LIST + 1)
         else:
             with open(name, "rb") as handle:
-                raw = handle.read(_MAX_LIST + 1)
+                raw = handle.read(MAX_IMAGE_LIST + 1)
         text = raw.decode()
     except OSError as error:
         raise UsageError(f"the list {name} can't be read: {error.strerror}") from None
     except UnicodeDecodeError:
         raise UsageError(f"the list {name} is not UTF-8 text") from None
-    if len(raw) > _MAX_LIST:
-        raise UsageError(f"the list {name} is longer than {format_size(_MAX_LIST)}")
+    if len(raw) > MAX_IMAGE_LIST:
+        raise UsageError(f"the list {name} is longer than {format_size(MAX_IMAGE_LIST)}")
     found = []
     for number, line in enumerate(text.splitlines(), 1):
         image = line.strip()

@@ -14,14 +14,14 @@ from typing import TYPE_CHECKING, Any
 from lazyfs import oci
 from lazyfs import reference as references
 from lazyfs.cli import common
-from lazyfs.cli.blob_download import TOTAL_TIMEOUT, ContentFiller, Downloads, filling
+from lazyfs.cli.blob_download import ContentFiller, Downloads, filling
 from lazyfs.cli.output import Output
 from lazyfs.cli.pull_image import containerd_name
 from lazyfs.containerd import gc_labels
 from lazyfs.containerd.address import namespace_name, socket_path
 from lazyfs.containerd.client import Client, connect
 from lazyfs.errors import DocumentInvalid, ManifestMissing, ReferenceInvalid, UsageError
-from lazyfs.limits import MAX_INDEX_DEPTH
+from lazyfs.limits import BLOB_TIMEOUT, MAX_INDEX_DEPTH, MAX_MANIFESTS
 from lazyfs.oci import Descriptor
 from lazyfs.registry.local.containerd_store import ContainerdRepository
 from lazyfs.registry.open import open_repository
@@ -32,7 +32,6 @@ if TYPE_CHECKING:
     from lazyfs.registry.repository import Repository
 
 _JOBS = 3  # blobs of one image at a time
-_MAX_MANIFESTS = 1024  # of one image; an index may name many
 
 
 def fetch_content(args: argparse.Namespace, settings: Settings, image: str, out: Output) -> dict[str, Any]:
@@ -44,7 +43,7 @@ def fetch_content(args: argparse.Namespace, settings: Settings, image: str, out:
     address = socket_path((given.path if inside else "") or args.containerd_address or "")
     namespace = namespace_name((given.host if inside else "") or args.containerd_namespace or "")
     name = given.tag if inside else containerd_name(given)
-    options = replace(common.open_options(args, settings), total_timeout=TOTAL_TIMEOUT)
+    options = replace(common.open_options(args, settings), total_timeout=BLOB_TIMEOUT)
     with closing(connect(address, namespace)) as client:
         local = ContainerdRepository(client, name)
         found = _find(local, name, image)
@@ -108,7 +107,7 @@ class _Content:
     def _walk(self, filler: ContentFiller, target: Descriptor, depth: int) -> None:
         """Collect the blobs below a manifest or an index; documents that are missing are fetched on the way."""
         self._manifests += 1
-        if depth > MAX_INDEX_DEPTH or self._manifests > _MAX_MANIFESTS:
+        if depth > MAX_INDEX_DEPTH or self._manifests > MAX_MANIFESTS:
             raise DocumentInvalid(f"{self._origin} is an index of too many indexes")
         here = self._client.content.info(target.digest) is not None
         media_type, raw = (self._local if here else self._repository).manifest(target.digest)

@@ -11,8 +11,8 @@ from lazyfs import control_client
 from lazyfs.config import Settings
 from lazyfs.container import idmap, mounts
 from lazyfs.errors import LazyfsError
+from lazyfs.limits import DRIVER_PATIENCE
 
-_PATIENCE = 3.0  # seconds for a daemon that has just started to know its driver
 _LOOK = 0.1
 
 
@@ -33,7 +33,7 @@ def problem(settings: Settings) -> str | None:
 
 def _driver(settings: Settings) -> str:
     """Return the driver that the daemon has chosen; "" when it doesn't tell."""
-    deadline = time.monotonic() + _PATIENCE
+    deadline = time.monotonic() + DRIVER_PATIENCE
     try:
         with control_client.connect(settings.socket) as daemon:
             while (found := str(daemon.call("status")["daemon"]["driver"])) == "auto":

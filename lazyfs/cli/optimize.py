@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from lazyfs.cli import common
 from lazyfs.cli.output import Output, count
 from lazyfs.errors import TraceInvalid, UsageError
+from lazyfs.limits import LISTING_TIMEOUT
 from lazyfs.units import format_size
 
 if TYPE_CHECKING:
@@ -19,7 +20,6 @@ if TYPE_CHECKING:
     from lazyfs.registry.repository import Repository
     from lazyfs.registry.resolve import ResolvedImage
 
-_FIND_TIMEOUT = 60.0  # seconds for what the registry has
 _LEARNED = "what this node learned"
 _DESCRIPTION = """\
 Attach what starts of IMAGE read, and in which order, to the image in its registry. Nodes that start it then fetch that
@@ -89,7 +89,7 @@ def _optimize(
         _check(one, found)
     layers = _layers(found)
     subject = oci.Descriptor(found.media_type, found.digest, len(found.manifest.raw))
-    deadline = time.monotonic() + _FIND_TIMEOUT
+    deadline = time.monotonic() + LISTING_TIMEOUT
     known = traces.find(repository, found.digest, deadline, layers=layers, subject=subject)
     ours = merged(one.trace for one in given)
     # Ours first: whoever may push there could fill a trace with what nobody reads.

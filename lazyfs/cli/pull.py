@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from lazyfs.cli import common
 from lazyfs.cli.output import Output, count
 from lazyfs.errors import UsageError
+from lazyfs.limits import BLOB_TIMEOUT
 from lazyfs.units import format_size
 
 if TYPE_CHECKING:
@@ -77,12 +78,11 @@ def run(args: argparse.Namespace, out: Output) -> int:
     options = common.open_options(args, settings)
     namespace = namespace_name(args.containerd_namespace or "")
     check_packages()
-    from lazyfs.cli.blob_download import TOTAL_TIMEOUT
     from lazyfs.cli.pull_image import ImagePull
 
     with (
         closing(connect(socket_path(args.containerd_address or ""), namespace)) as client,
-        closing(open_repository(reference, replace(options, total_timeout=TOTAL_TIMEOUT))) as repository,
+        closing(open_repository(reference, replace(options, total_timeout=BLOB_TIMEOUT))) as repository,
     ):
         pulled = ImagePull(
             client,

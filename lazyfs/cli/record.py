@@ -11,13 +11,13 @@ from lazyfs.cli import common
 from lazyfs.cli import run as running
 from lazyfs.cli.output import Output, count
 from lazyfs.errors import UsageError
+from lazyfs.limits import LONGEST_START, READY_PATIENCE
 from lazyfs.units import format_size, parse_duration
 
 if TYPE_CHECKING:
     from lazyfs.config import Settings
     from lazyfs.format.trace import Trace
 
-_PATIENCE = 300.0  # seconds for a start to become ready
 _DESCRIPTION = """\
 Start a container as `lazyfs run` does, and keep what its start read, in which order, and where it waited, as a trace:
 until it is ready, when the container is stopped. `lazyfs optimize` attaches the trace to the image, `lazyfs convert
@@ -68,7 +68,7 @@ def run(args: argparse.Namespace, out: Output) -> int:
     ready = parse_ready(args.ready_when) if args.ready_when is not None else Ready(span=UNTIL_END, ends=True)
     if ready.port and args.network == "none":
         raise UsageError("a container with --network none has no port that could be waited for")
-    patience = _PATIENCE if args.timeout is None else args.timeout
+    patience = READY_PATIENCE if args.timeout is None else args.timeout
     if ready.span > patience and not ready.ends:
         raise UsageError(f"--timeout {patience:g} is over before --ready-when {args.ready_when}")
     recording = Recording(ready, patience)
@@ -126,7 +126,7 @@ def _default_name(image: Any) -> str:
 
 def _patience(text: str) -> float:
     seconds = parse_duration(text)
-    if not 0 < seconds < 86400:
+    if not 0 < seconds < LONGEST_START:
         raise UsageError(f"--timeout can't be {text!r}", hint="write 90s, 10m or 2h")
     return seconds
 

@@ -13,13 +13,13 @@ from typing import TYPE_CHECKING, Any
 from lazyfs.cli.main import Terminated
 from lazyfs.cli.output import printable
 from lazyfs.errors import ContainerFailed, DaemonFault, UsageError
+from lazyfs.limits import LONGEST_START
 from lazyfs.units import parse_duration
 
 if TYPE_CHECKING:
     from lazyfs.control_client import Daemon
 
 UNTIL_END = 30.0  # seconds after which a command that doesn't end counts as ready, unless something else is said
-_MAX_SPAN = 86400.0  # seconds; the daemon takes no start for longer
 _CONNECT = 0.2  # seconds for a port of this machine
 _KEPT = 2048  # bytes of the container's last words
 _SHOWN = 300  # characters of them in an error
@@ -50,7 +50,7 @@ def parse_ready(text: str) -> Ready:
         return Ready(line=value.encode("utf-8", "surrogateescape"))
     if kind == "port" and value.isascii() and value.isdigit() and len(value) < 6 and 0 < int(value) < 65536:
         return Ready(port=int(value))
-    if kind == "time" and 0 < (span := parse_duration(value)) < _MAX_SPAN:
+    if kind == "time" and 0 < (span := parse_duration(value)) < LONGEST_START:
         return Ready(span=span)
     raise UsageError(f"--ready-when can't be {text!r}", hint="line:TEXT, port:NUMBER or time:SPAN, as in time:10s")
 

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from lazyfs.container.options import RunOptions
     from lazyfs.control_client import Daemon
 
-_PATIENCE = 1.0  # seconds of a start without a word
+_QUIET = 1.0  # seconds of a start without a word
 _EPILOG = """\
 examples:
   lazyfs run docker://localhost:5000/debian:base cat /etc/os-release
@@ -209,7 +209,7 @@ class _Events:
 
     def __init__(self, out: Output) -> None:
         self._out = out
-        self._from = time.monotonic() + _PATIENCE
+        self._from = time.monotonic() + _QUIET
 
     def say(self, text: str) -> None:
         if time.monotonic() >= self._from:

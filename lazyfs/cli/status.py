@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from lazyfs.cli import common, exit_codes
 from lazyfs.cli.output import count
+from lazyfs.limits import SOCKET_TIMEOUT
 from lazyfs.registry.http.rate_limits import LOW
 from lazyfs.units import format_size
 
@@ -24,7 +25,6 @@ examples:
 
 Without a running daemon it says so, tells what the store holds, and exits 0."""
 
-_PATIENCE = 2.0  # seconds for the snapshotter to take a connection
 _ADDED = ("bytes", "errors", "fuse")  # flat tables of counters that add up over daemons
 
 
@@ -106,7 +106,7 @@ def _listens(path: Path) -> bool:
     import socket
 
     with socket.socket(socket.AF_UNIX) as sock:
-        sock.settimeout(_PATIENCE)
+        sock.settimeout(SOCKET_TIMEOUT)
         try:
             sock.connect(os.fspath(path))
         except OSError:

@@ -9,13 +9,13 @@ from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, Protocol
 
 from lazyfs.errors import DaemonUnreachable, StoreLocked
+from lazyfs.limits import STORE_PATIENCE
 
 if TYPE_CHECKING:
     from lazyfs.chunks.catalog import Catalog, MountRecord
     from lazyfs.chunks.stock import Stock
     from lazyfs.config import Settings
 
-_PATIENCE = 10.0  # seconds for a daemon that is just starting or ending
 _LOOK = 0.05  # seconds between looks
 
 OnProgress = Callable[[int, int], None]
@@ -95,7 +95,7 @@ def open_stock(settings: Settings) -> Iterator[StockCaller]:
 
 
 def _reach(settings: Settings, stack: contextlib.ExitStack) -> StockCaller:
-    deadline = time.monotonic() + _PATIENCE
+    deadline = time.monotonic() + STORE_PATIENCE
     while True:
         found = _daemon(settings, stack) if os.geteuid() == 0 else None
         try:

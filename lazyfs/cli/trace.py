@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from lazyfs.cli import common, exit_codes
 from lazyfs.cli.output import Output
 from lazyfs.errors import UsageError
+from lazyfs.limits import MAX_READS
 
 if TYPE_CHECKING:
     from lazyfs.cli.waterfall import Summary
@@ -23,7 +24,6 @@ examples:
 
 A line a file in the order in which the start wanted them, then its requests; # is time in which nothing came on.
 """
-_MAX_FILES = 50_000  # as many as a trace can name
 
 
 def add_parser(subparsers: Any) -> None:
@@ -105,6 +105,6 @@ def document(trace: Trace, summary: Summary) -> dict[str, Any]:
 
 
 def _count(text: str) -> int:
-    if not (text.isascii() and text.isdigit() and len(text) < 10 and int(text) <= _MAX_FILES):
-        raise UsageError(f"{text[:40]!r} is no number of files", hint=f"write one from 0 to {_MAX_FILES}")
+    if not (text.isascii() and text.isdigit() and len(text) < 10 and int(text) <= MAX_READS):
+        raise UsageError(f"{text[:40]!r} is no number of files", hint=f"write one from 0 to {MAX_READS}")
     return int(text)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from lazyfs.cli import common, exit_codes
 from lazyfs.errors import DigestMismatch, FormatError, LazyfsError
+from lazyfs.limits import VERIFY_THREADS
 from lazyfs.units import format_size
 
 if TYPE_CHECKING:
@@ -25,8 +26,6 @@ examples:
   lazyfs verify --json registry.example:5000/app:1 | jq '.layers[] | select(.ok | not)'
 
 It reads every layer once, side by side, and exits 6 when anything is not what a digest promised."""
-
-_MAX_THREADS = 8
 
 
 def add_parser(subparsers: Any) -> None:
@@ -57,7 +56,7 @@ def run(args: argparse.Namespace, out: Output) -> int:
         out.line(f"config    {config.digest}  ok")
         layers = resolved.manifest.layers
         works = [_work(repository, *pair, out) for pair in zip(layers, config.diff_ids, strict=True)]
-        results = side_by_side(works, min(_MAX_THREADS, os.cpu_count() or 1))
+        results = side_by_side(works, min(VERIFY_THREADS, os.cpu_count() or 1))
     errors = [result for result in results if isinstance(result, LazyfsError)]
     size = format_size(sum(layer.size for layer in layers))
     if errors:

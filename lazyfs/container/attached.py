@@ -18,8 +18,8 @@ from pathlib import Path
 from lazyfs import private
 from lazyfs.config import Settings
 from lazyfs.errors import StoreBroken, StoreFull
+from lazyfs.limits import MAX_ATTACHED
 
-_MAX_FILE = 1 << 16  # bytes
 _KINDS = ("ro", "rw", "solo")
 
 
@@ -112,7 +112,7 @@ def _path(settings: Settings, directory: str) -> Path:
 def _read(path: Path) -> Attached | None:
     try:
         with open(path, encoding="utf-8", opener=private.opened) as handle:
-            value = json.loads(handle.read(_MAX_FILE))
+            value = json.loads(handle.read(MAX_ATTACHED))
         found = Attached(**{name: str(value[name]) for name in Attached.__slots__})
     except (OSError, ValueError, TypeError, KeyError):
         return None

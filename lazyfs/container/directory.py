@@ -20,9 +20,9 @@ from lazyfs import private
 from lazyfs.config import Settings
 from lazyfs.container import mounts
 from lazyfs.errors import ContainerFailed, StoreBroken, StoreFull, StoreLocked, UsageError
+from lazyfs.limits import GATE_TIMEOUT
 
 _GATE = ".lock"
-_GATE_WAIT = 5.0  # seconds; others hold it for microseconds
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,7 +165,7 @@ def _lock(path: Path) -> int | None:
 @contextmanager
 def _gate(base: Path, wait: bool = True) -> Iterator[None]:
     """Hold off others between making a directory and locking it; wait a few seconds at most. Raise StoreLocked."""
-    deadline = time.monotonic() + (_GATE_WAIT if wait else 0.0)
+    deadline = time.monotonic() + (GATE_TIMEOUT if wait else 0.0)
     handle = os.open(base / _GATE, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
     try:
         while True:

@@ -14,6 +14,7 @@ import subprocess
 import sys
 
 from lazyfs.container import mounts
+from lazyfs.limits import IDMAP_TIMEOUT
 
 _SYS_OPEN_TREE = 428
 _SYS_MOUNT_SETATTR = 442
@@ -23,7 +24,6 @@ _OPEN_TREE_CLONE = 0x1
 _OPEN_TREE_CLOEXEC = os.O_CLOEXEC
 _MOUNT_ATTR_IDMAP = 0x100000
 _MAP = "0 100000 65536"  # any but the identity
-_DEADLINE = 10.0  # seconds for a child to make its namespace
 _CHILD = """
 import ctypes, os, signal, sys
 if ctypes.CDLL(None).unshare(int(sys.argv[1])) == 0:
@@ -99,7 +99,7 @@ def _user_namespace() -> int:
         assert child.stdout is not None
         end = child.stdout.fileno()
         try:
-            if not select.select([end], [], [], _DEADLINE)[0] or os.read(end, 1) != b"x":
+            if not select.select([end], [], [], IDMAP_TIMEOUT)[0] or os.read(end, 1) != b"x":
                 raise OSError(errnos.EPERM, "a child could not make one")
             for name in ("uid_map", "gid_map"):
                 with open(f"/proc/{child.pid}/{name}", "w", encoding="ascii") as handle:

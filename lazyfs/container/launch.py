@@ -23,12 +23,9 @@ from lazyfs.container.options import RunOptions, parse_image_defaults
 from lazyfs.container.runtime import Runtime
 from lazyfs.container.terminal import Console
 from lazyfs.errors import ContainerFailed, StoreBroken
+from lazyfs.limits import CONSOLE_TIMEOUT, CONTAINER_STOP, MAX_REPORT, RUNTIME_START
 
-_STOP_TIMEOUT = 10.0  # seconds between the image's stop signal and SIGKILL, as with docker stop
-_START_MARGIN = 60.0  # seconds for the runtime, on top of what one lazy read may take
-_CONSOLE_TIMEOUT = 5.0  # seconds; the runtime has connected already
 _KILL_AT_INTERRUPT = 3  # a program that ignores Ctrl-C is killed at the third
-_MAX_REPORT = 1 << 16  # bytes
 _LOOK = 0.02  # seconds between two questions to an observer
 
 
@@ -127,7 +124,7 @@ def run(
             lambda report: supervisor.supervise(plan, report), maps, (*console.container_ends, place.lock)
         )
         console.close_container_ends()
-        timeout = settings.read_timeout + _START_MARGIN if settings.read_timeout else None
+        timeout = settings.read_timeout + RUNTIME_START if settings.read_timeout else None
         return _Attendance(child, console, defaults.stop_signal, observer).attend(timeout)
     finally:
         console.close()
@@ -205,7 +202,7 @@ class _Attendance:
             if listener is not None and listener in ready:
                 poll.unregister(listener)
                 listener = None
-                self._console.receive(_CONSOLE_TIMEOUT)
+                self._console.receive(CONSOLE_TIMEOUT)
             if self._child.reports in ready and not self._take_reports():
                 return
             if self._is_observed and self._observer is not None and self._observer.enough():
@@ -220,7 +217,7 @@ class _Attendance:
         block = os.read(self._child.reports, 4096)
         self._pending += block
         *lines, self._pending = self._pending.split(b"\n")
-        if len(self._pending) > _MAX_REPORT:
+        if len(self._pending) > MAX_REPORT:
             raise ContainerFailed("the supervisor reports without end")
         for line in lines:
             report = json.loads(line)
@@ -262,7 +259,7 @@ class _Attendance:
         if self._terms > 1:
             self._kill()
         else:
-            self._kill_at = time.monotonic() + _STOP_TIMEOUT
+            self._kill_at = time.monotonic() + CONTAINER_STOP
             self._send(self._stop_signal)
 
     def _kill(self) -> None:

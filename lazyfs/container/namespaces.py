@@ -20,9 +20,7 @@ from typing import Any, NoReturn
 
 from lazyfs.container import mounts
 from lazyfs.errors import ContainerFailed, LazyfsError
-
-_MAP_TIMEOUT = 10.0  # seconds for newuidmap, which touches local files only
-_SETUP_TIMEOUT = 30.0  # seconds for the forks and unshares below
+from lazyfs.limits import NAMESPACES_TIMEOUT, TOOL_TIMEOUT
 
 Report = Callable[[dict[str, Any]], None]
 
@@ -173,8 +171,8 @@ def _send(out: int, value: dict[str, Any]) -> None:
 def _expect(reports: int, key: str) -> dict[str, Any]:
     poll = select.poll()
     poll.register(reports, select.POLLIN)
-    if not poll.poll(_SETUP_TIMEOUT * 1000):
-        raise ContainerFailed(f"the namespaces were not there within {_SETUP_TIMEOUT:.0f} s")
+    if not poll.poll(NAMESPACES_TIMEOUT * 1000):
+        raise ContainerFailed(f"the namespaces were not there within {NAMESPACES_TIMEOUT:.0f} s")
     line = b""
     while not line.endswith(b"\n"):
         byte = os.read(reports, 1)  # no more than this line: the caller of spawn reads the next ones
@@ -195,7 +193,7 @@ def _write_maps(pid: int, maps: IdMaps) -> None:
         for tool, own, (first, count) in (("newuidmap", uid, maps.uids), ("newgidmap", gid, maps.gids)):
             argv = [tool, str(pid), "0", str(own), "1", "1", str(first), str(count)]
             try:
-                subprocess.run(argv, check=True, capture_output=True, timeout=_MAP_TIMEOUT, stdin=subprocess.DEVNULL)
+                subprocess.run(argv, check=True, capture_output=True, timeout=TOOL_TIMEOUT, stdin=subprocess.DEVNULL)
             except subprocess.CalledProcessError as error:
                 reason = error.stderr.decode("utf-8", "replace").strip()[:300]
                 raise ContainerFailed(f"{tool} refused to give the container its ids: {reason}") from None

@@ -14,13 +14,13 @@ from pathlib import Path
 from lazyfs.container import mounts
 from lazyfs.container.options import Volume
 from lazyfs.errors import ContainerFailed, MountFailed
+from lazyfs.limits import MAX_HOST_FILE
 
 # `volatile`: the upper directory dies with its mount, so syncing it is work for nobody. `metacopy`: a chown (the
 # first act of many entrypoints, on whole trees) copies a file's attributes up and leaves its bytes in the registry.
 _FAST = b"volatile,metacopy=on,redirect_dir=on"
 _FAST_USER = b"userxattr,volatile"
 _PLAIN_USER = b"userxattr"
-_MAX_HOST_FILE = 1 << 20  # bytes of /etc/hosts or /etc/resolv.conf
 
 
 def mount_overlay(lower: str, directory: Path, *, target: str = "", rootless: bool = False) -> None:
@@ -132,6 +132,6 @@ def write_host_files(directory: Path, hostname: str, network: str) -> list[tuple
 def _host_file(path: str) -> bytes | None:
     try:
         with open(path, "rb") as handle:
-            return handle.read(_MAX_HOST_FILE)
+            return handle.read(MAX_HOST_FILE)
     except OSError:
         return None

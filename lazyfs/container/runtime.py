@@ -9,11 +9,11 @@ import signal
 from dataclasses import dataclass
 
 from lazyfs.errors import ContainerFailed, ToolMissing
+from lazyfs.limits import MAX_RUNTIME_LOG
 from lazyfs.process import environment
 
 NOT_EXECUTABLE = 126
 NOT_FOUND = 127
-_MAX_LOG = 1 << 20  # bytes of the runtime's log that we look at
 _SYSTEM_DIRS = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 # The phrases of runc 1.0–1.3 and crun 1.x for a command that isn't there or can't be executed.
 _MISSING = re.compile(r'exec: ".*": .*(not found|no such file or directory)|executable file .* not found', re.I | re.S)
@@ -93,7 +93,7 @@ def failure(log_path: str, command: str) -> ContainerFailed:
     reason = ""
     try:
         with open(log_path, "rb") as handle:
-            lines = handle.read(_MAX_LOG).splitlines()
+            lines = handle.read(MAX_RUNTIME_LOG).splitlines()
     except OSError:
         lines = []
     for line in lines:

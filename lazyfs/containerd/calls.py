@@ -15,9 +15,8 @@ from typing import Any, Generic, Protocol, Self, TypeVar
 import grpc
 
 from lazyfs.errors import LazyfsError, RegistryFault, RegistryTimeout, RegistryUnreachable, StoreFull, Unauthorized
-from lazyfs.limits import MAX_GRPC_MESSAGE
+from lazyfs.limits import MAX_CONTAINERD_WORDS, MAX_GRPC_MESSAGE
 
-_MAX_DETAIL = 300  # characters of what containerd says that reach a message
 _FULL = ("no space left on device", "disk quota exceeded")  # ENOSPC and EDQUOT, in Go's words
 
 
@@ -88,7 +87,7 @@ class Calls:
 
     def fault(self, what: str, error: Refused) -> LazyfsError:
         """Return what `error` is for callers: a RegistryError, or StoreFull. `what` says what was being done."""
-        detail = f": {error.detail[:_MAX_DETAIL]}" if error.detail else ""
+        detail = f": {error.detail[:MAX_CONTAINERD_WORDS]}" if error.detail else ""
         here = f"containerd at {self.address}"
         if any(words in error.detail for words in _FULL):
             return StoreFull(f"the disk of {here} is full: {what}{detail}")

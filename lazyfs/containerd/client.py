@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from lazyfs.errors import ToolMissing
+from lazyfs.limits import REQUEST_TIMEOUT
 
 if TYPE_CHECKING:
     from lazyfs.containerd.calls import Calls
@@ -41,7 +42,7 @@ class Client:
         self.calls.close()
 
 
-def connect(address: str, namespace: str, *, timeout: float = 300.0) -> Client:
+def connect(address: str, namespace: str, *, timeout: float = REQUEST_TIMEOUT) -> Client:
     """Return a client of the containerd whose socket is `address`. It connects with its first call.
 
     `timeout` (seconds) bounds each call without a deadline of its own. Raise ToolMissing without the gRPC packages.

@@ -16,6 +16,7 @@ from typing import Any, Protocol, Self
 from lazyfs.containerd.calls import Calls, Method, Refused, following
 from lazyfs.containerd.proto import content_pb2 as messages
 from lazyfs.errors import BadAnswer, BlobMissing, LazyfsError, PushRejected, RegistryTimeout, StoreBroken
+from lazyfs.limits import SLOWEST_TRANSFER, WRITER_TIMEOUT
 
 _SERVICE = "/containerd.services.content.v1.Content/"
 _INFO = Method(_SERVICE + "Info", messages.InfoRequest, messages.InfoResponse)
@@ -26,9 +27,7 @@ _WRITE = Method(_SERVICE + "Write", messages.WriteContentRequest, messages.Write
 _ABORT = Method(_SERVICE + "Abort", messages.AbortRequest, messages.StatusResponse)
 
 PIECE = 1 << 20  # bytes of a blob in one message
-_LOCK_WAIT = 60.0  # seconds for another writer of the same blob
 _LOCK_POLL = 0.1  # seconds
-_SLOWEST = 64 << 10  # bytes a second for which a call without a deadline has time
 
 
 class Source(Protocol):
@@ -169,7 +168,7 @@ class ContentStore:
         two of one name wait for each other, as long as the other one gets on.
         """
         start = source.tell() if source.seekable() else None
-        until = time.monotonic() + _LOCK_WAIT
+        until = time.monotonic() + WRITER_TIMEOUT
         seen = -1
         deadline = self._limit(deadline, size)
         fresh = False
@@ -181,7 +180,7 @@ class ContentStore:
                 if _is_locked(error) and not upload.touched:
                     there = self.uploaded(upload.ref)
                     if there != seen:
-                        seen, until = there, time.monotonic() + _LOCK_WAIT
+                        seen, until = there, time.monotonic() + WRITER_TIMEOUT
                     if time.monotonic() > min(until, deadline):
                         raise RegistryTimeout(
                             self._calls.address,
@@ -201,7 +200,7 @@ class ContentStore:
                     source.seek(start)
 
     def _limit(self, deadline: float | None, size: int) -> float:
-        return deadline if deadline is not None else time.monotonic() + self._calls.timeout + size / _SLOWEST
+        return deadline if deadline is not None else time.monotonic() + self._calls.timeout + size / SLOWEST_TRANSFER
 
     def uploaded(self, ref: str) -> int:
         """Return how many bytes of an upload under way are here; 0 where there is none."""

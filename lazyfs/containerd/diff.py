@@ -12,10 +12,10 @@ from lazyfs.containerd.calls import Calls, Method, Refused
 from lazyfs.containerd.proto import diff_pb2 as messages
 from lazyfs.containerd.snapshots import Mount
 from lazyfs.errors import BlobMissing, DocumentInvalid
+from lazyfs.limits import SLOWEST_UNPACK
 from lazyfs.oci import Descriptor
 
 _APPLY = Method("/containerd.services.diff.v1.Diff/Apply", messages.ApplyRequest, messages.ApplyResponse)
-_SLOWEST = 256 << 10  # bytes of a layer's blob a second for which there is time
 _UNREADABLE = ("unsupported diff media type", "no processor for media-type", "currently unsupported")
 
 
@@ -36,7 +36,7 @@ class Diff:
         question.diff.size = layer.size
         for mount in mounts:
             question.mounts.add(type=mount.type, source=mount.source, target=mount.target, options=mount.options)
-        deadline = time.monotonic() + self._calls.timeout + layer.size / _SLOWEST
+        deadline = time.monotonic() + self._calls.timeout + layer.size / SLOWEST_UNPACK
         try:
             return self._calls.one(_APPLY, question, lease=lease, deadline=deadline).applied.digest
         except Refused as error:

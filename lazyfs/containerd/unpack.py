@@ -14,6 +14,7 @@ from lazyfs.containerd import gc_labels
 from lazyfs.containerd.client import Client
 from lazyfs.containerd.snapshots import Mount, Snapshots
 from lazyfs.errors import DiffIdMismatch, LazyfsError, SnapshotExists, SnapshotMissing, SnapshotUnfit
+from lazyfs.limits import UNDO_TIMEOUT
 from lazyfs.oci import Descriptor, Manifest, chain_ids
 
 log = logging.getLogger(__name__)
@@ -21,7 +22,6 @@ log = logging.getLogger(__name__)
 _PREFIX = "containerd.io/snapshot/"
 _REF = "containerd.io/snapshot.ref"
 _TRIES = 3  # of preparing, while others make and remove the same layer
-_REMOVE = 10.0  # seconds for giving up what was begun
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,7 +123,7 @@ class Unpacker:
 
     def give_up(self, begun: Begun) -> None:
         """Remove what was begun and not finished. Never raises: the lease's end does it otherwise."""
-        deadline = time.monotonic() + _REMOVE
+        deadline = time.monotonic() + UNDO_TIMEOUT
         while True:
             try:
                 self._snapshots.remove(begun.key, deadline=deadline)

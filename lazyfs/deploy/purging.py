@@ -12,6 +12,7 @@ from lazyfs.deploy import units
 from lazyfs.deploy.changes import FileChange
 from lazyfs.deploy.node import Node
 from lazyfs.errors import StoreBroken, StoreLocked, UsageError
+from lazyfs.limits import GREETING_TIMEOUT
 
 _MARKS = ("catalog.db", "snapshots.db")  # one of them is in every store; a "lock" is in many other directories
 
@@ -57,7 +58,7 @@ def _answers(settings: Settings) -> bool:
     import socket
 
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as ours:
-        ours.settimeout(5)
+        ours.settimeout(GREETING_TIMEOUT)
         try:
             ours.connect(os.fspath(settings.socket))
         except OSError:

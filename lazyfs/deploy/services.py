@@ -13,10 +13,9 @@ from typing import Any
 
 from lazyfs.deploy import units
 from lazyfs.errors import DaemonFault, ToolMissing, UsageError
-from lazyfs.limits import UNIT_TIMEOUT
+from lazyfs.limits import TOOL_TIMEOUT, UNIT_TIMEOUT
 
 _BOOTED = Path("/run/systemd/system")  # sd_booted(3)
-_QUICK = 10.0  # seconds
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,7 +93,7 @@ def what_containerd_reads(main: Path) -> dict[str, Any] | None:
             (containerd, "-c", str(main), "config", "dump"),
             stdin=subprocess.DEVNULL,
             capture_output=True,
-            timeout=_QUICK,
+            timeout=TOOL_TIMEOUT,
             check=False,
         )
     except (OSError, subprocess.TimeoutExpired):
@@ -114,7 +113,7 @@ def _is(state: str, unit: str) -> bool:
 
 def _output(argv: tuple[str, ...]) -> str:
     try:
-        done = subprocess.run(argv, stdin=subprocess.DEVNULL, capture_output=True, timeout=_QUICK, check=False)
+        done = subprocess.run(argv, stdin=subprocess.DEVNULL, capture_output=True, timeout=TOOL_TIMEOUT, check=False)
     except (OSError, subprocess.TimeoutExpired):
         return ""
     return done.stdout.decode("utf-8", "replace")

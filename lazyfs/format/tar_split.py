@@ -14,10 +14,7 @@ import zstandard
 
 from lazyfs.errors import TocInvalid
 from lazyfs.format.crc64 import crc64
-from lazyfs.limits import MAX_STORAGE_TOC
-from lazyfs.units import MiB
-
-_MAX_SEGMENT = 8 * MiB  # bytes of headers at once; longer runs are zeros behind the end
+from lazyfs.limits import MAX_STORAGE_TOC, MAX_TAR_SEGMENT
 
 
 class TarSplitWriter:
@@ -39,7 +36,7 @@ class TarSplitWriter:
     def plain(self, data: bytes | memoryview) -> None:
         """Take bytes that are no content."""
         self._segment += data
-        if len(self._segment) > _MAX_SEGMENT:
+        if len(self._segment) > MAX_TAR_SEGMENT:
             self._end_segment()
 
     def begin(self, name: bytes, size: int) -> None:

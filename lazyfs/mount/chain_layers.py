@@ -12,7 +12,7 @@ import trio
 
 from lazyfs.chunks.single_flight import SingleFlight
 from lazyfs.errors import DaemonFault, ImageIncomplete, LazyfsError, first_of
-from lazyfs.limits import BUILDERS, LOCAL_THREADS, MAX_REFUSED, MAX_WAITING_TOCS
+from lazyfs.limits import BUILDERS, LOCAL_THREADS, MAX_REFUSED, MAX_WAITING_TOCS, SETTLE_TIMEOUT
 from lazyfs.mount.apart import Apart, Links
 from lazyfs.mount.filling import Fillings
 from lazyfs.mount.keeping import Keeping
@@ -28,7 +28,6 @@ from lazyfs.units import MiB
 T = TypeVar("T")
 
 _LARGE = 1 * MiB  # compressed bytes of a large one
-_SETTLE = 10.0  # seconds that whoever removes layers waits for what is still at work on them
 _LOOK = 0.02
 _TAILS_FIRST = 0.1  # seconds that a table lets TOCs go first
 _PERSISTENT = (
@@ -175,7 +174,7 @@ class ChainLayers:
     async def settle(self, digests: Iterable[str]) -> None:
         """Wait until what was begun for these layers, and nobody waits for, has ended. A checkpoint, 10 s at most."""
         wanted = set(digests)
-        with trio.move_on_after(_SETTLE):
+        with trio.move_on_after(SETTLE_TIMEOUT):
             while any(self._promised[one] for one in wanted) or wanted & (self._fillings.busy() - self._layers.held()):
                 await trio.sleep(_LOOK)
 

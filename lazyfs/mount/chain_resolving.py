@@ -18,6 +18,7 @@ import trio
 
 from lazyfs import oci
 from lazyfs.errors import LazyfsError, ReadDeadline, RegistryTimeout, first_of
+from lazyfs.limits import MAX_IMAGE_WORDS, SETTLE_TIMEOUT
 from lazyfs.mount.apart import Apart
 from lazyfs.mount.chain_documents import ChainDocuments, ChainImage
 from lazyfs.mount.chain_layers import ChainLayers, ChainSource
@@ -28,9 +29,7 @@ from lazyfs.oci import Descriptor, ImageConfig
 
 log = logging.getLogger(__name__)
 
-_MAX_TEXT = 600  # characters of what an image or a registry has us repeat
 _GRACE = 0.25  # seconds that a request gets beyond the call's deadline, so that its own error comes no earlier
-_SETTLE = 10.0  # seconds that whoever removes layers waits for resolutions that name them
 _LOOK = 0.02
 _HEAD_START = 0.003  # seconds that the base layer has before the others: each takes a millisecond of processor time
 
@@ -125,7 +124,7 @@ class ChainResolver:
 
         Callers had their answers before; what comes behind them would be kept, and nobody would know of it.
         """
-        with trio.move_on_after(_SETTLE):
+        with trio.move_on_after(SETTLE_TIMEOUT):
             # What ends being resolved begins to be fetched for its container: both, until there is neither.
             while self._early.stop(digests) or any(found.names(digests) for found in self._running.values()):
                 await trio.sleep(_LOOK)
@@ -237,13 +236,13 @@ def _answer(source: ChainSource, image: ChainImage, config: ImageConfig, outcome
             {
                 "digest": layer.digest,
                 "size": layer.size,
-                "media_type": layer.media_type[:_MAX_TEXT],
+                "media_type": layer.media_type[:MAX_IMAGE_WORDS],
                 "annotations": _telling(layer),
                 "diff_id": diff_id,
                 "chain_id": chain_id,
                 "ready": one.ready,
                 "lazy": one.lazy,
-                "reason": one.reason[:_MAX_TEXT],
+                "reason": one.reason[:MAX_IMAGE_WORDS],
                 "settled": one.settled,
             }
             for layer, diff_id, chain_id, one in zip(layers, config.diff_ids, chain_ids, outcomes, strict=True)
@@ -256,5 +255,5 @@ def _telling(layer: Descriptor) -> dict[str, str]:
     return {
         name: value
         for name, value in layer.annotations.items()
-        if name in oci.TOC_ANNOTATIONS and len(value) <= _MAX_TEXT
+        if name in oci.TOC_ANNOTATIONS and len(value) <= MAX_IMAGE_WORDS
     }

@@ -10,14 +10,12 @@ from collections.abc import Set
 
 import trio
 
-from lazyfs.limits import MAX_EARLY
+from lazyfs.limits import KEPT_FOR, MAX_EARLY
 from lazyfs.mount.apart import Apart
 from lazyfs.mount.chain_documents import ChainImage
 from lazyfs.mount.chain_layers import ChainLayers, ChainSource
 from lazyfs.mount.starts import Starts
 from lazyfs.oci import ImageConfig
-
-_LONGEST = 300.0  # seconds; as long as the layers of a pull are kept for its container
 
 
 class Early:
@@ -51,7 +49,7 @@ class Early:
 
         async def run() -> None:
             try:
-                with scope, trio.move_on_after(_LONGEST):
+                with scope, trio.move_on_after(KEPT_FOR):
                     await self._run(source, image, config)
             finally:
                 del self._running[digest]

@@ -17,14 +17,13 @@ from lazyfs.chunks.read import Reader
 from lazyfs.chunks.schedule import STEP_BACK
 from lazyfs.config import Settings
 from lazyfs.errors import DaemonFault, ReadDeadline, StoreFull
-from lazyfs.limits import FILL_PATIENCE
+from lazyfs.limits import FILL_PATIENCE, TROUBLE_PATIENCE
 from lazyfs.mount.donors import Donors
 from lazyfs.mount.preparing import Preparer
 from lazyfs.registry.offline import OfflineRepository
 
 log = logging.getLogger(__name__)
 
-_PATIENCE_IN_TROUBLE = 30.0  # the same where the last request has failed
 _LOOK = 0.5  # seconds between looks at how far a layer is
 _ROUNDS = 3  # fills of one layer after which its chunks don't stay
 
@@ -243,7 +242,7 @@ class Fillings:
                 since, before = trio.current_time(), arrived
             patience = self._settings.read_timeout or FILL_PATIENCE
             if trouble is not None:
-                patience = min(patience, _PATIENCE_IN_TROUBLE)
+                patience = min(patience, TROUBLE_PATIENCE)
             if trio.current_time() - since >= patience and not idle.is_set():
                 raise trouble or ReadDeadline(patience, f"layer {layer.digest} does not go on")
 

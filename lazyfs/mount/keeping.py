@@ -7,11 +7,10 @@ from collections.abc import Callable, Iterable
 
 import trio
 
-from lazyfs.limits import MAX_KEPT_LAYERS
+from lazyfs.limits import KEPT_FOR, MAX_KEPT_LAYERS
 from lazyfs.mount.layers import Layers
 from lazyfs.mount.preparing import Prepared
 
-_SECONDS = 300.0  # from a pull to the start of its container
 _LOOK = 15.0  # seconds between looks for what has been held long enough
 
 
@@ -30,7 +29,7 @@ class Keeping:
         """Take over one hold of a layer. A checkpoint where another one goes for it."""
         digest = prepared.layer.digest
         gone = [self._kept.pop(digest)[0]] if digest in self._kept else []
-        self._kept[digest] = prepared, self._now() + _SECONDS
+        self._kept[digest] = prepared, self._now() + KEPT_FOR
         while len(self._kept) > MAX_KEPT_LAYERS:
             gone.append(self._kept.popitem(last=False)[1][0])
         await self._layers.drop([one.layer for one in gone])

@@ -16,6 +16,7 @@ from lazyfs.chunks.catalog import Catalog
 from lazyfs.config import Settings
 from lazyfs.errors import DaemonUnreachable, StoreError, UsageError
 from lazyfs.exposition import Metric, Reading, one, render
+from lazyfs.limits import ADDRESS_TIMEOUT
 from lazyfs.mount.mounted import Mount, Mounted
 from lazyfs.mount.status import RequestCounters, StatusReport, anonymous_memory
 from lazyfs.scrape import Scrapes, parse_address
@@ -23,7 +24,7 @@ from lazyfs.stats import OTHER, Buckets
 
 log = logging.getLogger(__name__)
 
-_LATE, _AGAIN = 10.0, 0.1  # seconds for an address to be let go, and between tries for it
+_AGAIN = 0.1  # seconds between tries for an address that somebody else still has
 
 INFO = Metric("lazyfsd_info", "gauge", "1; the labels say what runs", ("version", "driver"))
 UPTIME = Metric("lazyfsd_uptime_seconds", "gauge", "time since the start")
@@ -210,7 +211,7 @@ class Scraped:
 
     async def begin_late(self) -> None:
         """Listen as soon as a daemon before us, the end of which takes some milliseconds, has let the address go."""
-        with trio.move_on_after(_LATE):
+        with trio.move_on_after(ADDRESS_TIMEOUT):
             while True:
                 try:
                     return self._begin()

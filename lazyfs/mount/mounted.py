@@ -20,6 +20,7 @@ from lazyfs.config import Settings
 from lazyfs.container import mounts, sweep
 from lazyfs.errors import MountPointInvalid, StoreError, UsageError
 from lazyfs.format.trace import fitting
+from lazyfs.limits import LONGEST_START
 from lazyfs.mount import claims, processes
 from lazyfs.mount.chain_service import ChainService
 from lazyfs.mount.claims import Claim
@@ -38,7 +39,6 @@ PREFIX, LOGINS = "mount:", "logins:"  # of what is left to the next daemon
 _TOLD = 8  # times that logins came whose words are kept; a snapshotter says all of its own each time
 KINDS = frozenset({"ro", "rw", "container"})
 _LAST_BREATH = 0.3  # seconds between a killed command's end and the sweep of what it left
-_DAY = 86400.0  # seconds; no start takes as long
 _LOOK = 5.0  # seconds between looks at the mount table for mounts that somebody else took away
 
 
@@ -341,7 +341,7 @@ class Mounted:
         """End the recording of a start, and write it to a file."""
         mount, ready = self._find_id(args), args.get("ready")
         if ready is not None and (
-            not isinstance(ready, int | float) or isinstance(ready, bool) or not 0 <= ready < _DAY
+            not isinstance(ready, int | float) or isinstance(ready, bool) or not 0 <= ready < LONGEST_START
         ):
             raise UsageError("trace_end: ready is a number of seconds, at most a day")
         recorder, mount.recorder = mount.recorder, None

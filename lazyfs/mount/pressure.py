@@ -17,6 +17,7 @@ from pathlib import Path
 import trio
 
 from lazyfs.chunks.memory import MemoryCache
+from lazyfs.limits import MAX_PRESSURE_FILE
 from lazyfs.mount import heap
 from lazyfs.units import MiB, format_size
 
@@ -30,7 +31,6 @@ _CALM = 30.0  # seconds without pressure before the cache grows
 _STEPS = 8  # in which it grows back to its whole size, a step every _CALM / 3
 _TOTAL = re.compile(r"^(some|full) [^\n]*\btotal=(\d{1,19})$", re.MULTILINE)  # µs
 _EVENT = re.compile(r"^(?:high|max) (\d{1,19})$", re.MULTILINE)
-_MAX_FILE = 4096  # bytes of these files; they have some hundred
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,7 +114,7 @@ def _read(path: Path | None) -> str:
         return ""
     try:
         with open(path, "rb", buffering=0) as file:
-            return file.read(_MAX_FILE).decode("ascii", "replace")
+            return file.read(MAX_PRESSURE_FILE).decode("ascii", "replace")
     except OSError:
         return ""
 

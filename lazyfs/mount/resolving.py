@@ -15,16 +15,13 @@ from lazyfs import oci
 from lazyfs.chunks.catalog import Catalog
 from lazyfs.config import Settings
 from lazyfs.errors import LazyfsError, ManifestMissing, RegistryError, RegistryTimeout, StoreError
+from lazyfs.limits import DOCUMENTS_PATIENCE, KNOWN_PATIENCE, WHOLE_PATIENCE
 from lazyfs.oci import ImageConfig, Manifest
 from lazyfs.reference import Reference
 from lazyfs.registry.repository import Repository
 from lazyfs.registry.resolve import ResolvedImage, check_config, fetch_config, resolve_image
 
 log = logging.getLogger(__name__)
-
-_PATIENCE = 60.0  # seconds for the documents of an image that this node never saw
-_PATIENCE_KNOWN = 10.0  # seconds where the last digest would do, and some of its bytes are missing
-_PATIENCE_WHOLE = 2.0  # seconds where everything that the last digest names is here
 
 
 class Pull(enum.Enum):
@@ -82,14 +79,14 @@ class Resolver:
                 reference.host, f"{name} is not on this node", hint="leave --offline away, or lazyfs fetch it first"
             )
         if known is None or pull is Pull.ALWAYS:
-            image = resolve_image(repository, reference, platform, deadline=time.monotonic() + _PATIENCE)
+            image = resolve_image(repository, reference, platform, deadline=time.monotonic() + DOCUMENTS_PATIENCE)
             self.remember(name, platform, image)
             return self._with_config(repository, image.manifest, platform)
         return self._newer(repository, reference, platform, known)
 
     def _newer(self, repository: Repository, reference: Reference, platform: str, known: Manifest) -> Resolved:
         name = str(reference)
-        deadline = time.monotonic() + _PATIENCE_KNOWN
+        deadline = time.monotonic() + KNOWN_PATIENCE
         # In a thread of its own: a name server that is gone holds it up for longer than any deadline of ours.
         asked = self._pool.submit(resolve_image, repository, reference, platform, deadline=deadline)
         try:
@@ -108,7 +105,7 @@ class Resolver:
         """Wait for the registry, for as long as that is worth it. Raise its error, or RegistryTimeout."""
         began = time.monotonic()
         try:
-            return asked.result(_PATIENCE_WHOLE)
+            return asked.result(WHOLE_PATIENCE)
         except concurrent.futures.TimeoutError:
             pass
         try:
@@ -179,7 +176,7 @@ class Resolver:
         raw = self._catalog.document(manifest.config.digest)
         if raw is not None:
             return check_config(oci.parse_config(raw), manifest, platform)
-        config = fetch_config(repository, manifest, platform=platform, deadline=time.monotonic() + _PATIENCE)
+        config = fetch_config(repository, manifest, platform=platform, deadline=time.monotonic() + DOCUMENTS_PATIENCE)
         try:
             self._catalog.put_document(config.raw)
         except StoreError as error:

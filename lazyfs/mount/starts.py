@@ -24,7 +24,7 @@ from lazyfs.chunks.trace_files import TraceFiles
 from lazyfs.config import Settings
 from lazyfs.errors import LazyfsError
 from lazyfs.format.trace import Trace, fitting, merged, stripped
-from lazyfs.limits import MAX_ADVANCES, MAX_PULLED
+from lazyfs.limits import LONGEST_NOTES, MAX_ADVANCES, MAX_PULLED, NOTES_TIMEOUT
 from lazyfs.mount.advance import Advance
 from lazyfs.mount.answers import Answers, Find
 from lazyfs.mount.filling import guard
@@ -40,9 +40,7 @@ T = TypeVar("T")
 
 NODE, REGISTRY, NONE = "node", "registry", "none"  # where a mount's trace came from
 _QUIET = 10.0  # seconds without a first demand after which a start is over
-_LONGEST = 60.0  # seconds of one that are noted at most
 _LOOK = 0.5  # seconds between looks at that
-_LAST_WORDS = 3.0  # seconds that the end of the daemon waits for what was learned
 
 
 @dataclass(eq=False, slots=True)
@@ -208,7 +206,7 @@ class Starts:
         """Wait a moment for what was learned to be saved. A checkpoint."""
         for start in list(self._starts):
             self.end(start)
-        with trio.move_on_after(_LAST_WORDS):
+        with trio.move_on_after(NOTES_TIMEOUT):
             while self._saving:
                 await trio.sleep(0.01)
 
@@ -297,7 +295,7 @@ class Starts:
                 while True:
                     await trio.sleep(_LOOK)
                     now = time.monotonic()
-                    if now - recorder.began >= _LONGEST or (len(recorder) and now - recorder.last >= _QUIET):
+                    if now - recorder.began >= LONGEST_NOTES or (len(recorder) and now - recorder.last >= _QUIET):
                         break
             recorder.detach()
             if len(recorder):

@@ -25,6 +25,7 @@ from lazyfs.errors import (
     TooManyRequests,
     Unauthorized,
 )
+from lazyfs.limits import MIRROR_PATIENCE, MIRROR_PROBE_TIMEOUT, MIRROR_STALL, REQUEST_TIMEOUT, SLOWEST_TRANSFER
 from lazyfs.oci import Descriptor
 from lazyfs.registry.endpoints import Endpoint
 from lazyfs.registry.health import Health
@@ -37,13 +38,10 @@ from lazyfs.registry.repository import ByteStream, Repository
 log = logging.getLogger(__name__)
 T = TypeVar("T")
 
-PATIENCE = 2.0  # seconds until an answer must have begun, while another source is well
-STALL = 2.0  # seconds without a byte
+PATIENCE = MIRROR_PATIENCE
 WINDOW = 1.0  # seconds over which a rate is measured; a drip may begin anywhere in one
-DELAY = PATIENCE + max(STALL, 2 * WINDOW)  # seconds that one bad mirror may cost a read
+DELAY = PATIENCE + max(MIRROR_STALL, 2 * WINDOW)  # seconds that one bad mirror may cost a read
 _PROBE = 64 << 10  # bytes asked of a failing host to see whether it is well again
-_PROBE_TIME = 10.0  # seconds
-_SLOWEST = 64 << 10  # bytes a second for which a call without a deadline has time (see Timeouts)
 _WORDS = 160  # characters of each mirror's error in the origin's
 
 
@@ -61,7 +59,7 @@ class MirroredRepository:
         health: Health,
         retry: RetryPolicy | None = None,
         *,
-        total: float = 300.0,
+        total: float = REQUEST_TIMEOUT,
     ) -> None:
         self.host = host
         self.name = name
@@ -234,7 +232,7 @@ class MirroredRepository:
         well = [one for one in others if one != host and health.is_well(one) and not health.has_lied(one, what)]
         if not well:
             return None
-        return Pace(time.monotonic() + PATIENCE, STALL, health.floor(well), WINDOW)
+        return Pace(time.monotonic() + PATIENCE, MIRROR_STALL, health.floor(well), WINDOW)
 
     def _verdict(self, what: str, failed: dict[int, LazyfsError], hosts: Sequence[str]) -> LazyfsError:
         if not failed:
@@ -254,7 +252,7 @@ class MirroredRepository:
         return error
 
     def _limit(self, deadline: float | None, size: int) -> float:
-        return deadline if deadline is not None else time.monotonic() + self._total + size / _SLOWEST
+        return deadline if deadline is not None else time.monotonic() + self._total + size / SLOWEST_TRANSFER
 
     def _able(self, can: Callable[[Endpoint], bool]) -> list[Member]:
         return [member for member in self.members if can(member.endpoint)] or list(self.members)
@@ -281,9 +279,9 @@ class MirroredRepository:
         host = member.endpoint.host
         began = time.monotonic()
         others = [other.endpoint.host for other in self.members if other is not member]
-        pace = Pace(began + PATIENCE, STALL, self.health.floor(others), WINDOW)
+        pace = Pace(began + PATIENCE, MIRROR_STALL, self.health.floor(others), WINDOW)
         try:
-            with member.fetch(digest, blob_offset, size, deadline=began + _PROBE_TIME, pace=pace) as stream:
+            with member.fetch(digest, blob_offset, size, deadline=began + MIRROR_PROBE_TIMEOUT, pace=pace) as stream:
                 first = time.monotonic() - began
                 while stream.read(size):
                     pass

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
+from lazyfs.limits import REQUEST_TIMEOUT
 from lazyfs.reference import Reference
 from lazyfs.registry.config import access as accesses
 from lazyfs.registry.config.access import Access
@@ -35,7 +36,7 @@ class OpenOptions:
     on_hop: OnHop | None = None
     connect_timeout: float = 5.0
     answer_timeout: float = 30.0
-    total_timeout: float = 300.0
+    total_timeout: float = REQUEST_TIMEOUT
     retry: RetryPolicy = field(default_factory=RetryPolicy)
     transport: Transport | None = None
     access: Access | None = None

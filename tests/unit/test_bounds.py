@@ -98,7 +98,7 @@ def test_calls_that_wait_are_bounded(scratch: Path, others: Others, monkeypatch:
 
 def test_a_process_that_not_even_a_kill_ends_is_waited_for_no_longer(monkeypatch: pytest.MonkeyPatch) -> None:
     """It hangs in the kernel, for a disk that does not answer."""
-    monkeypatch.setattr(child, "_GRACE", 0.05)
+    monkeypatch.setattr(child, "END_TIMEOUT", 0.05)
     with subprocess.Popen(["sleep", "60"], stdin=subprocess.PIPE, stderr=subprocess.PIPE) as one:
         try:
             monkeypatch.setattr(one, "kill", lambda: None)

@@ -71,7 +71,10 @@ class Scene:
 @pytest.fixture(autouse=True)
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing is too fresh to go, unless a test says so."""
-    for module, names in ((collect, ("_FRESH", "_PULLED", "_FIRST")), (remotes, ("_SETTLE", "_GREETING", "_COMING"))):
+    for module, names in (
+        (collect, ("_FRESH", "_PULLED", "_FIRST")),
+        (remotes, ("_SETTLE", "LOGIN_TOLD_TIMEOUT", "RETURN_TIMEOUT")),
+    ):
         for name in names:
             monkeypatch.setattr(module, name, 0.0)
     monkeypatch.setattr(collect, "_AGAIN", 0.05)

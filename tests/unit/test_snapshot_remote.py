@@ -38,7 +38,7 @@ def settings(scratch: Path) -> Settings:
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "_GREETING", 0.1)
+    monkeypatch.setattr(module, "LOGIN_TOLD_TIMEOUT", 0.1)
     monkeypatch.setattr(module, "_RETRY", (0.02,))
     monkeypatch.setattr(control_client, "GREETING_TIMEOUT", 0.3)
 
@@ -94,7 +94,7 @@ def test_after_a_death_chains_come_back_side_by_side_and_logins_first(settings: 
 def test_who_needs_a_login_waits_for_the_greeting(
     settings: Settings, daemon: ControlDaemon, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "_GREETING", PATIENCE)
+    monkeypatch.setattr(module, "LOGIN_TOLD_TIMEOUT", PATIENCE)
     greeting, told = threading.Event(), threading.Event()
 
     def logins(args: dict[str, Any]) -> dict[str, Any]:
@@ -140,7 +140,7 @@ def test_one_who_says_nothing_is_given_up_and_no_second_one_is_started(
 def test_one_that_answers_too_late(settings: Settings, daemon: ControlDaemon, monkeypatch: pytest.MonkeyPatch) -> None:
     over = threading.Event()
     daemon.answers["mount_chain"] = lambda args: {"late": over.wait(PATIENCE)}
-    monkeypatch.setattr(module, "_SLACK", -4.9)
+    monkeypatch.setattr(module, "DEADLINE_SLACK", -4.9)
     with pytest.raises(DaemonUnreachable, match="did not answer mount_chain within"):
         waiting(settings).show(place(1))
     over.set()
@@ -170,7 +170,7 @@ def test_who_is_not_to_start_one_waits_for_it(settings: Settings, monkeypatch: p
         asked = pool.submit(remote.show, place(1))
         with ControlDaemon(settings.socket):
             assert asked.result(PATIENCE).chain == "0001"
-    monkeypatch.setattr(module, "_COMING", 0.05)
+    monkeypatch.setattr(module, "RETURN_TIMEOUT", 0.05)
     with pytest.raises(DaemonUnreachable, match="no lazyfsd listens on"):
         remote.show(place(1))
     with pytest.raises(DaemonUnreachable):

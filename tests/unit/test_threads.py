@@ -43,7 +43,7 @@ def test_the_first_error_ends_it() -> None:
 
 
 def test_what_hangs_holds_up_no_interruption(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(threads, "_PATIENCE", 0.1)
+    monkeypatch.setattr(threads, "INTERRUPT_PATIENCE", 0.1)
     never, begun = threading.Event(), threading.Event()
 
     def action(number: int) -> None:
@@ -68,7 +68,7 @@ def test_what_hangs_holds_up_no_interruption(monkeypatch: pytest.MonkeyPatch) ->
 
 def test_nor_the_end_of_the_process() -> None:
     program = (
-        "import threading\nfrom indexer import threads\nthreads._PATIENCE = 0.1\n"
+        "import threading\nfrom indexer import threads\nthreads.INTERRUPT_PATIENCE = 0.1\n"
         "def action(number):\n    if number == 0: threading.Event().wait()\n    raise KeyboardInterrupt\n"
         "threads.side_by_side(action, [0, 1], 2, 'test')\n"
     )

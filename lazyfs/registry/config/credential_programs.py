@@ -19,7 +19,7 @@ import time
 from dataclasses import dataclass
 
 from lazyfs.errors import UsageError
-from lazyfs.limits import MAX_PROGRAM_ANSWER, MAX_PROGRAM_LOGINS, MAX_PROGRAM_WORDS, PROGRAM_TIMEOUT
+from lazyfs.limits import END_TIMEOUT, MAX_PROGRAM_ANSWER, MAX_PROGRAM_LOGINS, MAX_PROGRAM_WORDS, PROGRAM_TIMEOUT
 from lazyfs.registry.config.credentials import Credentials
 
 KEEP_FOUND = 300.0  # seconds
@@ -27,7 +27,6 @@ KEEP_NONE = 60.0  # seconds, failures too: a program that hangs must not cost it
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]{0,63}")
 _NONE = "credentials not found"
 _TOKEN_USER = "<token>"  # the secret is an identity token then
-_KILL_WAIT = 5.0  # seconds for a killed program to be gone
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,7 +154,7 @@ def _converse(
                 with contextlib.suppress(OSError):
                     pipe.close()
         with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(_KILL_WAIT)
+            process.wait(END_TIMEOUT)
 
 
 def _exchange(process: subprocess.Popen[bytes], question: bytes, deadline: float, program: str) -> tuple[bytes, bytes]:

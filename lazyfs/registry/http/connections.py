@@ -22,12 +22,10 @@ from urllib3.connection import HTTPConnection, HTTPSConnection
 from urllib3.connectionpool import HTTPConnectionPool, HTTPSConnectionPool
 from urllib3.exceptions import HTTPError, NameResolutionError
 
-from lazyfs.limits import MAX_HEADER
+from lazyfs.limits import ALERT_TIMEOUT, MAX_HEADER
 from lazyfs.registry.http.addresses import refusal
 from lazyfs.registry.http.pace import Pace
 from lazyfs.registry.http.tls import TlsContexts
-
-_LAST_WORD = 0.2  # seconds for an alert that is on its way
 
 
 @dataclass(frozen=True, slots=True)
@@ -237,7 +235,7 @@ def _raise_alert(sock: Any) -> None:
     if not isinstance(sock, ssl.SSLSocket):
         return
     try:
-        sock.settimeout(_LAST_WORD)
+        sock.settimeout(ALERT_TIMEOUT)
         sock.recv(1)
     except ssl.SSLEOFError:
         return

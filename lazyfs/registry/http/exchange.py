@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from urllib.parse import quote, urljoin, urlsplit
 
 from lazyfs.errors import BadAnswer
-from lazyfs.limits import MAX_LOCATION, MAX_LOGIN_TRIES, MAX_REDIRECTS
+from lazyfs.limits import MAX_LOCATION, MAX_LOGIN_TRIES, MAX_REDIRECTS, REQUEST_TIMEOUT, SLOWEST_TRANSFER
 from lazyfs.registry.config.access import Access
 from lazyfs.registry.config.logins import Logins
 from lazyfs.registry.endpoints import Endpoint
@@ -37,8 +37,8 @@ class Timeouts:
 
     connect: float = 5.0
     answer: float = 30.0
-    total: float = 300.0
-    slowest: int = 64 << 10
+    total: float = REQUEST_TIMEOUT
+    slowest: int = SLOWEST_TRANSFER
 
     def deadline(self, given: float | None, size: int = 0) -> float:
         """Return `given`, or the default for a transfer of `size` bytes that starts now (time.monotonic())."""

@@ -11,13 +11,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lazyfs.errors import UsageError
-from lazyfs.limits import MAX_CERTIFICATES, MAX_PEM, MAX_TLS_CONTEXTS
+from lazyfs.limits import HANDSHAKE_TIMEOUT, MAX_CERTIFICATES, MAX_PEM, MAX_TLS_CONTEXTS
 from lazyfs.registry.config.config_files import read_bounded
 from lazyfs.registry.endpoints import NO_TLS, Tls
 from lazyfs.registry.http.environment import Authorities, load_authorities
 
 LOOK_AGAIN = 5.0  # seconds after which a changed certificate file is noticed
-_HANDSHAKE = 2.0  # seconds in which a server that speaks TLS answers a handshake
 
 # OpenSSL's X509_V_ERR_* (x509_vfy.h): what is wrong with the certificate, and what to do.
 _PRIVATE = "if you trust it, name its authority with --tls-ca FILE, or as ca in its hosts.toml"
@@ -139,7 +138,7 @@ def speaks_tls(host: str, timeout: float) -> bool | None:
     except (OSError, ValueError):
         return None
     with connection:
-        connection.settimeout(min(timeout, _HANDSHAKE))
+        connection.settimeout(min(timeout, HANDSHAKE_TIMEOUT))
         try:
             with context.wrap_socket(connection):
                 return True

@@ -5,11 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 
 from lazyfs.errors import UsageError
+from lazyfs.limits import REQUEST_TIMEOUT
 from lazyfs.reference import Reference
 from lazyfs.registry.repository import Repository
 
 
-def open_local(reference: Reference, *, address: str = "", namespace: str = "", timeout: float = 300.0) -> Repository:
+def open_local(
+    reference: Reference, *, address: str = "", namespace: str = "", timeout: float = REQUEST_TIMEOUT
+) -> Repository:
     """Return what a reference of any transport but "docker" lies in. Reads nothing yet.
 
     `address` and `namespace` are containerd's where the reference names none; `timeout` (seconds) bounds each of its

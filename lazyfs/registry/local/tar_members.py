@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lazyfs.errors import DocumentInvalid, ManifestMissing, TarInvalid
+from lazyfs.format.entry import MAX_PATH
 from lazyfs.format.tar_headers import BLOCK, HEADER, ZERO_BLOCK, checksum_holds, decimal, number, pax_records
 from lazyfs.format.tar_headers import pad as padding
 from lazyfs.limits import MAX_ARCHIVE_LINKS, MAX_ARCHIVE_NAMES, MAX_EXTENSION, MAX_MEMBERS
@@ -19,7 +20,6 @@ from lazyfs.registry.local.files import OpenRange, fault
 from lazyfs.registry.local.layout import open_regular
 from lazyfs.registry.local.layout_read import Missing
 
-_MAX_NAME = 4096  # bytes
 _FILES = (b"0", b"\0", b"7")
 _COMPRESSED = {
     b"\x1f\x8b": ("gzip", "gzip -d"),
@@ -140,8 +140,8 @@ def _member(
 
 def _clean(path: bytes) -> str:
     """Return the name without "./" and doubled slashes. Raise TarInvalid for one that leads out of the archive."""
-    if len(path) > _MAX_NAME:
-        raise TarInvalid(f"a name is longer than {_MAX_NAME} bytes")
+    if len(path) > MAX_PATH:
+        raise TarInvalid(f"a name is longer than {MAX_PATH} bytes")
     words = [word for word in path.split(b"/") if word not in (b"", b".")]
     if path.startswith(b"/") or b".." in words or b"\0" in path:
         raise TarInvalid("its name leads out of the archive", path)
