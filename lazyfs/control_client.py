@@ -33,7 +33,7 @@ from lazyfs.errors import (
     MountPointInvalid,
     StoreLocked,
 )
-from lazyfs.limits import CALL_TIMEOUT, GREETING_TIMEOUT, MAX_LINE, MAX_LOG, START_TIMEOUT
+from lazyfs.limits import CALL_TIMEOUT, END_TIMEOUT, GREETING_TIMEOUT, MAX_LINE, MAX_LOG, START_TIMEOUT
 from lazyfs.process import environment
 
 PROTOCOL = 1
@@ -367,7 +367,8 @@ def _start(settings: Settings, solo: Path | None, deadline: float, store_only: b
     if not answer:
         with contextlib.suppress(ProcessLookupError):  # it ended already, or would come up after we have given it up
             os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+        with contextlib.suppress(subprocess.TimeoutExpired):  # one that hangs in the kernel, for a disk, is left to it
+            process.wait(END_TIMEOUT)
         _check_extra()
         raise DaemonUnreachable("lazyfsd did not start", hint=f"see {settings.run / 'lazyfsd.log'}")
     message = json.loads(answer)
