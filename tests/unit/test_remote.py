@@ -496,3 +496,42 @@ async def test_a_reader_in_order_has_as_much_under_way_as_the_link_holds(
         assert len({start for start, _ in ahead}) == len(ahead)
         source.open.set()
         await landed(one)
+
+
+async def test_pieces_at_equal_distances_are_asked_for_before_they_are_read(scratch: Path) -> None:
+    async with node(scratch) as one:
+        source = Gated(BLOB.blob)
+        layer = one.serve(BLOB, source)  # type: ignore[arg-type]
+        frames = [int(layer.table.chunk_frame[chunk]) for chunk in big_chunks(layer)[::16]]  # every MiB
+        begins = [BLOB.frames[frame][0] for frame in frames]
+
+        async def piece(number: int) -> None:
+            data = await one.read(layer, b"big", number << 20, 4 * KIB)
+            assert data == BIG[number << 20 :][: 4 * KIB]
+
+        source.open.set()
+        for number in range(2):
+            await piece(number)
+        await landed(one)
+        assert sorted(start for start, _ in source.asked) == begins[:2]  # two are no pattern
+        source.open.clear()
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(piece, 2)
+            with trio.fail_after(10):
+                while len(source.asked) < 5:
+                    await trio.sleep(0.001)
+            await trio.testing.wait_all_tasks_blocked(0.01)
+            assert sorted(source.asked) == [BLOB.frames[frame] for frame in frames[:5]]  # the third, and two more
+            nursery.start_soon(piece, 3)  # joins what is on its way
+            with trio.fail_after(10):
+                while len(source.asked) == 5:
+                    await trio.sleep(0.001)
+            await trio.testing.wait_all_tasks_blocked(0.01)
+            assert [start for start, _ in source.asked].count(begins[3]) == 1
+            assert {start for start, _ in source.asked[5:]} <= set(begins[5:])
+            source.open.set()
+        await landed(one)
+        asked = len(source.asked)
+        await piece(4)  # is here
+        await landed(one)
+        assert not {start for start, _ in source.asked[asked:]} & set(begins[:5])

@@ -9,6 +9,7 @@ import os
 import re
 import stat
 import unicodedata
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -166,6 +167,21 @@ def test_what_a_start_did_is_told() -> None:
         ["0.600", "s", "2", "of", "2", "chunks", "lib/libc.so.6"],
         ["0.100", "s", "1", "of", "1", "chunk", "bin/sh"],
     ]
+
+
+def test_the_page_names_the_files_that_stalled_longest_in_order() -> None:
+    more = (Read(b"usr/late", 0, 0, 9, 0.6, 0.35), Read(b"usr/short", 0, 0, 9, 0.7, 0.05))
+    text = [part for part in Page(page_of(replace(START, reads=START.reads + more))).text if part.strip()]
+    begin, end = text.index("Files that stalled longest"), text.index("Waterfall")
+    cells = text[begin + 1 : end]
+    assert [cells[at : at + 3] for at in range(0, len(cells), 3)] == [
+        ["0.600 s", "2 of 2 chunks", "lib/libc.so.6"],
+        ["0.350 s", "1 of 1 chunk", "usr/late"],
+        ["0.100 s", "1 of 1 chunk", "bin/sh"],
+        ["0.050 s", "1 of 1 chunk", "usr/short"],
+    ]
+    nothing = replace(START, reads=tuple(replace(read, waited=0.0) for read in START.reads))
+    assert "Files that stalled longest" not in Page(page_of(nothing)).text
 
 
 @given(st.integers(1, 10**6), st.integers(40, 200))
