@@ -302,3 +302,24 @@ def test_a_disk_smaller_than_the_image(node: Node, registry: FakeRegistry) -> No
         assert traced(node)["source"] == "node"
         node.umount(tree)
         until(lambda: not node.processes(), "the daemon ends")
+
+
+def test_no_reader_waits_for_the_rate_of_prefetch(node: Node, registry: FakeRegistry) -> None:
+    """Some of what he reads was asked for before the mount and waits for its turn, some has not been asked for."""
+    files = {f"f{number:02}": pattern(200_000, number) for number in range(60)}
+    tar = tar_of(*(file(name, data) for name, data in files.items()))
+    image = add(registry, "one", zstd_chunked_layer(tar, chunk_size=1 << 16, frame_size=1 << 16))
+    tree = node.mount(image)
+    for name, data in files.items():
+        assert node.read(tree / name) == data
+    node.umount(tree)
+    until(lambda: not node.processes(), "the daemon ends with what it has learned")
+    kept = decode((node.root / "traces" / image.digest.removeprefix("sha256:")).read_bytes())
+    assert len(kept.spans) >= 5
+    empty_store(node)
+    node.settings |= {"PREFETCH": "1", "PREFETCH_RATE": "65536", "READ_TIMEOUT": "600", "LEARN": "0"}
+    tree = node.mount(image)
+    for name in ("f25", "f59"):  # their turns are after one minute and after three
+        assert node.read(tree / name) == files[name]
+    assert traced(node)["source"] == "node"
+    assert node.layer()["present"] < 10_000_000, "of twelve, the rest waits for its turn"

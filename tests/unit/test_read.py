@@ -5,13 +5,17 @@ from __future__ import annotations
 import os
 import random
 import tempfile
+import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import trio
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from lazyfs import digest
+from lazyfs.chunks import frames
 from lazyfs.chunks.layer import ServedLayer
 from lazyfs.errors import LayerQuarantined
 from lazyfs.units import PAGE
@@ -83,6 +87,49 @@ async def test_chunks_of_another_layer_are_copied(scratch: Path, registry: FakeR
         assert registry.count() == 0
         assert one.reader.counters.from_other_layer == 20_000
         assert all(layer.store.has(chunk) for chunk in _chunks(layer, b"f07"))
+
+
+@pytest.mark.parametrize("what", ["decoding", "hashing"])
+async def test_frames_are_taken_apart_on_several_threads_at_once(
+    scratch: Path, registry: FakeRegistry, monkeypatch: pytest.MonkeyPatch, what: str
+) -> None:
+    """Both requests are in the midst of it at the same time: neither waits for the other, nor for the loop."""
+    meeting = threading.Barrier(2)
+    met: set[int] = set()
+
+    def meet() -> None:
+        if threading.get_ident() not in met:
+            met.add(threading.get_ident())
+            meeting.wait(10)
+
+    def raw_of(data: bytes) -> bytes:
+        meet()
+        return digest.raw_of(data)
+
+    class Meeting:
+        def decode_prefix(self, data: bytes | memoryview, size: int, /) -> bytes:
+            meet()
+            return frames.decoder().decode_prefix(data, size)
+
+    if what == "decoding":
+        monkeypatch.setattr(frames, "decoder_for", lambda form: Meeting())
+    else:
+        monkeypatch.setattr(frames, "digests", SimpleNamespace(raw_of=raw_of, of=digest.of, text=digest.text))
+    results: dict[bytes, bytes] = {}
+    async with node(scratch) as one:
+        layer = one.serve(LAYERS[0], registry)
+
+        async def read(name: bytes) -> None:
+            results[name] = await one.read(layer, name, 0, 100)
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(read, b"f08")
+            nursery.start_soon(read, b"f09")
+        with trio.fail_after(10):
+            while one.remote.in_flight():
+                await trio.sleep(0.001)
+    assert results == {name: CONTENT[name][:100] for name in (b"f08", b"f09")}
+    assert len(met) == 2 and threading.get_ident() not in met
 
 
 def _chunks(layer: ServedLayer, name: bytes) -> range:
