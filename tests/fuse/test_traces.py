@@ -323,3 +323,26 @@ def test_no_reader_waits_for_the_rate_of_prefetch(node: Node, registry: FakeRegi
         assert node.read(tree / name) == files[name]
     assert traced(node)["source"] == "node"
     assert node.layer()["present"] < 10_000_000, "of twelve, the rest waits for its turn"
+
+
+def test_a_full_disk_keeps_what_was_read(node: Node, registry: FakeRegistry) -> None:
+    """The check of the whole image, and what its trace tells of, push out nothing that a reader has had."""
+    with tmpfs(node.root, 1_200_000):
+        node.settings |= {"LEARN": "0", "MEMORY_SIZE": "0"}
+        image = add(registry, "one", layer())
+        wanted = ("f03", "f15")
+        learn(node, image, *wanted)  # nothing is learned, but the two files are here
+        (node.root / "traces").mkdir(0o700, exist_ok=True)
+        told = Trace(image.digest, image.layers, tuple(Read(name.encode(), 0, 0, 100_000) for name in FILES))
+        (node.root / "traces" / image.digest.removeprefix("sha256:")).write_bytes(encode(told))
+        node.settings |= {"PREFETCH": "1", "BACKGROUND": "1", "READ_TIMEOUT": "30"}
+        tree = node.mount(image)
+        until(lambda: node.layer()["verified"], "the whole check has ended", 30)
+        state = node.layer()
+        assert 200_000 < state["present"] < len(FILES) * 100_000 and not state["complete"], "the disk was full"
+        sent = registry.bytes_sent(f"/blobs/{image.layers[0]}")
+        for name in wanted:
+            assert node.read(tree / name) == FILES[name]
+        assert registry.bytes_sent(f"/blobs/{image.layers[0]}") == sent
+        node.umount(tree)
+        until(lambda: not node.processes(), "the daemon ends")
