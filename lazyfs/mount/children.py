@@ -13,6 +13,7 @@ import socket
 import sys
 from dataclasses import dataclass
 
+_OWN_CGROUP, _CGROUPS = "/proc/self/cgroup", "/sys/fs/cgroup"
 _PIDFD_THREAD = os.O_EXCL  # to pidfd_open(2), Linux 6.9
 _PF_EXITING = 0x4  # in the flags of proc(5)'s stat
 _EXIT_CODE = 49  # its place there, behind the name
@@ -166,11 +167,11 @@ def set_priority(nice: int, pid: int = 0) -> bool:
 def own_cgroup() -> None:
     """Leave the holder's cgroup, where systemd has given us ours: what the kernel kills there is the daemon alone."""
     try:
-        with open("/proc/self/cgroup") as handle:
+        with open(_OWN_CGROUP) as handle:
             path = next(line[3:].strip() for line in handle if line.startswith("0::"))
         if "INVOCATION_ID" not in os.environ or not path.endswith(".service"):
             return
-        group = f"/sys/fs/cgroup{path}/daemon"
+        group = f"{_CGROUPS}{path}/daemon"
         os.makedirs(group, exist_ok=True)
         with open(f"{group}/cgroup.procs", "w") as handle:
             handle.write("0")
