@@ -18,10 +18,6 @@ def test_half_a_minute_of_everything(scratch: Path) -> None:
     assert (tally.wrong, tally.left) == ([], [])
     assert tally.rounds == len(rounds) >= 1
     assert tally.reads >= 30 and tally.kills + tally.upgrades >= 1 and tally.faults >= 1, tally  # a busy machine
-
-
-@pytest.mark.parametrize(
-    ("values", "grown"), [([100] * 5, 0.0), ([100, 102, 98, 101, 99, 100], 0.0), ([100, 100, 105, 110, 120, 120], 0.2)]
-)
-def test_drift_is_from_the_first_third_to_the_last(values: list[int], grown: float) -> None:
-    assert soak.drift(values) == pytest.approx(grown, abs=0.02)
+    assert tally.evicted > 0, tally  # the store is smaller than what one round reads
+    # Too few rounds for the drift of memory, but what the holder has open is the same after each.
+    assert rounds[-1]["holder"]["fds"] <= rounds[0]["holder"]["fds"] + soak.SLACK, rounds
