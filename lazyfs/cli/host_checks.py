@@ -25,12 +25,13 @@ from urllib.parse import urlsplit
 
 from lazyfs.container import mounts
 from lazyfs.errors import DaemonUnreachable, LazyfsError
-from lazyfs.limits import TOOL_TIMEOUT
+from lazyfs.limits import END_TIMEOUT, TOOL_TIMEOUT
 from lazyfs.units import GiB, format_size
 
 if TYPE_CHECKING:
     from lazyfs.config import Settings
 
+_LOOK = 0.01  # seconds between looks whether a child has ended
 _MIN_FILES = 4096  # descriptors; each open file of a container's tree and each connection takes one
 
 
@@ -55,7 +56,7 @@ class Check:
 def all_checks(settings: Settings) -> list[Check]:
     """Look at everything that needs no registry. Blocking, some seconds at worst; it forks: no other threads."""
     euid = os.geteuid()
-    found = [_kernel(), _outliving(euid), _fuse_device()]
+    found = [_kernel(), _outliving(settings, euid), _fuse_device()]
     if euid != 0:
         found += [_fusermount(), _user_allow_other()]
     found += [_python_package(name, why) for name, why in _PACKAGES]
@@ -85,14 +86,16 @@ def _kernel() -> Check:
     return Check("kernel", State.OK, f"Linux {release} {platform.machine()}")
 
 
-def _outliving(euid: int) -> Check:
+def _outliving(settings: Settings, euid: int) -> Check:
     name = "mounts outlive lazyfsd"
     match = re.match(r"(\d+)\.(\d+)", platform.release())
     if euid != 0:
         return Check(name, State.OK, "no: root alone can hold a FUSE connection")
+    if not settings.hold:  # somebody's choice, which needs no mending; a unit that says --hold is not bound by it
+        return Check(name, State.OK, "no, but for a lazyfsd started with --hold: the setting hold is false")
     if match is None or (int(match[1]), int(match[2])) < (6, 9):
         return Check(name, State.WARN, "no: a lazyfsd that dies takes its mounts along", "Linux 6.9 or newer")
-    return Check(name, State.OK, "yes, where the setting hold is true")
+    return Check(name, State.OK, "yes")
 
 
 def _fuse_device() -> Check:
@@ -214,15 +217,29 @@ def _in_child(work: Callable[[], None]) -> str:
         finally:
             os._exit(code)  # nothing of the parent's may run in this copy of it
     os.close(start)
-    with os.fdopen(end, "rb") as pipe:
+    with os.fdopen(end, "rb", buffering=0) as pipe:
+        # One read: the child writes at most once, less than a pipe takes at once, and else hangs up.
         ready, _, _ = select.select([pipe], [], [], TOOL_TIMEOUT)
-        if not ready:
-            os.kill(pid, signal.SIGKILL)
-        text = pipe.read(1000).decode("utf-8", "replace")
-    _, status = os.waitpid(pid, 0)
-    if not ready:
-        return f"no answer within {TOOL_TIMEOUT:.0f} s"
+        text = (pipe.read(1000) or b"").decode("utf-8", "replace") if ready else ""
+    status = _reap(pid, TOOL_TIMEOUT) if ready else None
+    if status is None:
+        os.kill(pid, signal.SIGKILL)
+        # Inside the kernel it may outlive that, for a dead disk or mount; then init takes it away after us.
+        _reap(pid, END_TIMEOUT)
+        return text or f"no answer within {TOOL_TIMEOUT:.0f} s"
     return "" if status == 0 else text or f"failed with status {os.waitstatus_to_exitcode(status)}"
+
+
+def _reap(pid: int, patience: float) -> int | None:
+    """Return a child's wait status; None: it has not ended after `patience` seconds. Blocking, as long as that."""
+    deadline = time.monotonic() + patience
+    while True:
+        found, status = os.waitpid(pid, os.WNOHANG)
+        if found:
+            return status
+        if time.monotonic() > deadline:
+            return None
+        time.sleep(_LOOK)
 
 
 def _erofs() -> Check:

@@ -6,6 +6,7 @@ import json
 import os
 import resource
 import stat
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -88,6 +89,29 @@ def test_an_old_kernel(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> N
     assert findings(settings)["kernel"].state is State.WARN
 
 
+@pytest.mark.parametrize(
+    ("release", "euid", "hold", "state", "words"),
+    [
+        ("6.9.0-generic", 0, "1", State.OK, "yes"),
+        ("10.1", 0, "1", State.OK, "yes"),
+        ("6.8.12-generic", 0, "1", State.WARN, "no: a lazyfsd that dies takes its mounts along"),
+        ("of our own", 0, "1", State.WARN, "no: a lazyfsd that dies takes its mounts along"),
+        ("6.9.0", 1000, "1", State.OK, "no: root alone"),
+        ("6.8.0", 1000, "1", State.OK, "no: root alone"),
+        ("6.9.0", 0, "0", State.OK, "no, but for a lazyfsd started with --hold: the setting hold is false"),
+    ],
+)
+def test_whether_mounts_outlive_the_daemon(
+    monkeypatch: pytest.MonkeyPatch, release: str, euid: int, hold: str, state: State, words: str
+) -> None:
+    monkeypatch.setenv("LAZYFS_CONFIG", "/dev/null")
+    monkeypatch.setattr("platform.release", lambda: release)
+    monkeypatch.setenv("LAZYFS_HOLD", hold)
+    check = host_checks._outliving(load(), euid)
+    assert check.state is state and check.text.startswith(words), check
+    assert not check.mend if state is State.OK else "6.9" in check.mend
+
+
 def test_no_runtime(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("shutil.which", lambda name, path=None: None)
     assert findings(settings)["container runtime"].state is State.FAIL
@@ -112,6 +136,42 @@ def test_work_in_a_child_reports_what_went_wrong() -> None:
     assert host_checks._in_child(lambda: None) == ""
     assert host_checks._in_child(fail) == "can't mount x: Operation not permitted"
     assert "9" in host_checks._in_child(vanish)
+
+
+def test_work_in_a_child_that_does_not_end_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(host_checks, "TOOL_TIMEOUT", 0.2)
+    pids: list[int] = []
+    fork = os.fork
+
+    def noted() -> int:
+        pid = fork()
+        pids.append(pid)
+        return pid
+
+    def hang() -> None:
+        time.sleep(600)
+
+    def speak_and_hang() -> None:
+        if os.fork() == 0:  # has the pipe's end too, and outlives the child that is waited for
+            os.close(over)
+            os.read(wait, 1)
+            os._exit(0)
+        raise MountFailed("can't mount x", errno=1)
+
+    monkeypatch.setattr(os, "fork", noted)
+    assert host_checks._in_child(hang) == "no answer within 0 s"
+    with pytest.raises(ChildProcessError):
+        os.waitpid(pids[-1], 0)  # it is gone already
+    wait, over = os.pipe()
+    assert host_checks._in_child(speak_and_hang) == "can't mount x"
+    os.close(over)  # not before: it came back while somebody had the pipe
+    os.close(wait)
+    # A killed child that does not go: for a disk that is dead it would stay in the kernel.
+    monkeypatch.setattr(host_checks, "END_TIMEOUT", 0.2)
+    monkeypatch.setattr(os, "waitpid", lambda pid, options: (0, 0))
+    assert host_checks._in_child(hang) == "no answer within 0 s"
+    monkeypatch.undo()
+    os.waitpid(pids[-1], 0)
 
 
 def test_the_fuse_device_as_it_is(settings: Settings) -> None:
