@@ -20,6 +20,7 @@ from typing import Any
 
 import pytest
 
+from tests.faults import cases
 from tests.helpers import real, real_image, service_images
 from tests.helpers.daemon import Node
 from tests.helpers.fake_registry import FakeRegistry
@@ -28,6 +29,7 @@ LINGER = 10.0  # seconds that a daemon may take to end after its last mount
 _SESSION = pytest.StashKey[str]()
 _TOP = pytest.StashKey[Path]()
 _WORKERS_LEFT = pytest.StashKey[list[str]]()
+_HAS_ROWS = ("fault matrix", "")  # the property of a test with rows: it comes to whoever prints, from a worker too
 _MARKS = {
     "fuse": "needs /dev/fuse and the right to mount",
     "system": "runs real registries, containerd, runc or whole commands",
@@ -61,6 +63,7 @@ def pytest_configure(config: pytest.Config) -> None:
     if "PYTEST_XDIST_WORKER" not in os.environ:  # what is dear to make is made once, and the workers find it here
         os.environ["LAZYFS_TEST_SHARED"] = str(config.stash[_TOP] / "shared")
     config.stash[_WORKERS_LEFT] = []
+    config.pluginmanager.register(_MatrixTimes())
     config.stash[_TOP].chmod(0o755)  # tests run as other users too
     config.add_cleanup(lambda: shutil.rmtree(config.stash[_TOP], ignore_errors=True))
 
@@ -73,6 +76,10 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             item.add_marker(folder)
         if item.get_closest_marker("fuse") and not os.access("/dev/fuse", os.R_OK | os.W_OK):
             item.add_marker(pytest.mark.skip(reason="no /dev/fuse that we may open"))
+    rows = {(row.module, row.test) for row in cases.shown()}
+    for item in items:
+        if isinstance(item, pytest.Function) and (item.module.__name__, item.originalname) in rows:
+            item.user_properties.append(_HAS_ROWS)
     _mix(items, tests / "system")
 
 
@@ -89,6 +96,30 @@ def _mix(items: list[pytest.Item], system: Path) -> None:
         for number, path in enumerate(kind)
     }
     items[:] = [item for path in sorted(files, key=place.__getitem__) for item in files[path]]
+
+
+class _MatrixTimes:
+    """How long the fault matrix takes, for one line at the end. Nothing fails by it. Times in seconds."""
+
+    def __init__(self) -> None:
+        self._tests: set[str] = set()  # those with rows
+        self._own = 0.0  # of those, set up and taken down
+        self._first = self._last = 0.0  # of tests/faults, on the machine's clock
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        if any(tuple(each) == _HAS_ROWS for each in report.user_properties):
+            self._tests.add(report.nodeid)
+            self._own += report.duration
+        if report.nodeid.startswith("tests/faults/"):
+            self._first = min(self._first or report.start, report.start)
+            self._last = max(self._last, report.stop)
+
+    def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:
+        if self._tests:
+            terminalreporter.write_line(
+                f"fault matrix: {len(self._tests)} tests with rows, {self._own:.0f} s together; "
+                f"{self._last - self._first:.0f} s from the first test of tests/faults to the last"
+            )
 
 
 @pytest.hookimpl(wrapper=True)
