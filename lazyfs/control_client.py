@@ -25,14 +25,7 @@ from typing import Any
 from lazyfs import private
 from lazyfs.answer import decode_error
 from lazyfs.config import Settings
-from lazyfs.errors import (
-    DaemonFault,
-    DaemonUnreachable,
-    FuseUnavailable,
-    LazyfsError,
-    MountPointInvalid,
-    StoreLocked,
-)
+from lazyfs.errors import DaemonFault, DaemonUnreachable, FuseUnavailable, LazyfsError, StoreLocked
 from lazyfs.limits import CALL_TIMEOUT, END_TIMEOUT, GREETING_TIMEOUT, MAX_LINE, MAX_LOG, START_TIMEOUT
 from lazyfs.process import environment
 
@@ -298,23 +291,6 @@ def open_daemon(
     """
     with reach_daemon(settings, solo, start=start, store_only=store_only) as daemon:
         yield daemon
-
-
-def release(settings: Settings, solo: Path | None, mount: str) -> None:
-    """Have the daemon let go of a mount; one that is gone, or does not know it, has nothing to let go. Blocking.
-
-    One that is killed in the midst of it leaves the mount to the next, which is asked once more. Raise LazyfsError.
-    """
-    for _ in range(2):
-        try:
-            with open_daemon(settings, solo, start=False) as daemon:
-                daemon.call("release", mount=mount)
-        except DaemonUnreachable as error:
-            if not error.hint:  # it went away; with one it hangs, and there is nobody else to ask
-                continue
-        except (DaemonFault, MountPointInvalid):
-            pass
-        return
 
 
 def reach_daemon(

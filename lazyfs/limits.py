@@ -335,9 +335,9 @@ INTERRUPT_PATIENCE = 5.0  # seconds that an interrupted command waits for its th
 
 # -- Requests of the kernel, and daemons that follow each other
 
-MAX_WAITING_REQUESTS = 1024  # requests that wait for their bytes, some kilobytes each; further ones queue in the kernel
+MAX_WAITING_REQUESTS = 1024  # requests of one layer at work, some kilobytes each; further ones wait for these
 # requests that the kernel sends ahead of answers: all reads of EROFS; 400 readers of one silent image filled 64
-MAX_BACKGROUND = 1024
+MAX_BACKGROUND = 16384
 READ_TASKS = 64  # chunks of one read looked for side by side: a layer may have chunks of one byte
 MAX_ORDER = 64 * KiB  # bytes of what the holder says to a daemon
 INIT_TIMEOUT = 10.0  # seconds for the kernel's first request
@@ -347,5 +347,12 @@ CRASH_LOOP = 3  # crashes within CRASH_LOOP_WITHIN after which reads are taken o
 CRASH_LOOP_WITHIN = 30.0  # seconds in which they count together
 MANY_CRASHES = 10  # crashes within CRASH_LOOP_WITHIN beyond which each next daemon waits longer
 SERVE_TIMEOUT = 60.0  # seconds for a daemon to serve once it was ordered to
+UPGRADE_TIMEOUT = 60.0  # seconds for the new daemon to load and to take over
+REPLANT_TIMEOUT = (
+    10.0  # seconds for the local disk to give what a mount of a dead daemon needs, and for each of a rehearsal
+)
+RELEASE_TIMEOUT = 10.0  # seconds for all mounts to be taken away at a daemon's end
+CLOSING_TIMEOUT = 5.0  # seconds then for drivers, and for images, to let go
+HUNG_AFTER = 60.0  # seconds of silence after which a daemon is ended that hangs, and another one takes over
 HOPELESS_CRASHES = 20  # daemons in a row that did not come to serve; then readers get errors rather than wait
 LONGEST_PAUSE = 5.0  # seconds between two of these

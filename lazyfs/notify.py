@@ -11,8 +11,8 @@ import socket
 _SOCKET = "NOTIFY_SOCKET"
 
 
-def tell(state: str) -> None:
-    """Send `state`, such as "READY=1" or "STOPPING=1", to whoever supervises this process. Raises nothing.
+def tell(state: str, *fds: int) -> None:
+    """Send `state`, such as "READY=1" or "STOPPING=1", with fds, to whoever supervises this process. Raises nothing.
 
     Doesn't block: a supervisor that doesn't read its socket is told nothing.
     """
@@ -23,6 +23,7 @@ def tell(state: str) -> None:
         address = "\0" + address[1:]
     try:
         with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC | socket.SOCK_NONBLOCK) as ours:
-            ours.sendto(state.encode(), address)
+            ours.connect(address)
+            socket.send_fds(ours, [state.encode()], fds)
     except OSError:
         return  # then systemd's own time limit says that we did not start

@@ -134,10 +134,10 @@ def _attach(settings: Settings, daemon: Daemon, answer: dict[str, Any], director
 
 
 def _release(settings: Settings, directory: str, kind: str, mount: str) -> None:
-    from lazyfs import control_client
+    from lazyfs.cli.umount import release
 
     with contextlib.suppress(LazyfsError):  # the failure that brought us here is the one to tell
-        control_client.release(settings, Path(directory) if kind == "solo" else None, mount)
+        release(settings, Path(directory) if kind == "solo" else None, mount)
 
 
 def _tell(out: Output, image: str, directory: str, kind: str, answer: dict[str, Any]) -> None:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from lazyfs.cli import common, exit_codes
 from lazyfs.cli.output import Output
-from lazyfs.errors import MountFailed, MountPointInvalid
+from lazyfs.errors import DaemonFault, DaemonUnreachable, MountFailed, MountPointInvalid
 
 if TYPE_CHECKING:
     from lazyfs.config import Settings
@@ -33,7 +33,6 @@ def add_parser(subparsers: Any) -> None:
 
 def run(args: argparse.Namespace, out: Output) -> int:
     """Unmount, drop what was written to an --rw mount, tell the daemon. Blocking. Raise LazyfsError."""
-    from lazyfs import control_client
     from lazyfs.container import attached
 
     settings = common.settings(args)
@@ -49,7 +48,7 @@ def run(args: argparse.Namespace, out: Output) -> int:
     if known.state_dir:
         _remove_state(settings, known, out)
     attached.forget(settings, directory)
-    control_client.release(settings, Path(known.dir) if known.kind == "solo" else None, known.mount)
+    release(settings, Path(known.dir) if known.kind == "solo" else None, known.mount)
     out.line(f"{directory} is unmounted")
     out.json({"dir": directory, "kind": known.kind, "mount": known.mount})
     return exit_codes.OK
@@ -84,3 +83,22 @@ def _remove_state(settings: Settings, known: Attached, out: Output) -> None:
         out.warn(f"{state} does not lie in this store and stays")
         return
     directories.remove_tree(state)
+
+
+def release(settings: Settings, solo: Path | None, mount: str) -> None:
+    """Have the daemon let go of a mount; one that is gone, or does not know it, has nothing to let go. Blocking.
+
+    One that is killed in the midst of it leaves the mount to the next, which is asked once more. Raise LazyfsError.
+    """
+    from lazyfs import control_client
+
+    for _ in range(2):
+        try:
+            with control_client.open_daemon(settings, solo, start=False) as daemon:
+                daemon.call("release", mount=mount)
+        except DaemonUnreachable as error:
+            if not error.hint:  # it went away; with one it hangs, and there is nobody else to ask
+                continue
+        except (DaemonFault, MountPointInvalid):
+            pass
+        return

@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Any
 
 from lazyfs.cli import common, exit_codes
 from lazyfs.errors import DaemonFault, DaemonUnreachable, UsageError
+from lazyfs.limits import UPGRADE_TIMEOUT
 
 if TYPE_CHECKING:
     from lazyfs.cli.output import Output
     from lazyfs.config import Settings
 
-_PATIENCE = 60.0  # seconds for the new daemon to load and to take over
 _LOOK = 0.05
 _EPILOG = """\
 examples:
@@ -46,7 +46,10 @@ def run(args: argparse.Namespace, out: Output) -> int:
             "this lazyfsd has no holder, so its mounts go when it ends",
             hint="lazyfs doctor says whether it could have one; unmount all, and the next command starts it anew",
         )
-    os.kill(holder, signal.SIGHUP)
+    try:
+        os.kill(holder, signal.SIGHUP)
+    except ProcessLookupError:
+        raise DaemonFault("the holder has just ended, the old lazyfsd goes on", hint="try again") from None
     after = _await(settings, before["pid"])
     out.line(f"lazyfsd {before['version']} (pid {before['pid']}) → {after['version']} (pid {after['pid']})")
     out.json({"before": before, "after": after})
@@ -54,7 +57,7 @@ def run(args: argparse.Namespace, out: Output) -> int:
 
 
 def _await(settings: Settings, before: int) -> dict[str, Any]:
-    deadline = time.monotonic() + _PATIENCE
+    deadline = time.monotonic() + UPGRADE_TIMEOUT
     while time.monotonic() < deadline:
         time.sleep(_LOOK)
         try:
@@ -71,5 +74,5 @@ def _look(settings: Settings) -> dict[str, Any]:
     from lazyfs import control_client
 
     with control_client.open_daemon(settings, start=False) as daemon:
-        found = daemon.call("status", timeout=_PATIENCE)["daemon"]
+        found = daemon.call("status", timeout=UPGRADE_TIMEOUT)["daemon"]
     return {name: found.get(name) for name in ("version", "pid", "holder")}

@@ -32,6 +32,7 @@ class Child:
     serving: bool = False
     ending: bool = False  # in order
     hung_up: bool = False
+    silent: float = -1.0  # seconds in which we looked and it said nothing; below 0: it never says that it is alive
     signal: int = 0  # that it died of; 0: of none, or we may not know yet
 
     def name(self, pid: int, canary: int = 0) -> None:

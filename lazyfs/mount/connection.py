@@ -11,6 +11,7 @@ import contextlib
 import errno
 import logging
 import os
+from collections import Counter
 from collections.abc import Callable, Coroutine
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -20,6 +21,7 @@ import trio
 from lazyfs.limits import MAX_WAITING_REQUESTS
 from lazyfs.mount import greeting as greetings
 from lazyfs.mount import wire
+from lazyfs.mount.forest import SHIFT
 from lazyfs.mount.greeting import Greeting
 from lazyfs.mount.wire import Op
 
@@ -32,6 +34,7 @@ _ALONE = 8  # one request in so many looks for a second one before it waits, whi
 _TURN = 16  # requests after which others in the loop have their turn
 _PROOF = 3  # deaths at one request, in a row
 _TRIALS = 10.0  # seconds for which reads are taken one by one after several deaths
+_LONGEST_TURN, _ALL_TURNS = 0.25, 5.0  # seconds that one of them has at most, and all that wait have together
 _LOOK_AT_CALLER = 0.2  # seconds between looks whether the caller of an interrupted request is to die
 _SILENT = frozenset({Op.FORGET, Op.BATCH_FORGET})  # nothing is counted: any id resolves at any time
 _SIGKILL = 1 << 8  # in the masks of proc(5)
@@ -59,7 +62,7 @@ class Trials:
     suspect: tuple[int, int]
     deaths: int
     until: float
-    turn: trio.Lock = field(default_factory=trio.Lock)
+    turn: trio.Semaphore = field(default_factory=lambda: trio.Semaphore(1))
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +71,7 @@ class _Waiting:
 
     thread: int
     scope: trio.CancelScope
+    layer: int
 
 
 class Connection:
@@ -78,7 +82,9 @@ class Connection:
         self._handler = handler
         self.greeting = greeting
         self._waiting: dict[int, _Waiting] = {}  # by the request's number
-        self._fewer = trio.Event()
+        self._at_work: Counter[int] = Counter()  # those that have a task, by layer
+        # What will answer the others: by layer, by number. However many: each has a caller in the kernel.
+        self._parked: dict[int, dict[int, Coroutine[Any, Any, Answer]]] = {}
         self._trials: Trials | None = None
         self._scope = trio.CancelScope()
         os.set_blocking(fd, False)
@@ -113,9 +119,6 @@ class Connection:
                         await trio.lowlevel.wait_readable(self._fd)
                     elif served % _TURN == 0:
                         await trio.lowlevel.checkpoint()
-                    while len(self._waiting) >= MAX_WAITING_REQUESTS:
-                        self._fewer = trio.Event()
-                        await self._fewer.wait()
                 nursery.cancel_scope.cancel()
 
     def stop(self) -> None:
@@ -155,32 +158,45 @@ class Connection:
         if opcode == Op.INTERRUPT:
             interrupted = wire.interrupted_in(body)
             if interrupted in self._waiting:
-                nursery.start_soon(self._watch_caller, interrupted)
+                nursery.start_soon(self._watch_caller, interrupted, nursery)
             return
         if opcode == Op.DESTROY:
             self._answer(unique, 0, b"")
             return
         if self._trials is not None and trio.current_time() > self._trials.until:
+            self._trials.board.set_trial(0)  # who is at work still is to blame for nothing that comes now
             self._trials = None
         if self._trials is not None and (opcode == Op.READ or unique & wire.RESENT):
             request_id = node, wire.read_in(body)[1] if opcode == Op.READ else 0
             if request_id == self._trials.suspect and self._trials.deaths >= _PROOF:
                 self._answer(unique, errno.EIO, b"")
             else:
-                self._wait_for(unique, thread, self._try(self._trials, opcode, request_id, bytes(body)), nursery)
+                self._wait_for(unique, node, thread, self._try(self._trials, opcode, request_id, bytes(body)), nursery)
             return
         answer = self._handler.handle(opcode, node, body)
         if isinstance(answer, tuple):
             self._answer(unique, *answer)
         else:
-            self._wait_for(unique, thread, answer, nursery)
+            self._wait_for(unique, node, thread, answer, nursery)
 
-    def _wait_for(self, unique: int, thread: int, answer: Coroutine[Any, Any, Answer], nursery: trio.Nursery) -> None:
+    def _wait_for(
+        self, unique: int, node: int, thread: int, answer: Coroutine[Any, Any, Answer], nursery: trio.Nursery
+    ) -> None:
+        layer = node >> SHIFT
         # Noted before the task begins: an interrupt of it may be the next request.
-        self._waiting[unique] = _Waiting(thread, trio.CancelScope())
-        nursery.start_soon(self._finish, unique, answer)
+        self._waiting[unique] = _Waiting(thread, trio.CancelScope(), layer)
+        if self._at_work[layer] < MAX_WAITING_REQUESTS:
+            self._begin(unique, layer, answer, nursery)
+        else:  # readers of other layers are not to wait for those of one whose registry is silent
+            self._parked.setdefault(layer, {})[unique] = answer
 
-    async def _finish(self, unique: int, answer: Coroutine[Any, Any, Answer]) -> None:
+    def _begin(self, unique: int, layer: int, answer: Coroutine[Any, Any, Answer], nursery: trio.Nursery) -> None:
+        self._at_work[layer] += 1
+        nursery.start_soon(self._finish, unique, layer, answer, nursery)
+
+    async def _finish(
+        self, unique: int, layer: int, answer: Coroutine[Any, Any, Answer], nursery: trio.Nursery
+    ) -> None:
         try:
             with self._waiting[unique].scope as scope:
                 self._answer(unique, *await answer)
@@ -188,19 +204,43 @@ class Connection:
                 self._answer(unique, errno.EINTR, b"")
         finally:
             del self._waiting[unique]
-            self._fewer.set()
+            self._at_work[layer] -= 1
+            if parked := self._parked.get(layer):
+                first = next(iter(parked))
+                self._begin(first, layer, parked.pop(first), nursery)
+            elif not self._at_work[layer]:
+                self._parked.pop(layer, None)
+                del self._at_work[layer]
 
     async def _try(self, trials: Trials, opcode: int, request_id: tuple[int, int], body: bytes) -> Answer:
+        """Answer a request when it is its turn. What waits for a registry has had its turn soon, and lets others go."""
         node, offset = request_id
-        async with trials.turn:
-            trials.board.set_trial(node, offset, trials.deaths if request_id == trials.suspect else 0)
+        await trials.turn.acquire()
+        trials.board.set_trial(node, offset, trials.deaths if request_id == trials.suspect else 0)
+        longest = min(_LONGEST_TURN, _ALL_TURNS / (1 + trials.turn.statistics().tasks_waiting))
+        over = trio.Event()
+
+        async def end() -> None:
+            scope = trio.move_on_after(longest)
+            try:
+                with scope:
+                    await over.wait()
+            finally:
+                if not scope.cancelled_caught:
+                    trials.board.set_trial(0)
+                trials.turn.release()
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(end)
             try:
                 answer = self._handler.handle(opcode, node, memoryview(body))
-                return answer if isinstance(answer, tuple) else await answer
+                if not isinstance(answer, tuple):
+                    answer = await answer
             finally:
-                trials.board.set_trial(0)
+                over.set()
+        return answer
 
-    async def _watch_caller(self, unique: int) -> None:
+    async def _watch_caller(self, unique: int, nursery: trio.Nursery) -> None:
         """End a request whose caller is to die: the kernel doesn't let it, as long as we have its request.
 
         Any signal is told to us, and most of them must not fail a read; a SIGKILL after another is not told any more.
@@ -208,6 +248,8 @@ class Connection:
         while (waiting := self._waiting.get(unique)) is not None:
             if _is_dying(waiting.thread):
                 waiting.scope.cancel()
+                if (answer := self._parked.get(waiting.layer, {}).pop(unique, None)) is not None:
+                    self._begin(unique, waiting.layer, answer, nursery)
                 return
             await trio.sleep(_LOOK_AT_CALLER)
 

@@ -29,6 +29,7 @@ from lazyfs.config import Settings
 from lazyfs.container import sweep
 from lazyfs.control_client import holder_words, prepare_run, socket_of
 from lazyfs.errors import DaemonFault, LazyfsError, StoreLocked, first_of
+from lazyfs.limits import CLOSING_TIMEOUT, RELEASE_TIMEOUT
 from lazyfs.mount import heap, pressure
 from lazyfs.mount.assembly import Parts, Role, assemble
 from lazyfs.mount.control import ControlServer
@@ -41,7 +42,7 @@ from lazyfs.process import harden
 log = logging.getLogger(__name__)
 
 _STOPS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
-_LOCK_AGAIN, _LOCK_TIMEOUT = 0.05, 60.0  # seconds between tries for the store, and until that is told
+_LOCK_AGAIN, _LOCK_TOLD = 0.05, 60.0  # seconds between tries for the store, and until that is told
 _LAST_WORDS = 0.1  # seconds
 _AFTER_THEM = 0.05  # seconds after a take-over in which readers come before commands
 _BREATH = 0.5  # seconds after a take-over in which readers come before all else
@@ -116,7 +117,7 @@ class Daemon:
 
     async def _lock_late(self, store: Store) -> None:
         """Take the store once what is left of the daemon before us has gone. Until then it is as if it were shared."""
-        warn_at = trio.current_time() + _LOCK_TIMEOUT
+        warn_at = trio.current_time() + _LOCK_TOLD
         while not self._lock(store):
             if trio.current_time() > warn_at:
                 log.error("something of the daemon before us still holds the store %s", self._settings.root)
@@ -136,6 +137,7 @@ class Daemon:
                 stop=self._stop.set,
             )
             if self._leash is not None:
+                nursery.start_soon(self._leash.beat)
                 self._order = await self._follow(self._leash, parts.succession)
                 if self._order is None:
                     nursery.cancel_scope.cancel()
@@ -170,11 +172,11 @@ class Daemon:
         """End in order: nothing is mounted any more then, and the holder has nothing to hold."""
         with trio.CancelScope(shield=True):
             server.unlink()
-            with trio.move_on_after(10):
+            with trio.move_on_after(RELEASE_TIMEOUT):
                 await parts.mounted.release_all()
-            with trio.move_on_after(5):
+            with trio.move_on_after(CLOSING_TIMEOUT):
                 await parts.showing.close()
-            with trio.move_on_after(5):
+            with trio.move_on_after(CLOSING_TIMEOUT):
                 await parts.images.close()
         if parts.session is not None:
             parts.session.close()
@@ -197,7 +199,7 @@ class Daemon:
         `error` may be that another task broke, which is told on the way out; that takes some milliseconds at most.
         """
         served = self._inherits or self._is_ready
-        if self._leash is None or not served or self._scope.cancel_called:
+        if self._leash is None or self._leash.is_lost or not served or self._scope.cancel_called:
             return False
         log.error("lazyfsd broke, another one takes over", exc_info=error if isinstance(error, Exception) else None)
         end = threading.Timer(_LAST_WORDS, os._exit, (1,))
@@ -223,6 +225,7 @@ class Daemon:
                     await session.tune()
             if self._leash is not None:
                 self._leash.serves()
+                nursery.start_soon(self._watch_holder, self._leash, session)
                 nursery.start_soon(self._calm_down, self._leash, parts)
             if inherits:
                 await trio.sleep(_AFTER_THEM)
@@ -246,6 +249,15 @@ class Daemon:
                 nursery.start_soon(parts.showing.test_early)
             if self._role.is_alone and not inherits:
                 await self._sweep()
+
+    async def _watch_holder(self, leash: Leash, session: Session | None) -> None:
+        """Go on without the holder when it ends: what is mounted lasts as long as we do, and `status` says so."""
+        await leash.watch()
+        if self._scope.cancel_called:
+            return
+        log.error("the holder has ended: what is mounted goes when this lazyfsd ends")
+        if session is not None:
+            session.holder = 0
 
     async def _calm_down(self, leash: Leash, parts: Parts) -> None:
         """Do what can wait, once those are answered who waited for us."""

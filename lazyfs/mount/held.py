@@ -25,9 +25,10 @@ from lazyfs.errors import DaemonFault
 from lazyfs.limits import MAX_ORDER
 from lazyfs.mount import greeting as greetings
 from lazyfs.mount.greeting import Greeting
-from lazyfs.mount.holder import ENDS, FORK, FORK_AT_ONCE, IS, SERVES, WARM
+from lazyfs.mount.holder import ALIVE, ENDS, FORK, FORK_AT_ONCE, IS, SERVES, WARM
 
 _URGENT = -10  # nice value of who takes over: every reader of the node waits for it, and others may fill the processors
+_BEAT = 5.0  # seconds between words that say that the loop goes round
 _REST = 3.0  # seconds before a template loads what is missing: the first container's start is over by then
 # What a daemon imports when it is first wanted: a standby has the time, and whoever takes over has not.
 _LATER = ("lazyfs.chunks", "lazyfs.mount", "lazyfs.registry")
@@ -99,10 +100,12 @@ class Leash:
         self._socket = socket.socket(fileno=fd)
         self._socket.setblocking(False)
         self.estate = estate
+        self.is_lost = False  # the holder has ended: nobody takes over from us any more
         # Freeing our memory is most of the time that our death takes. Of this thread the kernel tells the end at once.
         canary = threading.Thread(target=threading.Event().wait, name="canary", daemon=True)
         canary.start()
         self._say(IS + f"{os.getpid()} {canary.native_id}".encode())
+        self._say(ALIVE)
 
     async def order(self) -> Order | None:
         """Wait until we are to serve. None: the holder has ended, or needs us no more. A checkpoint.
@@ -123,6 +126,25 @@ class Leash:
             if order.inherits:
                 _set_priority(_URGENT)
             return order
+
+    async def beat(self) -> None:
+        """Say again and again that the loop goes round: one that hangs is ended. Runs until cancelled."""
+        while True:
+            self._say(ALIVE)
+            await trio.sleep(_BEAT)
+
+    async def watch(self) -> None:
+        """Return once the holder has ended. After `order`. A checkpoint, for as long as it lives."""
+        while True:
+            await trio.lowlevel.wait_readable(self._socket)
+            try:
+                if not self._socket.recv(1):
+                    break
+            except BlockingIOError:
+                continue
+            except OSError:
+                break
+        self.is_lost = True
 
     def is_warm(self) -> None:
         """Say that all is ready that can be before the order, which is to find us before all else. Doesn't block."""

@@ -8,7 +8,8 @@ process turns into lazyfsd itself, with a plain mount.
 One process is started, the template. It has the code loaded and forks a daemon for each socket that it gets. Of two
 daemons one serves, and one is the standby. Each has the other end of such a socket, its leash. Up the leash come "I"
 and its process number; "W": it is warm, all is ready that can be; "S": it serves; "E": it ends, and all is taken down.
-Down the leash comes once, with the connection, the order to serve.
+"A", again and again: it is alive; one that hangs is ended. Down the leash comes once, with the connection, the order to
+serve.
 
 A daemon is dead when its main thread is: that one alone reads requests. Other threads may be in the kernel still,
 waiting for answers to requests of their own (they mount what lies in the session), which only the next daemon gives.
@@ -24,7 +25,7 @@ import signal
 import sys
 import time
 
-from lazyfs.limits import SERVE_TIMEOUT, STOP_TIMEOUT
+from lazyfs.limits import HUNG_AFTER, SERVE_TIMEOUT, STOP_TIMEOUT
 from lazyfs.mount.children import (
     Child,
     died_of,
@@ -39,11 +40,10 @@ from lazyfs.mount.children import (
     tell,
 )
 from lazyfs.mount.deaths import Deaths
-from lazyfs.mount.premises import claim, clear_stale, mount, unmount
+from lazyfs.mount.premises import claim, clear_stale, forget, keep, kept, mount, unmount
 
-IS, WARM, SERVES, ENDS = b"I", b"W", b"S", b"E"
+IS, WARM, SERVES, ENDS, ALIVE = b"I", b"W", b"S", b"E", b"A"
 FORK_AT_ONCE, FORK = b"!", b"?"  # to the template: somebody waits for that daemon, or it may load all code first
-_BOARD = 4096  # bytes in front of what daemons leave to each other: what one was at when it died
 # Seconds until a standby or template that was lost is begun anew, which costs 0.3 s of processor time; doubled each
 # time that one did not even become warm.
 _AGAIN, _LONGEST_AGAIN = 1.0, 60.0
@@ -52,6 +52,7 @@ _PR_SET_CHILD_SUBREAPER = 36
 _LOOK = 0.25  # seconds between looks whether threads are left of a daemon that has died
 _LOOK_CLOSELY, _CLOSELY = 0.0003, 0.1  # seconds between looks at one that is dying, and for how long they are so many
 _URGENT, _GENTLE = -10, 10  # nice values: ours, since all readers wait when we are needed; of a template that loads
+_SILENT = 15.0  # seconds after which a standby is not relied on
 _LAST_THREADS = 2.0  # seconds for dead daemons to have left
 _STOPS = (signal.SIGTERM, signal.SIGINT)
 
@@ -81,22 +82,30 @@ class Holder:
         self._start_at = float("inf")  # when to put the next one in place
         self._serve_by = float("inf")  # when who was ordered to serve must do so
         self._deaths = Deaths()
+        self._looked = time.monotonic()
         self._may_be_gentle = False  # who may not lower a nice value must not raise one
         self._wake, self._waker = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
 
     # -- the connection
 
     def open(self) -> bool:
-        """Mount, and answer INIT. Blocking, 10 s at most. False: the kernel can't hand a connection over.
+        """Mount, and answer INIT, or go on with what a holder before us left. Blocking, 10 s at most.
 
-        Raise OSError, ValueError.
+        False: the kernel can't hand a connection over. Raise OSError, ValueError.
         """
+        before = kept()
+        if before is not None:
+            self._fuse, self._estate, self._greeting = before
+            self._served = True
+            tell("another holder goes on with what is mounted")
+            return True
+        clear_stale(self._mountpoint)
+        os.makedirs(self._mountpoint, exist_ok=True)
         found = mount(self._mountpoint)
         if found is None:
             return False
         self._fuse, self._greeting = found
-        self._estate = os.memfd_create("lazyfs-estate", os.MFD_CLOEXEC)
-        os.ftruncate(self._estate, _BOARD)
+        self._estate = keep(self._fuse, self._greeting)
         return True
 
     # -- daemons
@@ -138,11 +147,17 @@ class Holder:
         ours, theirs = new_leash()
         say(self._template.leash, how, theirs.fileno(), self._estate)
         theirs.close()
-        return Child(ours)
+        return Child(ours, silent=0.0)
 
     def _put_in_place(self) -> None:
         """Have a daemon serve. Its predecessor has ended."""
         self._start_at = float("inf")
+        if self._standby is not None and self._standby.silent > _SILENT:
+            if self._template is not None and not self._standby.pid:
+                self._drop(self._template)  # which does not fork it
+                self._template = None
+            self._drop(self._standby)  # it hangs, and nobody is to wait for it
+            self._standby = None
         try:
             self._current = self._standby or self._fork(FORK_AT_ONCE)
         except OSError as error:  # no memory, no more processes
@@ -232,6 +247,7 @@ class Holder:
         for child in (self._current, self._standby):
             if child is not None:
                 self._listen(child)
+        self._end_hung(now)
         if self._standby is not None and self._has_ended(self._standby):
             self._standby = None
             self._upgrading = False  # the new code can't even begin: the old one goes on
@@ -299,8 +315,11 @@ class Holder:
             elif word[:1] == IS:
                 pid, _, canary = word[1:].partition(b" ")
                 child.name(int(pid), int(canary))
+                child.silent = -1.0  # until it says that it lives: code of another release may not
                 if self._stopping:
                     send(child, signal.SIGTERM)  # it could not be told before
+            elif word == ALIVE:
+                child.silent = 0.0
             elif word == WARM:
                 child.warm, self._again = True, _AGAIN
             elif word == ENDS:
@@ -310,6 +329,19 @@ class Holder:
                 child.serving = self._served = True
                 self._serve_by = float("inf")
                 self._deaths.served()
+
+    def _end_hung(self, now: float) -> None:
+        """End who says nothing any more. Only time in which we looked counts: we may have been stopped ourselves."""
+        passed, self._looked = min(now - self._looked, 2 * _LOOK), now
+        for child in (self._current, self._standby):
+            if child is None or child.silent < 0:
+                continue
+            child.silent += passed
+            hanging = child if child.pid else self._template
+            if child.silent > HUNG_AFTER and hanging is not None:
+                tell(f"lazyfsd {hanging.pid} hangs, and is ended")
+                send(hanging, signal.SIGKILL)
+                child.silent = -1.0  # once
 
     def _has_ended(self, child: Child) -> bool:
         """Tell whether a daemon has ended; then it is left to be reaped, and its last words were heard."""
@@ -351,15 +383,19 @@ class Holder:
     def _drop_spares(self) -> None:
         for spare in (self._standby, self._template):
             if spare is not None:
-                spare.leash.close()  # which ends one that has no number yet
-                if spare.pid:
-                    send(spare, signal.SIGKILL)
-                    spare.forget()
-                    self._deaths.add_dying(spare.pid)
+                self._drop(spare)
         self._standby = self._template = None
+
+    def _drop(self, spare: Child) -> None:
+        spare.leash.close()  # which ends one that has no number yet
+        if spare.pid:
+            send(spare, signal.SIGKILL)
+            spare.forget()
+            self._deaths.add_dying(spare.pid)
 
     def _end(self) -> None:
         self._drop_spares()
+        forget()
         unmount(self._mountpoint, self._fuse)
         until = time.monotonic() + _LAST_THREADS
         while self._deaths.dying and time.monotonic() < until:
@@ -390,8 +426,6 @@ def main(words: list[str]) -> int:
     try:
         if not claim(os.path.dirname(mountpoint)):
             return _refuse(ready_fd, f"another lazyfsd serves {mountpoint}")  # a plain one would take its mount away
-        clear_stale(mountpoint)
-        os.makedirs(mountpoint, exist_ok=True)
         held = holder.open()
     except (OSError, ValueError) as error:
         tell(f"the FUSE connection can't be held: {error}")

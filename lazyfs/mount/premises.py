@@ -1,5 +1,8 @@
 """What a holder holds: the directory it works in, where it is the one holder, and the FUSE connection mounted there.
 
+systemd keeps the connection and the estate beyond the holder's own end, where it started it (sd_pid_notify_with_fds(3),
+sd_listen_fds(3)): it kills all that is left of a unit whose main process was killed, and the next holder goes on.
+
 The standard library and bounds alone: the holder imports this, and must outlive everything else.
 """
 
@@ -11,12 +14,20 @@ import fcntl
 import os
 import select
 import socket
+import stat
+import struct
 import time
 
+from lazyfs import notify
 from lazyfs.limits import HOLDER_TIMEOUT, INIT_TIMEOUT
 from lazyfs.mount import greeting as greetings
 
 _LEAST = 8192  # bytes of a buffer that the kernel reads a request into
+BOARD = 4096  # bytes in front of what daemons leave to each other, see mount.inheritance
+_GREETING_AT, _GREETING_MOST = 2048, 1024  # where on it the kernel's INIT stands, its size before it; bytes
+_SIZE = struct.Struct("=I")
+_FUSE, _ESTATE = "lazyfs-fuse", "lazyfs-estate"  # names of what systemd keeps
+_LISTEN_FDS = 3  # the first fd that systemd gives back
 _MS_RDONLY = 0x1
 _MNT_FORCE, _MNT_DETACH = 0x1, 0x2  # force: whoever waits for an answer gets an error
 
@@ -37,7 +48,7 @@ def claim(directory: str) -> bool:
 
 def _listens(path: str) -> bool:
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as ours:
-        ours.settimeout(1.0)
+        ours.settimeout(HOLDER_TIMEOUT)
         try:
             ours.connect(path)
         except (FileNotFoundError, ConnectionRefusedError):
@@ -82,6 +93,56 @@ def mount(mountpoint: str) -> tuple[int, bytes] | None:
         unmount(mountpoint, fuse)
         raise
     return fuse, found.raw
+
+
+def keep(fuse: int, greeting: bytes) -> int:
+    """Make the estate, and have systemd keep it and the connection. Return its fd. Doesn't block. Raise OSError."""
+    estate = os.memfd_create(_ESTATE, os.MFD_CLOEXEC)
+    os.ftruncate(estate, BOARD)
+    os.pwrite(estate, _SIZE.pack(len(greeting)) + greeting, _GREETING_AT)
+    notify.tell(f"FDSTORE=1\nFDNAME={_FUSE}", fuse)
+    notify.tell(f"FDSTORE=1\nFDNAME={_ESTATE}", estate)
+    return estate
+
+
+def kept() -> tuple[int, int, bytes] | None:
+    """Return the connection, the estate and the kernel's INIT that a holder before us left to systemd.
+
+    None: there is none, or nothing is mounted by it any more. Doesn't block. Called once.
+    """
+    names = os.environ.pop("LISTEN_FDNAMES", "").split(":")
+    ours = os.environ.pop("LISTEN_PID", "") == str(os.getpid())
+    count = os.environ.pop("LISTEN_FDS", "")
+    if not ours or not count.isdigit() or len(names) != int(count):
+        return None
+    found: dict[str, int] = {}
+    for fd, name in enumerate(names, _LISTEN_FDS):
+        os.set_inheritable(fd, False)
+        if name in found:
+            os.close(found[name])  # of an earlier holder: the last one counts
+        found[name] = fd
+    if _FUSE in found and _ESTATE in found and _is_mounted(found[_FUSE]):
+        (size,) = _SIZE.unpack(os.pread(found[_ESTATE], _SIZE.size, _GREETING_AT))
+        if 0 < size <= _GREETING_MOST:
+            return found[_FUSE], found[_ESTATE], os.pread(found[_ESTATE], size, _GREETING_AT + _SIZE.size)
+    for fd in found.values():
+        os.close(fd)
+    forget()
+    return None
+
+
+def forget() -> None:
+    """Have systemd keep nothing any more: a connection that it kept would never end."""
+    for name in (_FUSE, _ESTATE):
+        notify.tell(f"FDSTOREREMOVE=1\nFDNAME={name}")
+
+
+def _is_mounted(fuse: int) -> bool:
+    if not stat.S_ISCHR(os.fstat(fuse).st_mode):
+        return False
+    poll = select.poll()
+    poll.register(fuse, 0)
+    return not poll.poll(0)  # POLLERR: it was unmounted
 
 
 def unmount(mountpoint: str, fuse: int) -> None:

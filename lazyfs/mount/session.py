@@ -57,6 +57,7 @@ class Session:
     ) -> None:
         self._operations = operations
         self._held: Order | None = None
+        self.holder = 0  # the process that holds the connection beyond our end; 0: none does
         self._board = board
         self._on_guilty = on_guilty
         self._connection: Connection | None = None
@@ -64,18 +65,13 @@ class Session:
         self._allow_other = allow_other
         self.reason = ""  # why the session is slower than it could be; empty when it is tuned
 
-    @property
-    def holder(self) -> int:
-        """The process that holds the connection beyond our end, 0 where none does."""
-        return 0 if self._held is None else self._held.holder
-
     def open(self, held: Order | None = None) -> None:
         """Mount, or take what the holder has mounted. Blocking; nothing of the mount may be touched before `run`.
 
         Raise FuseUnavailable or MountPointInvalid.
         """
         if held is not None:
-            self._held = held
+            self._held, self.holder = held, held.holder
             self._connection = Connection(held.fuse, self._operations, held.greeting)
             return
         check_available()

@@ -25,6 +25,7 @@ from lazyfs.chunks.schedule import Priority
 from lazyfs.chunks.store import Store
 from lazyfs.config import Settings
 from lazyfs.errors import LazyfsError, StoreBroken
+from lazyfs.limits import REPLANT_TIMEOUT
 from lazyfs.mount import chains, claims, mounted
 from lazyfs.mount.chains import Chains
 from lazyfs.mount.forest import Planted
@@ -40,7 +41,6 @@ log = logging.getLogger(__name__)
 _LOOK = 0.5  # seconds between looks at what the daemon that serves shows
 _LOOK_AT_LAYERS = 5.0  # seconds between looks whether a layer of that is known by another table, or false, meanwhile
 _REHEARSED, _LOOKED_AT = 8, 64  # chunks to rehearse with, and in how many of each layer they are looked for
-_PATIENCE = 10.0  # seconds for the local disk, for one mount
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,7 +113,7 @@ class Succession:
             if of is None or name in self._ready or name in self._refused:
                 continue
             try:
-                with trio.fail_after(_PATIENCE):
+                with trio.fail_after(REPLANT_TIMEOUT):
                     self._ready[name] = await self._plant(name, values[name], of)
             except Exception as error:
                 if name not in self._told:
@@ -138,7 +138,7 @@ class Succession:
     async def _read_one(self, layer: ServedLayer, chunk: int) -> None:
         # Found right on the disk just now, it is read from there: nothing may be fetched.
         if await trio.to_thread.run_sync(layer.store.examine, chunk):
-            with suppress(LazyfsError), trio.move_on_after(_PATIENCE):
+            with suppress(LazyfsError), trio.move_on_after(REPLANT_TIMEOUT):
                 await self._reader.chunk(layer, chunk, Priority.DEMAND, chunk)
 
     async def _let_go(self, name: str) -> None:
@@ -193,7 +193,7 @@ class Succession:
 
     async def _one(self, name: str, value: dict[str, Any]) -> None:
         try:
-            with trio.fail_after(_PATIENCE):
+            with trio.fail_after(REPLANT_TIMEOUT):
                 ready = self._ready.pop(name, None) or await self._plant(name, value, None)
             if name.startswith(mounted.PREFIX):
                 self._mount(name, value, ready)

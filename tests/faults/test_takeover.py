@@ -8,7 +8,6 @@ import random
 import signal
 import sys
 import time
-from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -19,22 +18,11 @@ from tests.faults.cases import RIGHT, Area, Case, shows
 from tests.helpers import chains
 from tests.helpers.blobs import toc_entry, zstd_chunked_layer
 from tests.helpers.daemon import Node, add, both_drivers, pattern, until
-from tests.helpers.fake_registry import AddedImage, FakeRegistry
-from tests.helpers.takeover import KINDS, Held, contents, held, readers
+from tests.helpers.fake_registry import FakeRegistry
+from tests.helpers.takeover import KINDS, Held, contents, held, image_of, readers, sabotaged
 from tests.helpers.tars import file, tar_of
 
 pytestmark = [pytest.mark.fuse, pytest.mark.faults]
-
-
-def sabotaged(node: Node, place: Path, code: str) -> AbstractContextManager[Held]:
-    """Run a node's daemon with a holder; each of its processes runs `code` when it starts."""
-    (place / "sitecustomize.py").write_text(code)
-    return held(node, PYTHONPATH=f"{place}:{Path(__file__).parents[2]}")
-
-
-def image_of(registry: FakeRegistry, **more: bytes) -> AddedImage:
-    files = {**contents(), **more}
-    return add(registry, "one", zstd_chunked_layer(tar_of(*(file(name, data) for name, data in files.items()))))
 
 
 @shows(
@@ -367,7 +355,13 @@ def test_chains_survive(node: Node, registry: FakeRegistry) -> None:
 
 
 @shows(
-    Case("processes-holder-killed", Area.PROCESSES, "the holder is killed (-9)", RIGHT, "nothing: lazyfsd goes on"),
+    Case(
+        "processes-holder-killed",
+        Area.PROCESSES,
+        "the holder is killed (-9), and nobody started it that keeps its connection",
+        RIGHT,
+        "lazyfsd goes on; `status` names no holder, `upgrade`: exit 2",
+    ),
 )
 def test_a_daemon_goes_on_without_its_holder(node: Node, registry: FakeRegistry) -> None:
     with held(node) as daemon:
@@ -376,6 +370,8 @@ def test_a_daemon_goes_on_without_its_holder(node: Node, registry: FakeRegistry)
         daemon.process.kill()
         daemon.process.wait(10)
         assert node.read(tree / "f3") == contents()["f3"]
+        until(lambda: node.status()["daemon"]["holder"] == 0, "it is told that nobody takes over from it any more")
+        assert "no holder" in node.refused(2, "upgrade")
         node.umount(tree)
         os.kill(serving, signal.SIGTERM)
     assert not mounts.below(os.fsencode(node.run_dir))

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from lazyfs.container import mounts
+from lazyfs.limits import MAX_WAITING_REQUESTS
 from lazyfs.mount.erofs_probe import Verdict, probe
 from tests.helpers.blobs import LayerBlob, zstd_chunked_layer
 from tests.helpers.daemon import Node, add, pattern
@@ -108,9 +109,13 @@ def test_warm_names_and_bytes_reach_no_daemon(node: Node, registry: FakeRegistry
     pytest.fail("every walk over what was read just now had the daemon asked for something")
 
 
-def test_hundreds_of_readers_of_a_silent_registry_stop_no_other_image(node: Node, registry: FakeRegistry) -> None:
+@pytest.mark.parametrize("end", ["answered", "killed"])
+def test_a_thousand_readers_of_a_silent_registry_stop_no_other_image(
+    node: Node, registry: FakeRegistry, end: str
+) -> None:
+    count = MAX_WAITING_REQUESTS + 200
     node.settings["READ_TIMEOUT"] = "60"
-    names = [f"f{i}" for i in range(400)]
+    names = [f"f{i}" for i in range(count)]
     image = add(registry, "app", zstd_chunked_layer(tar_of(*(file(n, pattern(5000)) for n in names)), frame_size=0))
     tree = node.mount(image)
     with FakeRegistry() as elsewhere:
@@ -120,9 +125,13 @@ def test_hundreds_of_readers_of_a_silent_registry_stop_no_other_image(node: Node
         assert readers.stdout is not None and readers.stdout.readline() == b"all of them wait\n"
         assert node.read(beside / "f") == b"other"
         assert readers.poll() is None, "they wait still"
+        if end == "killed":
+            readers.kill()
+            node.finish(readers, 20)
+            return
         registry.clear_faults()
         done = node.finish(readers, 60)
-        assert (done.returncode, done.stdout.split()) == (0, [b"5000"] * 400), done.stderr
+        assert (done.returncode, done.stdout.split()) == (0, [b"5000"] * count), done.stderr
 
 
 def test_choice_is_told(node: Node, registry: FakeRegistry) -> None:

@@ -9,12 +9,16 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 
 from lazyfs.control_client import Daemon, connect
 from lazyfs.errors import DaemonUnreachable
-from tests.helpers.daemon import Node, pattern, until
+from tests.helpers.blobs import zstd_chunked_layer
+from tests.helpers.daemon import Node, add, pattern, until
+from tests.helpers.fake_registry import AddedImage, FakeRegistry
+from tests.helpers.tars import file, tar_of
 
 FILES = {f"f{number}": 300_000 + 4096 * number for number in range(6)}  # names and sizes; contents: pattern(size)
 
@@ -146,6 +150,18 @@ def held(node: Node, **environment: str) -> Iterator[Held]:
         process.terminate()
         process.wait(30)
         until(lambda: not node.processes(), "no daemon is left")
+
+
+def sabotaged(node: Node, place: Path, code: str) -> AbstractContextManager[Held]:
+    """Run a node's daemon with a holder; each of its processes runs `code` when it starts."""
+    (place / "sitecustomize.py").write_text(code)
+    return held(node, PYTHONPATH=f"{place}:{Path(__file__).parents[2]}")
+
+
+def image_of(registry: FakeRegistry, **more: bytes) -> AddedImage:
+    """Put an image of what readers read, and of `more` files, into a registry."""
+    files = {**contents(), **more}
+    return add(registry, "one", zstd_chunked_layer(tar_of(*(file(name, data) for name, data in files.items()))))
 
 
 @contextlib.contextmanager

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from lazyfs import config, control_client
+from lazyfs.cli.umount import release
 from lazyfs.errors import DaemonUnreachable, FuseUnavailable
 from tests.helpers.control_daemon import ControlDaemon
 
@@ -89,6 +90,6 @@ def test_a_mount_is_released_by_the_next_daemon_where_one_dies_over_it(broken: c
 
     with ControlDaemon(broken.socket) as daemon:
         daemon.answers["release"] = answer
-        control_client.release(broken, None, "m1")
+        release(broken, None, "m1")
         assert daemon.named("release") == [{"mount": "m1"}] * 2
-    control_client.release(broken, None, "m1")  # no daemon: nothing to release
+    release(broken, None, "m1")  # no daemon: nothing to release

@@ -45,19 +45,12 @@ _TUNED = {
     "lazyfs.cli.waterfall_text": {"MAX_WIDTH"},  # of a picture
     "lazyfs.format.table": {"_LONGEST_RUN"},  # how far one look goes
     "lazyfs.mount.chain_layers": {"move_on_after(_TAILS_FIRST)"},  # an order
+    "lazyfs.mount.connection": {"_LONGEST_TURN"},  # of one request that others wait for
     "lazyfs.mount.filling": {"move_on_after(_LOOK)"},
+    "lazyfs.mount.holder": {"_LONGEST_AGAIN"},  # a pause between tries
     "lazyfs.registry.health": {"_LONGEST_DISTRUST", "_LONGEST_PAUSE"},  # pauses between tries
     "lazyfs.registry.http.ranges": {"MAX_READ"},  # the size of a step
     "snapshotter.image_service": {"_LONGEST"},  # a deadline beyond it is none
-}
-# Bounds that still stand in their modules; a name that has moved may stay here until the whole list is empty.
-_LEFT = {
-    "lazyfs.cli.upgrade": {"_PATIENCE", "timeout=_PATIENCE"},
-    "lazyfs.mount.connection": {"_LONGEST_TURN"},
-    "lazyfs.mount.daemon": {"_LOCK_TIMEOUT", "move_on_after(10)", "move_on_after(5)"},
-    "lazyfs.mount.holder": {"_LONGEST_AGAIN"},
-    "lazyfs.mount.premises": {"settimeout(1.0)"},
-    "lazyfs.mount.succession": {"_PATIENCE", "fail_after(_PATIENCE)", "move_on_after(_PATIENCE)"},
 }
 
 
@@ -85,17 +78,13 @@ def test_no_bound_stands_anywhere_else() -> None:
         if path != Path(limits.__file__) and (names := set(bounds_of(ast.parse(path.read_bytes(), str(path))))):
             found[".".join(path.relative_to(ROOT).with_suffix("").parts)] = names
     known: dict[str, set[str]] = {}
-    for each in (_GIVEN, _TUNED, _LEFT):
+    for each in (_GIVEN, _TUNED):
         for module, names in each.items():
             assert not names & known.get(module, set()), f"{module}: on two lists"
             known[module] = known.get(module, set()) | names
     new = {module: more for module, names in found.items() if (more := names - known.get(module, set()))}
     assert not new, f"bounds stand in lazyfs/limits.py: {new}"
-    gone = {
-        module: less
-        for module, names in known.items()
-        if (less := names - found.get(module, set()) - _LEFT.get(module, set()))
-    }
+    gone = {module: less for module, names in known.items() if (less := names - found.get(module, set()))}
     assert not gone, f"these are not there any more: {gone}"
 
 
