@@ -15,7 +15,7 @@ from typing import Any, cast
 
 import pytest
 
-from perf import startup, startup_modes
+from perf import plot, startup, startup_modes
 from perf.limit import Hops
 from perf.runs import Results
 from perf.start import StartFailed
@@ -83,6 +83,15 @@ def test_each_line_has_its_machine_and_its_date() -> None:
     assert line["what"] == "start" and line["pair"] == 1 and line["cores"] >= 1
     offset = datetime.fromisoformat(line["date"]).utcoffset()
     assert offset is not None and not offset
+
+
+def test_a_summary_is_drawn_with_all_that_it_has() -> None:
+    found = {FULL: [start(3.0)], FULL_WARM: [start(0.1)], COLD: [start(0.76)]}
+    out = io.StringIO()
+    where = {"workload": "nginx", "link": WAN.name, "rtt_s": WAN.rtt, "mbit": WAN.mbit}
+    Results(out).add("startup", **where, **startup.summarise(found, LIMIT), missed=[])
+    (drawn,) = plot.read_results(out.getvalue().splitlines())
+    assert drawn.link == "wan" and [bar.mode for bar in drawn.panels[0].bars] == list(found)
 
 
 # -- what it is asked for
