@@ -116,10 +116,10 @@ class _MatrixTimes:
 
     def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:
         if self._tests:
-            terminalreporter.write_line(
-                f"fault matrix: {len(self._tests)} tests with rows, {self._own:.0f} s together; "
-                f"{self._last - self._first:.0f} s from the first test of tests/faults to the last"
-            )
+            told = f"fault matrix: {len(self._tests)} tests with rows, {self._own:.0f} s together"
+            if self._first:
+                told += f"; {self._last - self._first:.0f} s from the first test of tests/faults to the last"
+            terminalreporter.write_line(told)
 
 
 @pytest.hookimpl(wrapper=True)

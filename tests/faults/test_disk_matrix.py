@@ -5,16 +5,19 @@ The kernel's errors are put between the daemon and its files by `tests.helpers.s
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import sqlite3
-from collections.abc import Iterator
+import subprocess
+from collections.abc import Callable, Iterator
 from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from lazyfs.container import mounts
 from lazyfs.control_client import connect
 from tests.faults.cases import RIGHT, Area, Case, shows
 from tests.helpers import sabotage
@@ -57,7 +60,7 @@ DAMAGED = "`store_damaged_chunks_total`"
 REFETCHED = "`status`: damaged chunks found and fetched again"
 
 
-@shows(Case("disk-eio-read", Area.DISK, "EIO for each read of the store", RIGHT, REFETCHED, DAMAGED))
+@shows(Case("disk-eio-read", Area.DISK, "EIO for each read of chunks in the store", RIGHT, REFETCHED, DAMAGED))
 def test_reads_of_the_store_fail(bench: Bench) -> None:
     victim = stored(bench)
     before = bench.metrics()["lazyfsd_store_damaged_chunks_total", ""]
@@ -79,7 +82,15 @@ def test_holes_in_place_of_chunks(bench: Bench) -> None:
     assert bench.metrics()["lazyfsd_store_damaged_chunks_total", ""] > before
 
 
-@shows(Case("disk-slow", Area.DISK, "each access of the store takes half a second", RIGHT, "nothing: it is slow"))
+@shows(
+    Case(
+        "disk-slow",
+        Area.DISK,
+        "each read and write of chunks in the store takes half a second",
+        RIGHT,
+        "nothing: it is slow",
+    )
+)
 def test_a_slow_disk(bench: Bench) -> None:
     victim = stored(bench)
     with sabotage.on(bench.node.place / "sabotage", "slow", "0.5"):
@@ -99,10 +110,10 @@ def test_a_slow_disk(bench: Bench) -> None:
             word,
         )
         for name, fault, word in (
-            ("eio-write", "EIO for each write to the store", "EIO"),
-            ("read-only", "the store's file system turns read-only", "EROFS"),
-            ("full", "the disk is full in mid-read", "ENOSPC"),
-            ("quota", "the quota is used up in mid-read", "EDQUOT"),
+            ("eio-write", "EIO for each write of chunks to the store", "EIO"),
+            ("read-only", "each write of chunks to the store ends as on a read-only file system (EROFS)", "EROFS"),
+            ("full", "the disk is full for each write of chunks, in mid-read", "ENOSPC"),
+            ("quota", "the quota is used up for each write of chunks, in mid-read", "EDQUOT"),
         )
     )
 )
@@ -118,6 +129,71 @@ def test_writes_to_the_store_fail(bench: Bench, word: str) -> None:
         assert "PASSED BY: its disk is full or fails, reads go on without it" in bench.node.lazyfs("status").stdout
         bench.forget_pages(victim)
         read_right(bench, victim)  # from the registry again
+
+
+@contextlib.contextmanager
+def disk_that_fails(directory: Path, image: Path) -> Iterator[Callable[[], None]]:
+    """Mount an ext4 of its own; what is yielded has the kernel turn it read-only, with files open for writing in it.
+
+    mount(8) refuses that as long as a daemon has such files, so a tmpfs can't stand for it.
+    """
+    directory.mkdir()
+    with image.open("wb") as disk:
+        disk.truncate(64 << 20)
+    subprocess.run(["mkfs.ext4", "-q", "-F", image], check=True)
+    subprocess.run(["mount", "-o", "loop,errors=remount-ro", image, directory], check=True)
+    try:
+        found = mounts.top_at(os.fsencode(directory))
+        assert found is not None
+        directory.chmod(0o700)
+        shutil.rmtree(directory / "lost+found")
+        trigger = Path("/sys/fs/ext4", Path(os.fsdecode(found.source)).name, "trigger_fs_error")
+
+        def fail() -> None:
+            trigger.write_text("of a test")
+
+        yield fail
+    finally:
+        mounts.umount(os.fsencode(directory), lazy=True)  # and with it goes the loop device
+
+
+@shows(
+    Case(
+        "disk-remounted",
+        Area.DISK,
+        "the kernel turns the store's file system read-only, as ext4 does after an error",
+        RIGHT,
+        "`status`: PASSED BY; `cache ls` and mounts of what is known go on; else exit 9, “Read-only file system”",
+        "`store_passed_by`, `store_write_failures_total`",
+    )
+)
+def test_the_file_system_of_the_store_turns_read_only(node: Node, registry: FakeRegistry) -> None:
+    contents = [pattern(3_000_000, 80 + number) for number in range(3)]
+    begun, known, other = (
+        add(registry, f"image{number}", zstd_chunked_layer(tar_of(file("data", data))))
+        for number, data in enumerate(contents)
+    )
+    with disk_that_fails(node.root, node.place / "disk") as fail:
+        tree = node.mount(begun)
+        assert node.tool("head", "-c", "200000", tree / "data").stdout == contents[0][:200_000]
+        node.umount(node.mount(known))
+        until(lambda: len(node.status()["mounts"]) == 1, "that one is gone")
+        fail()
+        with pytest.raises(OSError, match="Read-only"):
+            (node.root / "file").touch()
+        assert node.read(tree / "data") == contents[0]
+        again = node.mount(known)
+        assert node.read(again / "data") == contents[1]
+        assert "Read-only file system" in node.refused(9, "mount", other.reference, node.new_dir())
+        listed = node.lazyfs("cache", "ls")
+        assert listed.returncode == 0 and begun.reference in listed.stdout, listed
+        assert "PASSED BY" in node.lazyfs("status").stdout
+        assert node.read(tree / "data") == contents[0]
+        for directory in (tree, again):
+            node.umount(directory)
+        until(lambda: not node.processes(), "the daemon ends by itself")
+        # The next one can't write down what it shows.
+        assert "Read-only file system" in node.refused(9, "mount", begun.reference, tree)
 
 
 @shows(

@@ -32,7 +32,7 @@ def image_of(registry: FakeRegistry) -> AddedImage:
     Case(
         "users-kill-reader",
         Area.USERS,
-        "a reader of a registry that does not answer is killed (-9)",
+        "a reader of a registry that does not answer is killed (-9), in a buffered read",
         "is gone at once, not after `read_timeout`",
         "nothing",
     )
@@ -48,6 +48,31 @@ def test_reader_killed_in_a_read(node: Node, registry: FakeRegistry) -> None:
     time.sleep(0.2)  # it waits for the answer by now
     reader.kill()
     assert node.finish(reader, SOON).returncode == -signal.SIGKILL
+    registry.clear_faults()
+    assert node.read(tree / "data", timeout=70) == DATA
+
+
+@shows(
+    Case(
+        "users-kill-direct-reader",
+        Area.USERS,
+        "a reader of a registry that does not answer is killed (-9), in an O_DIRECT read of the driver fuse",
+        "is gone when its read ends, within `read_timeout`",
+        "nothing",
+    )
+)
+@pytest.mark.parametrize("driver", ["fuse"])  # EROFS has no O_DIRECT reads
+def test_direct_reader_killed_in_a_read(node: Node, registry: FakeRegistry, driver: str) -> None:
+    node.settings |= {"READ_TIMEOUT": "5", "ANSWER_TIMEOUT": "120"}
+    image = image_of(registry)
+    tree = node.mount(image)
+    registry.fault(Fault.BLACK_HOLE, path=f"/blobs/{image.layers[0]}")
+    reader = node.spawn(["dd", f"if={tree / 'data'}", "iflag=direct", "bs=64k", "of=/dev/null"])
+    registry.wait_for(1, path=f"/blobs/{image.layers[0]}")
+    time.sleep(0.2)  # it waits for the answer by now
+    reader.kill()
+    # Some time for a busy machine, and still less than the registry is waited for.
+    assert node.finish(reader, 60).returncode == -signal.SIGKILL
     registry.clear_faults()
     assert node.read(tree / "data", timeout=70) == DATA
 

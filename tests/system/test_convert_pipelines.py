@@ -20,6 +20,7 @@ import pytest
 from lazyfs import oci, reference
 from lazyfs.digest import of
 from lazyfs.registry.open import open_repository
+from tests.faults.cases import Area, Case, shows
 from tests.helpers import real
 from tests.helpers.fake_registry import FakeRegistry, Fault
 from tests.helpers.real import DockerRegistry
@@ -184,6 +185,15 @@ def kill_when(ready: Callable[[], bool], *words: str | Path) -> None:
     assert process.returncode == -signal.SIGKILL
 
 
+@shows(
+    Case(
+        "processes-convert-killed-layer",
+        Area.PROCESSES,
+        "`lazyfs convert` is killed (-9) in the middle of a layer",
+        "no reader yet: nothing was pushed",
+        "the next one takes the layers that were done, and removes what that one left",
+    )
+)
 def test_killed_in_the_middle_of_a_layer(big: str, tmp_path: Path) -> None:
     work = tmp_path / "work"
     with FakeRegistry() as registry:
@@ -203,6 +213,15 @@ def test_killed_in_the_middle_of_a_layer(big: str, tmp_path: Path) -> None:
         assert all(path.suffix == ".json" for path in (work / "layers").iterdir())
 
 
+@shows(
+    Case(
+        "processes-convert-killed-push",
+        Area.PROCESSES,
+        "`lazyfs convert` is killed (-9) in the middle of a push",
+        "no reader yet: the tag comes last",
+        "the next one converts nothing again, and pushes what had not arrived",
+    )
+)
 def test_killed_in_the_middle_of_a_push(big: str, tmp_path: Path) -> None:
     work = tmp_path / "work"
     with FakeRegistry() as registry:

@@ -20,6 +20,7 @@ import zstandard
 
 from lazyfs.cli.main import main
 from lazyfs.containerd.client import Client, connect
+from tests.faults.cases import NOTHING_SHOWN, Area, Case, shows
 from tests.helpers import real
 from tests.helpers.daemon import Node, pattern, tmpfs, until
 from tests.helpers.fake_registry import AddedImage, FakeRegistry, Fault
@@ -237,6 +238,15 @@ def test_two_pulls_side_by_side_fetch_each_layer_once(place: Place) -> None:
         assert (shown / "big").read_bytes() == pattern(4 << 20)
 
 
+@shows(
+    Case(
+        "processes-pull-killed",
+        Area.PROCESSES,
+        "`lazyfs pull` is killed (-9), or interrupted, in the middle of a layer",
+        NOTHING_SHOWN,
+        "the next pull goes on where that one was; no snapshot stays active",
+    )
+)
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
 def test_a_pull_that_was_ended_goes_on_where_it_was(how: signal.Signals, place: Place) -> None:
     one = made(place, "team/ended", 8 << 20)
@@ -324,6 +334,15 @@ def test_a_full_disk_is_called_so_and_given_back(place: Place, tmp_path: Path, s
         assert daemon.ctr("snapshots", "ls").count("\n") == 1
 
 
+@shows(
+    Case(
+        "processes-pull-containerd-killed",
+        Area.PROCESSES,
+        "containerd is killed (-9) in the middle of a `lazyfs pull`",
+        NOTHING_SHOWN,
+        "exit 5: “does not answer”; when it is back the next pull goes on where that one was, and no lease is left",
+    )
+)
 def test_containerd_killed_in_mid_pull(place: Place, tmp_path: Path) -> None:
     """One sentence, soon; and when it is back the pull goes on where it was."""
     one = made(place, "team/killed")

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.faults.cases import Area, Case, shows
 from tests.helpers.command import DEADLINE, Command, converted_image
 from tests.helpers.daemon import until
 from tests.helpers.fake_registry import FakeRegistry
@@ -86,6 +87,15 @@ def test_missing_image_is_told(lazyfs: Lazyfs, image: str) -> None:
     assert (code, "Traceback" in err, err.startswith("lazyfs: ")) == (125, False, True)
 
 
+@shows(
+    Case(
+        "processes-run-killed",
+        Area.PROCESSES,
+        "`lazyfs run` is killed (-9) while its container runs",
+        "the container ends with it",
+        "nothing is left: no container, mount or lease, and nobody has to run anything for that",
+    )
+)
 def test_killed_command_ends_the_container_and_the_lease(lazyfs: Lazyfs, image: str) -> None:
     process = lazyfs.start("run", "-i", image, "sh", "-c", "echo ready; cat")
     assert process.stdout is not None
@@ -114,6 +124,15 @@ def test_mounts_and_containers_share_a_daemon(lazyfs: Lazyfs, image: str, tmp_pa
     assert list(writable.iterdir()) == []
 
 
+@shows(
+    Case(
+        "processes-umount-daemon-killed",
+        Area.PROCESSES,
+        "lazyfsd without a holder is killed (-9) under a writable mount, which is then unmounted",
+        "none is left: the mount is taken away",
+        "`umount`: exit 0, and what was written over the image goes with it",
+    )
+)
 def test_umount_after_the_daemon_was_killed(lazyfs: Lazyfs, image: str, tmp_path: Path) -> None:
     writable = tmp_path / "writable"
     writable.mkdir()
