@@ -19,6 +19,7 @@ from typing import TypeVar
 import trio
 
 from lazyfs.chunks.link import Flow, Link
+from lazyfs.chunks.pace import Pace
 from lazyfs.chunks.width import Width
 from lazyfs.limits import MAX_LINK_HOSTS
 from lazyfs.units import KiB, MiB
@@ -78,50 +79,6 @@ class Ticket:
             if self.queued:  # a slot for a job that nobody runs yet would never come back
                 self._host.push(self)
                 self._host.grant()
-
-
-class _Pace:
-    """The bytes a second that jobs of one priority may ask for: a request waits for the excess of those before it.
-
-    They leave in the order in which they came. One that is cancelled or promoted meanwhile counts for nothing: those
-    behind it move up.
-    """
-
-    def __init__(self, rate: int, clock: Callable[[], float]) -> None:
-        self._rate = rate
-        self._clock = clock
-        self._next = float("-inf")  # when the next request may leave
-        self._line: dict[Ticket, trio.CancelScope] = {}  # who waits, and until when; only the first one's turn is known
-
-    async def wait_for(self, ticket: Ticket, size: int) -> bool:
-        """Wait until a request of `size` bytes may leave, or is promoted. Return whether it counts here."""
-        if not self._line and self._next <= self._clock():
-            self._note(size)
-            return True
-        scope = self._line[ticket] = trio.CancelScope()
-        try:
-            self._move_up()
-            with scope:
-                await ticket.promoted.wait()
-            if scope.cancelled_caught:
-                self._note(size)
-        finally:
-            del self._line[ticket]
-            self._move_up()
-        return scope.cancelled_caught
-
-    def give_back(self, size: int) -> None:
-        """Forget a request of `size` bytes that was cancelled before anything was asked for."""
-        self._next = max(self._clock(), self._next - size / self._rate)
-        self._move_up()
-
-    def _note(self, size: int) -> None:
-        self._next = max(self._clock(), self._next) + size / self._rate
-
-    def _move_up(self) -> None:
-        first = next(iter(self._line.values()), None)
-        if first is not None:
-            first.deadline = trio.current_time() + max(0.0, self._next - self._clock())
 
 
 @dataclass(frozen=True, slots=True)
@@ -325,7 +282,7 @@ class Scheduler:
         """`connections`: to a host. `rates`: bytes a second that a priority may ask for, all hosts together; 0: any."""
         self._connections = connections
         self._clock = clock
-        self._paces = {priority: _Pace(rate, clock) for priority, rate in (rates or {}).items() if rate}
+        self._paces = {priority: Pace(rate, clock) for priority, rate in (rates or {}).items() if rate}
         self._hosts: dict[str, _Host] = {}
 
     def _host(self, name: str) -> _Host:
@@ -430,10 +387,10 @@ class Scheduler:
         Cancelling the wait gives the place back; a job that runs is abandoned only by its own deadline.
         """
         host = ticket._host
-        counted: _Pace | None = None
+        counted: Pace | None = None
         while counted is None and (pace := self._paces.get(ticket.priority)) is not None:
             ticket.promoted = trio.Event()
-            if await pace.wait_for(ticket, size):  # else it is of a more urgent priority now, with a rate of its own
+            if await pace.wait_for(ticket.promoted, size):  # else it is more urgent now, with a rate of its own
                 counted = pace
         ticket.queued = True
         ticket.size = size
