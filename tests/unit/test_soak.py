@@ -11,16 +11,20 @@ from perf import soak
 
 
 @pytest.mark.parametrize(
-    ("values", "found"),
+    ("what", "values", "found"),
     [
-        ([100] * 5, None),
-        ([], None),
-        ([100, 102, 98, 101, 99, 100], (101, -1.5)),
-        ([100, 100, 105, 110, 120, 120], (100, 20)),
+        ("private", [100] * 5, None),
+        ("private", [], None),
+        ("private", [100, 102, 98, 101, 99, 100], (101, -1.5)),
+        ("private", [100, 100, 105, 110, 120, 122], (100, 21)),
+        ("fds", [44, 66, 50, 60, 66, 52], (55, -3)),
+        ("fds", [40, 42, 44, 46, 48, 50], (41, 7)),
     ],
 )
-def test_drift_is_from_the_first_third_to_the_last(values: list[int], found: tuple[float, float] | None) -> None:
-    assert soak.drift(values) == found
+def test_drift_is_from_the_first_third_to_the_last(
+    what: str, values: list[int], found: tuple[float, float] | None
+) -> None:
+    assert soak.drift(values, what) == found
 
 
 def rounds(count: int = 9, **grow: int) -> list[dict[str, Any]]:
