@@ -157,13 +157,20 @@ def disk_that_fails(directory: Path, image: Path) -> Iterator[Callable[[], None]
         mounts.umount(os.fsencode(directory), lazy=True)  # and with it goes the loop device
 
 
+def says_why(said: str) -> bool:
+    """Tell whether a command says in one sentence what the disk does: in the kernel's words, or in SQLite's."""
+    first, *others = said.strip().splitlines()
+    one = first.startswith("lazyfs: ") and all(line.startswith("lazyfs: hint: ") for line in others)
+    return one and ("Read-only file system" in first or "disk I/O error" in first)
+
+
 @shows(
     Case(
         "disk-remounted",
         Area.DISK,
         "the kernel turns the store's file system read-only, as ext4 does after an error",
         RIGHT,
-        "`status`: PASSED BY; `cache ls` and mounts of what is known go on; else exit 9, “Read-only file system”",
+        "`status`: PASSED BY; `cache ls` goes on; other mounts too, or exit 9, one sentence with the disk's error",
         "`store_passed_by`, `store_write_failures_total`",
     )
 )
@@ -182,18 +189,22 @@ def test_the_file_system_of_the_store_turns_read_only(node: Node, registry: Fake
         with pytest.raises(OSError, match="Read-only"):
             (node.root / "file").touch()
         assert node.read(tree / "data") == contents[0]
-        again = node.mount(known)
-        assert node.read(again / "data") == contents[1]
-        assert "Read-only file system" in node.refused(9, "mount", other.reference, node.new_dir())
+        again = node.new_dir()
+        done = node.lazyfs("mount", known.reference, again)  # whether that has anything to write down varies
+        if done.returncode == 0:
+            assert node.read(again / "data") == contents[1]
+            node.umount(again)
+        else:
+            assert done.returncode == 9 and says_why(done.stderr), done
+        assert says_why(node.refused(9, "mount", other.reference, node.new_dir()))
         listed = node.lazyfs("cache", "ls")
         assert listed.returncode == 0 and begun.reference in listed.stdout, listed
         assert "PASSED BY" in node.lazyfs("status").stdout
         assert node.read(tree / "data") == contents[0]
-        for directory in (tree, again):
-            node.umount(directory)
+        node.umount(tree)
         until(lambda: not node.processes(), "the daemon ends by itself")
         # The next one can't write down what it shows.
-        assert "Read-only file system" in node.refused(9, "mount", begun.reference, tree)
+        assert says_why(node.refused(9, "mount", begun.reference, tree))
 
 
 @shows(
