@@ -109,7 +109,7 @@ def assemble(
     census = Census(store, catalog, uses)
     traces = TraceFiles(settings.root)
     find = partial(_find_trace, census)
-    starts = Starts(settings, traces, census, remote, scheduler, nursery, find, requests.note_error)
+    starts = Starts(settings, traces, census, remote, scheduler, nursery, find, requests.note_error, donors.copy)
     images = Images(
         settings,
         forest,

@@ -11,7 +11,7 @@ from lazyfs.chunks.layer import ServedLayer
 from lazyfs.chunks.layer_store import LayerStore
 from lazyfs.chunks.store import Store
 from lazyfs.errors import LazyfsError
-from lazyfs.format.table import LayerTable
+from lazyfs.format.table import NO_FRAME, LayerTable
 from lazyfs.limits import MAX_DONORS
 
 log = logging.getLogger(__name__)
@@ -41,6 +41,21 @@ class Donors:
         except LazyfsError as error:
             log.info("no chunk could be copied: %s", error)
         return None
+
+    def copy(self, layer: ServedLayer, first: int, stop: int) -> None:
+        """Put those frames of [first, stop) into a layer's store whose chunks other layers have, all of them.
+
+        For who would fetch them without anybody waiting. Where a frame's first chunk is nowhere it is left: what is
+        asked of the catalog is one chunk a frame then.
+        """
+        for frame in range(first, stop):
+            for chunk in layer.table.frame_chunks(frame):
+                if layer.dropped or layer.store.has(chunk) or layer.table.chunk_frame[chunk] == NO_FRAME:
+                    continue
+                data = self.find(layer, layer.table.chunk_digest(chunk))
+                if data is None or len(data) != layer.table.chunk_size[chunk]:
+                    break
+                layer.store.write(chunk, data)
 
     def add(self, layer: ServedLayer) -> None:
         """Let a complete layer give its chunks away. Blocking: writes a row a chunk."""

@@ -97,13 +97,16 @@ class Inheritance:
                 change = json.loads(line)
             except ValueError:
                 continue  # the one that its writer was killed at, or before the one that says all
-            if "all" in change:
-                self._values = change["all"]
-            elif "put" in change:
-                self._values.pop(change["put"], None)
-                self._values[change["put"]] = change["value"]
-            else:
-                self._values.pop(change.get("remove"), None)
+            match change:
+                case {"all": dict(values)}:
+                    self._values = {name: value for name, value in values.items() if isinstance(value, dict)}
+                case {"put": str(name), "value": dict(value)}:
+                    self._values.pop(name, None)
+                    self._values[name] = value
+                case {"remove": str(name)}:
+                    self._values.pop(name, None)
+                case _:  # of another release, perhaps: what it means nobody can tell
+                    log.warning("a line that a daemon left makes no sense")
 
     def _write(self, change: Value) -> None:
         if self._fd is None:

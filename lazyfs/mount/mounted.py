@@ -313,13 +313,14 @@ class Mounted:
         Its client's connection ended with that daemon; what is leased goes with the client's process.
         """
         claim, caller = claims.from_json(value), value.get("caller")
-        self._showing.regain(image.planted, claim.shown)
         process = None
         if caller is not None:
-            process = self._callers.setdefault(Process(*caller), Process(*caller))
+            process = Process(*caller[:2])  # a release behind this one may tell more
+            process = self._callers.setdefault(process, process)
         mount = Mount(identity, value["name"], image, claim.shown, process, bool(value["leased"]))
         mount.dir, mount.kind, mount.state_dir = value["dir"], value["kind"], value["state_dir"]
         mount.access, mount.plain_http, mount.caller = claim.access, claim.plain_http, process
+        self._showing.regain(image.planted, claim.shown)  # last: nothing is counted of what lacks a field
         self._mounts[identity] = mount
 
     async def watch_callers(self) -> None:

@@ -34,7 +34,8 @@ class Replay:
     """One trace, fetched for the layers of one image. `asked` hears of the compressed bytes of each request.
 
     `room`: uncompressed bytes that may be brought; where the store is small more would push out what is read. `coming`:
-    what is on its way already; it is waited for.
+    what is on its way already; it is waited for. `copy` copies frames from `first` to `stop` that other layers have;
+    blocking.
     """
 
     def __init__(
@@ -46,6 +47,7 @@ class Replay:
         room: int,
         asked: Callable[[int], None],
         coming: Sequence[Range] = (),
+        copy: Callable[[ServedLayer, int, int], None] | None = None,
     ) -> None:
         self._remote = remote
         self._scheduler = scheduler
@@ -54,10 +56,11 @@ class Replay:
         self._hosts = {layer.host: layer for layer in layers}
         self._room = room
         self._asked = asked
+        self._copy = copy
         self._under_way = 0  # ranges
         self._landed = trio.Event()
         self._given_up: set[int] = set()  # numbers of layers
-        self._limiter = trio.CapacityLimiter(1)
+        self._limiter, self._copying = trio.CapacityLimiter(1), trio.CapacityLimiter(1)
 
     async def run(self) -> None:
         """Fetch what is missing. A checkpoint, until the last range is here; never raises a LazyfsError."""
@@ -107,6 +110,9 @@ class Replay:
 
     async def _bring(self, one: Range) -> None:
         try:
+            if self._copy is not None and one not in self._coming:
+                job = partial(self._copy, one.layer, one.first, one.stop)
+                await trio.to_thread.run_sync(job, limiter=self._copying)
             stop = one.first
             while (run := _absent(one, stop)) and self._room > 0 and one.layer.number not in self._given_up:
                 first, stop = run

@@ -90,8 +90,10 @@ class Starts:
         nursery: trio.Nursery,
         find: Find,
         note_error: Callable[[LazyfsError], None],
+        copy: Callable[[ServedLayer, int, int], None] | None = None,
     ) -> None:
         self._settings = settings
+        self._copy = copy
         self._files = files
         self._census = census
         self._remote = remote
@@ -277,7 +279,9 @@ class Starts:
             start.idle = trio.Event()
         began = time.monotonic()
         room = self._settings.store_size // 2
-        await Replay(self._remote, self._scheduler, trace, start.layers, room, start.asked.add, coming).run()
+        await Replay(
+            self._remote, self._scheduler, trace, start.layers, room, start.asked.add, coming, self._copy
+        ).run()
         log.info(
             "trace of %s fetched: from=%s bytes=%d seconds=%.2f",
             start.manifest, start.source, start.asked.size, time.monotonic() - began,

@@ -150,7 +150,10 @@ class Succession:
         stamp = cache(self._store.stamp)
         signs: dict[str, object] = {}
         for name, value in values.items():
-            stamps = [stamp(layer["descriptor"]["digest"]) for layer in value["layers"]]
+            try:
+                stamps = [stamp(layer["descriptor"]["digest"]) for layer in value["layers"]]
+            except (KeyError, TypeError):  # of another release, perhaps: it is refused alone
+                stamps = [None]
             told = [value.get(key) for key in ("reference", "manifest_digest", "plain_http", "access", "layers")]
             signs[name] = None if None in stamps else (stamps, told)
         return signs
@@ -192,6 +195,7 @@ class Succession:
         return {**self._inheritance.values(mounted.PREFIX), **self._inheritance.values(chains.PREFIX)}
 
     async def _one(self, name: str, value: dict[str, Any]) -> None:
+        ready: _Ready | None = None
         try:
             with trio.fail_after(REPLANT_TIMEOUT):
                 ready = self._ready.pop(name, None) or await self._plant(name, value, None)
@@ -209,6 +213,8 @@ class Succession:
             log.error("%s can't be shown any more: %s", name, error)
         except Exception:
             log.exception("%s can't be shown any more", name)
+        if ready is not None:
+            await self._images.planting.release(ready.planted)
         self._late.pop(name, None)
         self._inheritance.remove(name)
 
@@ -216,7 +222,7 @@ class Succession:
         """Give out no number that the kernel knows: a catalog that was begun anew does not know them."""
         with suppress(LazyfsError):
             self._catalog.reserve(
-                max((number for value in values.values() for number in value.get("numbers", ())), default=0)
+                max((number for value in values.values() for number in value.get("numbers") or ()), default=0)
             )
 
     def _mount(self, name: str, value: dict[str, Any], ready: _Ready) -> None:

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import random
+
 import pytest
 
+from lazyfs.limits import MAX_EARLY_BYTES
+from tests.fuse.test_traces import empty_store
 from tests.helpers.blobs import LayerBlob, zstd_chunked_layer
 from tests.helpers.daemon import Node, add, pattern, until
 from tests.helpers.fake_registry import FakeRegistry
@@ -55,3 +59,28 @@ def test_a_file_of_another_image_is_copied(node: Node, registry: FakeRegistry, d
     assert registry.count("GET", f"/blobs/{first.layers[0]}") == 0
     assert node.read(tree / "b") == pattern(90_000, 3)  # nobody has that
     assert len(asked(registry, other.layers[0])) > len(ranges)
+
+
+def test_what_a_trace_tells_of_is_copied_too(node: Node, registry: FakeRegistry) -> None:
+    """But for the bytes that are asked for before the layer's table tells what they are."""
+    shared = random.Random(1).randbytes(3 * MAX_EARLY_BYTES)
+    first = add(registry, "first", zstd_chunked_layer(tar_of(file("a", b"a"), file("lib/shared", shared))))
+    other = add(registry, "other", zstd_chunked_layer(tar_of(file("b", b"b"), file("usr/copy", shared))))
+    node.settings |= {"BACKGROUND": "0", "PREFETCH": "1", "READ_TIMEOUT": "20"}
+    tree = node.mount(other)
+    assert node.read(tree / "usr/copy") == shared
+    node.umount(tree)
+    until(lambda: not node.processes(), "the daemon ends with what it has learned")
+    empty_store(node)
+    node.settings["BACKGROUND"] = "1"
+    tree = node.mount(first)
+    node.until_verified(60)
+    node.umount(tree)
+    until(lambda: not node.processes(), "the daemon ends with what it has")
+    node.settings["BACKGROUND"] = "0"
+    registry.clear_log()
+    tree = node.mount(other)
+    until(lambda: node.layer()["complete"], "what is not on its way is copied", 30)
+    assert node.read(tree / "usr/copy") == shared
+    assert registry.bytes_sent(f"/blobs/{other.layers[0]}") < 2 * MAX_EARLY_BYTES
+    assert registry.count("GET", f"/blobs/{first.layers[0]}") == 0

@@ -196,3 +196,52 @@ async def test_what_an_older_daemon_did_not_say_is_not_needed(memory: int, plant
 def test_a_claim_is_what_it_was_written_from() -> None:
     claim = claims.from_json(json.loads(json.dumps(mounted())))
     assert claim.to_json() == {name: mounted()[name] for name in claim.to_json()}
+
+
+def _without_layers(value: dict[str, Any]) -> None:
+    del value["layers"]
+
+
+def _without_digest(value: dict[str, Any]) -> None:
+    del value["layers"][0]["descriptor"]["digest"]
+
+
+ODD: dict[str, Callable[[dict[str, Any]], None]] = {
+    "no layers": _without_layers,
+    "no digest": _without_digest,
+    "layers that are none": lambda value: value.update(layers=None),
+    "numbers that are none": lambda value: value.update(numbers=None),
+    "a mount that tells more": lambda value: value["shown"].append("more"),
+    "a caller who tells more": lambda value: value.update(caller=[os.getpid(), 5.0, "more"]),
+}
+
+
+@as_both
+@pytest.mark.parametrize("odd", ODD)
+async def test_what_is_odd_hurts_no_other(memory: int, planted_before: bool, odd: str) -> None:
+    value = mounted()
+    ODD[odd](value)
+    lines = ({"put": "mount:a", "value": mounted()}, {"put": "mount:x", "value": value},
+             {"put": "chain:c", "value": claimed()})  # fmt: skip
+    heir = Heir(written(memory, *lines))
+    await heir.take_over(planted_before=planted_before)
+    assert heir.shown() >= {"mount:a", CHAIN}
+    assert heir._planted == len(heir.shown()), "what is not shown stays planted"
+
+
+@as_both
+@pytest.mark.parametrize("lacks", OF_A_MOUNT)
+async def test_what_lacks_a_field_leaves_no_tree(memory: int, planted_before: bool, lacks: str) -> None:
+    value = mounted()
+    del value[lacks]
+    heir = Heir(written(memory, {"put": "mount:a", "value": mounted()}, {"put": "mount:x", "value": value}))
+    await heir.take_over(planted_before=planted_before)
+    assert heir._planted == len(heir.shown())
+
+
+@pytest.mark.parametrize(
+    "line", [{"put": "mount:x"}, {"put": "mount:x", "value": "text"}, 5, ["x"], "all", None, {"all": None}]
+)
+def test_a_line_without_sense_is_passed_over(memory: int, line: Any) -> None:
+    found = written(memory, {"put": "mount:a", "value": mounted()}, line, {"put": "mount:b", "value": mounted()})
+    assert list(found.values("mount:")) == ["mount:a", "mount:b"]
