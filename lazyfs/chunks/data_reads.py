@@ -6,7 +6,7 @@ have ended: where it can't be killed, and with a lock held that each sync(2) of 
 
 from __future__ import annotations
 
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 from typing import Any, TypeVar
 
 import trio
@@ -25,8 +25,15 @@ class DataReads:
         self._under_way: dict[trio.CancelScope, trio.Event] = {}
         self.ending = 0
 
-    async def run(self, read: Coroutine[Any, Any, T]) -> T:
-        """Return what `read` returns. A checkpoint. Raise what it raises, or MountFailed after `end`."""
+    async def run(self, read: Coroutine[Any, Any, T], is_shared: Callable[[], bool] = lambda: False) -> T:
+        """Return what `read` returns. A checkpoint. Raise what it raises, or MountFailed after `end`.
+
+        It may begin long after it came, behind many others: then what `end` has ended is not begun (unless `is_shared`:
+        others may want it).
+        """
+        if self.ending and not is_shared():
+            read.close()
+            raise refusal()
         scope, done = trio.CancelScope(), trio.Event()
         self._under_way[scope] = done
         try:

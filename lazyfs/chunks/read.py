@@ -128,7 +128,7 @@ class Reader:
 
         here = self._those_here(layer, places)
         if len(here) < len(places):
-            return layer.data_reads.run(self._rest(layer, places, here, last, spread))
+            return layer.data_reads.run(self._rest(layer, places, here, last, spread), lambda: layer.users > 1)
         return spread(here)
 
     def _those_here(self, layer: ServedLayer, places: list[Place]) -> list[memoryview]:

@@ -67,7 +67,7 @@ def clear_stale(mountpoint: str) -> None:
         for line in handle.read().splitlines():
             fields, _, rest = line.partition(b" - ")
             if fields.split(b" ")[4] == wanted and rest.startswith(b"fuse.lazyfs "):
-                ctypes.CDLL(None).umount2(os.fsencode(mountpoint), _MNT_DETACH)
+                ctypes.CDLL(None).umount2(os.fsencode(mountpoint), _MNT_DETACH | _MNT_FORCE)
 
 
 def mount(mountpoint: str) -> tuple[int, bytes] | None:

@@ -100,7 +100,8 @@ class Session:
         while (found := mounts.top_at(path)) is not None and found.kind in ("fuse.lazyfs", "fuse"):
             try:
                 if os.geteuid() == 0:
-                    mounts.umount(path, lazy=True)
+                    # By force: threads of that daemon may be in the kernel, waiting for answers that nobody gives.
+                    mounts.umount(path, lazy=True, force=True)
                 else:
                     mounts.umount_user(path, lazy=True)
             except LazyfsError as error:

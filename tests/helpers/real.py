@@ -270,7 +270,8 @@ def unmount_below(directory: Path) -> list[str]:
     """Detach every mount at or below `directory` and return what there was."""
     found = mounts_below(directory)
     for point in found:
-        subprocess.run([tool("umount"), "--lazy", point], check=False, capture_output=True)
+        # By force: a dead daemon's thread may be in the kernel, waiting for what nobody answers; sync(2) would hang.
+        subprocess.run([tool("umount"), "--lazy", "--force", point], check=False, capture_output=True)
     return found
 
 
