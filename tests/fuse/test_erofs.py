@@ -128,7 +128,9 @@ def test_a_thousand_readers_of_a_silent_registry_stop_no_other_image(
         if end == "killed":
             readers.kill()
             node.finish(readers, 20)
-            return  # to be unmounted while the registry is silent
+            node.umount(tree)  # while the registry is silent
+            registry.clear_faults()
+            return
         registry.clear_faults()
         done = node.finish(readers, 60)
         assert (done.returncode, done.stdout.split()) == (0, [b"5000"] * count), done.stderr

@@ -18,7 +18,8 @@ from hypothesis import strategies as st
 from lazyfs.chunks.census import Census
 from lazyfs.chunks.frames import needed
 from lazyfs.chunks.layer import ServedLayer
-from lazyfs.chunks.schedule import Priority, _Pace
+from lazyfs.chunks.pace import Pace
+from lazyfs.chunks.schedule import Priority
 from lazyfs.chunks.trace_files import TraceFiles
 from lazyfs.config import Settings
 from lazyfs.format.table import LayerTable
@@ -242,7 +243,7 @@ async def test_no_reader_waits_for_the_rate_of_prefetch(told: Trace, scratch: Pa
     async with node(scratch, read_timeout=3600.0) as one:
         layer = one.serve(BLOB, registry)
         registry.clear_log()
-        pace = one.scheduler._paces[Priority.PREFETCH] = _Pace(1, trio.current_time)
+        pace = one.scheduler._paces[Priority.PREFETCH] = Pace(1, trio.current_time)
         pace._note(10**6)
         cold = Cold(one, layer, starts_of(one, scratch, told))
         start = cold.begin(early=True)
