@@ -20,6 +20,7 @@ from typing import Any
 
 import pytest
 
+from lazyfs.mount.premises import BOARD
 from tests.faults import cases
 from tests.helpers import real, real_image, service_images
 from tests.helpers.daemon import Node
@@ -36,6 +37,15 @@ _MARKS = {
     "faults": "breaks networks, disks and processes on purpose",
     "slow": "takes more than ten seconds",
 }
+
+
+@pytest.fixture
+def memory() -> Iterator[int]:
+    """Yield the fd of what daemons leave to each other, before anybody has: its board alone."""
+    fd = os.memfd_create("test")
+    os.ftruncate(fd, BOARD)
+    yield fd
+    os.close(fd)
 
 
 @pytest.fixture(autouse=True)

@@ -13,9 +13,10 @@ import os
 import struct
 from typing import Any
 
+from lazyfs.mount.premises import BOARD
+
 log = logging.getLogger(__name__)
 
-_BOARD = 4096  # bytes
 _TRIAL = struct.Struct("=QQQ")
 _SLACK = 1 << 20  # bytes of lines that are out of date, beside as many as are in use
 _PUNCH_HOLE = 0x2 | 0x1  # FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE
@@ -88,7 +89,7 @@ class Inheritance:
     def _load(self, fd: int) -> None:
         self._values = {}
         try:
-            begin = os.lseek(fd, _BOARD, os.SEEK_DATA)
+            begin = os.lseek(fd, BOARD, os.SEEK_DATA)
         except OSError:  # ENXIO: nothing yet
             return
         data = os.pread(fd, self._end - begin, begin)
@@ -129,13 +130,13 @@ class Inheritance:
 
     def _punch(self, end: int) -> None:
         """Give the memory before `end` back, whole pages."""
-        end -= end % _BOARD
-        if self._fd is not None and end > _BOARD:
-            _fallocate(self._fd, _BOARD, end - _BOARD)
+        end -= end % BOARD
+        if self._fd is not None and end > BOARD:
+            _fallocate(self._fd, BOARD, end - BOARD)
 
 
 def _size(fd: int) -> int:
-    return max(_BOARD, os.fstat(fd).st_size)
+    return max(BOARD, os.fstat(fd).st_size)
 
 
 def _fallocate(fd: int, offset: int, size: int) -> None:

@@ -122,9 +122,10 @@ def kept() -> tuple[int, int, bytes] | None:
             os.close(found[name])  # of an earlier holder: the last one counts
         found[name] = fd
     if _FUSE in found and _ESTATE in found and _is_mounted(found[_FUSE]):
-        (size,) = _SIZE.unpack(os.pread(found[_ESTATE], _SIZE.size, _GREETING_AT))
-        if 0 < size <= _GREETING_MOST:
-            return found[_FUSE], found[_ESTATE], os.pread(found[_ESTATE], size, _GREETING_AT + _SIZE.size)
+        told = os.pread(found[_ESTATE], _SIZE.size + _GREETING_MOST, _GREETING_AT)
+        size = _SIZE.unpack_from(told)[0] if len(told) > _SIZE.size else 0
+        if 0 < size <= len(told) - _SIZE.size:
+            return found[_FUSE], found[_ESTATE], told[_SIZE.size : _SIZE.size + size]
     for fd in found.values():
         os.close(fd)
     forget()

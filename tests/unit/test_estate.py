@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -61,14 +61,6 @@ def mounted() -> dict[str, Any]:
     of_a_mount = {"name": "registry.test/app:1", "platform": "linux/amd64", "dir": "/mnt", "kind": "ro",
                   "state_dir": "", "leased": False, "caller": None}  # fmt: skip
     return claimed() | of_a_mount
-
-
-@pytest.fixture
-def memory() -> Iterator[int]:
-    fd = os.memfd_create("test")
-    os.ftruncate(fd, 4096)
-    yield fd
-    os.close(fd)
 
 
 def written(memory: int, *lines: dict[str, Any]) -> Inheritance:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -16,14 +15,6 @@ from lazyfs.mount.inheritance import Inheritance
 NAMES = st.sampled_from(["mount:a", "mount:b", "chain:c", "logins:0"])
 VALUES = st.dictionaries(st.text(max_size=5), st.text(max_size=20), max_size=3)
 CHANGES = st.lists(st.tuples(NAMES, st.none() | VALUES), max_size=30)
-
-
-@pytest.fixture
-def memory() -> Iterator[int]:
-    fd = os.memfd_create("test")
-    os.ftruncate(fd, 4096)
-    yield fd
-    os.close(fd)
 
 
 def apply(to: Inheritance, changes: list[tuple[str, dict[str, str] | None]]) -> dict[str, Any]:
