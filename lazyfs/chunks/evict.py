@@ -60,6 +60,7 @@ class Budget:
     def __init__(self, bound: int, *, monotonic: Callable[[], float] = time.monotonic) -> None:
         self.bound = max(0, bound)
         self.used = 0
+        self.written = 0  # bytes that were ever counted as written
         self.passed_by = 0  # writes not made for want of room
         self._monotonic = monotonic
         self._changed = threading.Condition()
@@ -105,6 +106,7 @@ class Budget:
             with self._changed:
                 if self.used + size <= self.spare_bound:
                     self.used += size
+                    self.written += size
                     return True
                 now = self._monotonic()
                 if not self.bound or now >= deadline or self._is_hopeless(now):
@@ -135,13 +137,17 @@ class Budget:
         """Count bytes that were written; over the bound an eviction starts beside the caller."""
         with self._changed:
             self.used += size
+            self.written += size
         if self.over:
             self.wake()
 
-    def set_used(self, used: int) -> None:
-        """Put the truth in place of the estimate."""
+    def set_used(self, used: int, written: int) -> None:
+        """Put the truth in place of the estimate; `written` as it was when the count of `used` began.
+
+        What was written since then may be in that count or not: it is added, and the next count finds it once.
+        """
         with self._changed:
-            self.used = used
+            self.used = used + self.written - written
             self._changed.notify_all()
 
     def freed(self, size: int) -> None:
@@ -211,8 +217,9 @@ class Evictor:
 
     def scan(self) -> int:
         """Count what the store takes on disk. Blocking: a few stats a layer. Return bytes."""
+        written = self._budget.written
         used = sum(self._shelf.directory_usage(digest) for digest in self._shelf.digests())
-        self._budget.set_used(used)
+        self._budget.set_used(used, written)
         return used
 
     def run(self) -> int:

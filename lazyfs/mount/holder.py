@@ -121,7 +121,8 @@ class Holder:
         pid = os.fork()
         if pid == 0:
             try:
-                set_priority(_GENTLE if self._may_be_gentle and self._current is not None else 0)
+                gentle = self._may_be_gentle and self._current is not None and not self._upgrading
+                set_priority(_GENTLE if gentle else 0)  # for an upgrade somebody waits, and it must not seem to hang
                 for number in (*_STOPS, signal.SIGHUP):
                     signal.signal(number, signal.SIG_DFL)
                 own_cgroup()

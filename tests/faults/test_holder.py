@@ -27,7 +27,7 @@ pytestmark = [pytest.mark.fuse, pytest.mark.faults]
 _IMPATIENT = """
 import os, sys, time
 import lazyfs.limits
-lazyfs.limits.HUNG_AFTER = 15.0
+lazyfs.limits.HUNG_AFTER = 20.0
 if "lazyfs.mount.daemon" in sys.orig_argv:
     if os.path.exists(os.path.join(os.path.dirname(__file__), "hang")):
         time.sleep(600)

@@ -349,8 +349,12 @@ class _Handler(BaseHTTPRequestHandler):
     def _write(self, data: memoryview, rate: int) -> None:
         released = self.server.registry.released
         for piece in _pieces(data, max(1, min(PIECE, rate // 20)) if rate else PIECE):
-            self.wfile.write(piece)
-            self.request_log.sent += len(piece)
+            self.request_log.sent += len(piece)  # first: who has the last byte may look at once
+            try:
+                self.wfile.write(piece)
+            except BaseException:
+                self.request_log.sent -= len(piece)
+                raise
             if rate and released.wait(len(piece) / rate):
                 self.close_connection = True
                 return

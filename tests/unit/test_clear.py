@@ -196,7 +196,7 @@ def test_held_layers_are_not_evicted(census: Census) -> None:
     with census.store.hold([digest]), census.store.hold([digest]):
         assert census.store.evictor.run() == 0
     assert census.store.held() == frozenset()
-    census.store.budget.set_used(60_000)
+    census.store.budget.set_used(60_000, census.store.budget.written)
     assert census.store.evictor.run() > 40_000
 
 

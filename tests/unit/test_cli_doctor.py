@@ -162,11 +162,13 @@ def test_work_in_a_child_that_does_not_end_is_given_up(monkeypatch: pytest.Monke
     assert host_checks._in_child(hang) == "no answer within 0 s"
     with pytest.raises(ChildProcessError):
         os.waitpid(pids[-1], 0)  # it is gone already
+    monkeypatch.setattr(host_checks, "TOOL_TIMEOUT", 30.0)  # which it does not take
     wait, over = os.pipe()
     assert host_checks._in_child(speak_and_hang) == "can't mount x"
     os.close(over)  # not before: it came back while somebody had the pipe
     os.close(wait)
     # A killed child that does not go: for a disk that is dead it would stay in the kernel.
+    monkeypatch.setattr(host_checks, "TOOL_TIMEOUT", 0.2)
     monkeypatch.setattr(host_checks, "END_TIMEOUT", 0.2)
     monkeypatch.setattr(os, "waitpid", lambda pid, options: (0, 0))
     assert host_checks._in_child(hang) == "no answer within 0 s"

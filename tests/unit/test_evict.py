@@ -209,6 +209,21 @@ def test_rest_of_a_removal_is_swept_with_the_exclusive_lock(store: Store, tmp_pa
     assert not rest.exists()
 
 
+def test_what_is_written_while_the_store_is_counted_is_counted(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    table = table_of([MiB] * 4)
+    layer = filled(store, table)
+    count = store.directory_usage
+
+    def counted(digest: str) -> int:
+        found = count(digest)
+        store.budget.note_written(MiB)  # by another thread, behind the count
+        return found
+
+    monkeypatch.setattr(store, "directory_usage", counted)
+    store.evictor.scan()
+    assert store.budget.used >= layer.disk_usage + MiB
+
+
 def test_writes_over_the_bound_start_an_eviction_of_their_own(tmp_path: Path, catalog: Catalog) -> None:
     store = Store(tmp_path, BOUND, catalog)
     try:

@@ -73,10 +73,10 @@ async def test_what_would_be_thrown_away_is_not_fetched(
 def test_a_full_budget_takes_what_is_spare_while_an_eviction_may_help() -> None:
     now = 0.0
     budget = Budget(1000, monotonic=lambda: now)
-    budget.set_used(800)
+    budget.set_used(800, 0)
     budget.set_spare_hopeless()
     assert budget.takes_spare  # it has room
-    budget.set_used(950)
+    budget.set_used(950, 0)
     assert not budget.takes_spare
     now = 60.0
     assert budget.takes_spare
