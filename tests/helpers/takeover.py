@@ -68,6 +68,15 @@ while not select.select([0], [], [], 0)[0]:
 print(json.dumps([count, wrong[:5], slow]))
 """
 KINDS = ("held", "direct", "mmap", "opened", "names")
+# For `sabotaged`: who is silent for 20 s is ended, instead of a minute.
+IMPATIENT = """
+import os, sys, time
+import lazyfs.limits
+lazyfs.limits.HUNG_AFTER = 20.0
+if "lazyfs.mount.daemon" in sys.orig_argv:
+    import lazyfs.mount.held
+    lazyfs.mount.held._BEAT = 0.5
+"""
 
 
 @dataclass(frozen=True, slots=True)
