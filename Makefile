@@ -2,24 +2,25 @@
 # packages that are missing, and a virtual environment in .venv. Run as root, or as a user who may sudo.
 
 PYTHON ?= python3
-# Five at once on two cores: tests of daemons and faults wait more than they compute. In the order of tests/conftest.py: by
-# itself xdist begins with files of many tests, and ends with a slow one alone. `make pytest PYTEST_ARGS=tests` for all
-# tests one by one.
-PYTEST_ARGS ?= -n 5 --dist loadfile --no-loadscope-reorder tests/faults tests/fuse tests/system
-# Tests that only compute take what the others leave of the processors, a third, and no time of those that a clock watches.
-UNITS_ARGS ?= -n 2 --dist loadfile -p no:cacheprovider tests/unit
-PYTEST = $(SUDO) env "PATH=$$PATH" CI=true $(1) .venv/bin/python -m pytest -q
+# One part after another: what only computes, then the fault matrix, which is promised to take less than five minutes, then
+# the rest. Daemons and faults wait more than they compute, so more are at work than there are processors; a file stays
+# with one worker, in the order of tests/conftest.py: by itself xdist begins with files of many tests, and ends with a slow
+# one alone. `make rest TESTS=tests/fuse` for some of them.
+SPREAD ?= -n 6 --dist loadfile --no-loadscope-reorder
+UNITS ?= -n 4 --dist loadfile -p no:cacheprovider tests/unit
+TESTS ?= tests/faults tests/fuse tests/system
+PYTEST = $(SUDO) env "PATH=$$PATH" CI=true .venv/bin/python -m pytest -q
 SUDO := $(shell [ "$$(id -u)" = 0 ] || echo sudo)
 PIP = .venv/bin/python -m pip install --quiet --disable-pip-version-check
 PATH := $(PATH):/usr/sbin:/sbin
 export PATH
 
-.PHONY: demo test pytest units lint bytecode venv debs dist sbom clean help
+.PHONY: demo test units matrix rest lint bytecode venv debs dist sbom clean help
 
 help:
 	@echo 'make demo    start a real image lazily and by a full pull, behind a slow link, and compare (IMAGE=… for another one)'
 	@echo 'make test    types, lint and every test'
-	@echo 'make lint    types and lint alone'
+	@echo 'make lint    types and lint alone        make units   make matrix   make rest   a part of the tests alone'
 	@echo 'make venv    the virtual environment alone    make debs    the Debian packages alone'
 	@echo 'make dist    a wheel and its bill of materials, in dist/   make sbom    the bill of materials alone (CycloneDX)'
 	@echo 'make clean   remove what the others made'
@@ -27,15 +28,19 @@ help:
 demo: bytecode
 	$(SUDO) env "PATH=$$PATH" "IMAGE=$(IMAGE)" .venv/bin/python -m perf.demo
 
-# All side by side; a failure of one does not end the others.
+# A failure of one does not end the others.
 test: bytecode
-	@$(MAKE) --no-print-directory -j3 --keep-going --output-sync=line pytest units lint
-
-pytest: bytecode
-	$(call PYTEST,) $(PYTEST_ARGS)
+	@$(MAKE) --no-print-directory --keep-going -j2 --output-sync=line lint units; computed=$$?; \
+	  $(MAKE) --no-print-directory --keep-going matrix rest && exit $$computed
 
 units: bytecode
-	$(call PYTEST,nice -n 5) $(UNITS_ARGS)
+	$(PYTEST) $(UNITS)
+
+matrix: bytecode
+	$(PYTEST) $(SPREAD) -m matrix $(TESTS)
+
+rest: bytecode
+	$(PYTEST) $(SPREAD) -m 'not matrix' $(TESTS)
 
 # An installed lazyfs has its bytecode; this tree gets it here, also where PYTHONDONTWRITEBYTECODE is set: without it half
 # of a daemon's start is compiling, and the tests start some thousand processes.
@@ -45,8 +50,8 @@ bytecode: venv
 lint: venv
 	.venv/bin/ruff check lazyfs indexer snapshotter tests perf .ci/sbom.py
 	.venv/bin/ruff format --check lazyfs indexer snapshotter tests perf .ci/sbom.py
-	nice -n 5 .venv/bin/mypy -p lazyfs -p indexer -p snapshotter -p perf
-	nice -n 5 .venv/bin/mypy .ci/sbom.py
+	.venv/bin/mypy -p lazyfs -p indexer -p snapshotter -p perf
+	.venv/bin/mypy .ci/sbom.py
 
 venv: debs .venv/stamp
 

@@ -36,6 +36,7 @@ _MARKS = {
     "system": "runs real registries, containerd, runc or whole commands",
     "faults": "breaks networks, disks and processes on purpose",
     "slow": "takes more than ten seconds",
+    "matrix": "has rows in the fault matrix",
 }
 
 
@@ -90,6 +91,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     for item in items:
         if isinstance(item, pytest.Function) and (item.module.__name__, item.originalname) in rows:
             item.user_properties.append(_HAS_ROWS)
+            item.add_marker("matrix")
     _mix(items, tests / "system")
 
 
@@ -114,22 +116,19 @@ class _MatrixTimes:
     def __init__(self) -> None:
         self._tests: set[str] = set()  # those with rows
         self._own = 0.0  # of those, set up and taken down
-        self._first = self._last = 0.0  # of tests/faults, on the machine's clock
+        self._first = self._last = 0.0  # of those, on the machine's clock
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         if any(tuple(each) == _HAS_ROWS for each in report.user_properties):
             self._tests.add(report.nodeid)
             self._own += report.duration
-        if report.nodeid.startswith("tests/faults/"):
             self._first = min(self._first or report.start, report.start)
             self._last = max(self._last, report.stop)
 
     def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:
         if self._tests:
-            told = f"fault matrix: {len(self._tests)} tests with rows, {self._own:.0f} s together"
-            if self._first:
-                told += f"; {self._last - self._first:.0f} s from the first test of tests/faults to the last"
-            terminalreporter.write_line(told)
+            took = f"{self._last - self._first:.0f} s from the first to the last, {self._own:.0f} s one after another"
+            terminalreporter.write_line(f"fault matrix: {len(self._tests)} tests with rows, {took}")
 
 
 @pytest.hookimpl(wrapper=True)
