@@ -9,7 +9,8 @@ PYTHON ?= python3
 SPREAD ?= -n 6 --dist loadfile --no-loadscope-reorder
 UNITS ?= -n 4 --dist loadfile -p no:cacheprovider tests/unit
 TESTS ?= tests/faults tests/fuse tests/system
-PYTEST = $(SUDO) env "PATH=$$PATH" CI=true .venv/bin/python -m pytest -q
+# With bytecode of the tests themselves: each worker of each part reads all of them.
+PYTEST = $(SUDO) env -u PYTHONDONTWRITEBYTECODE "PATH=$$PATH" CI=true .venv/bin/python -m pytest -q
 SUDO := $(shell [ "$$(id -u)" = 0 ] || echo sudo)
 PIP = .venv/bin/python -m pip install --quiet --disable-pip-version-check
 PATH := $(PATH):/usr/sbin:/sbin
