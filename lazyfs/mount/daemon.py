@@ -136,6 +136,7 @@ class Daemon:
                 estate=None if self._leash is None else self._leash.estate,
                 stop=self._stop.set,
             )
+            nursery.start_soon(heap.give_back)
             if self._leash is not None:
                 nursery.start_soon(self._leash.beat)
                 self._order = await self._follow(self._leash, parts.succession)
@@ -148,7 +149,6 @@ class Daemon:
             if not self._inherits:
                 parts.preparer.builder.warm()
             nursery.start_soon(parts.chains.keeping.watch)
-            nursery.start_soon(heap.give_back)
             nursery.start_soon(pressure.watch, parts.memory)
             store.irreplaceable = parts.images.layers.offline
             server = ControlServer(

@@ -12,14 +12,14 @@ import trio.testing
 from lazyfs.mount import heap
 
 
-async def trims(monkeypatch: pytest.MonkeyPatch, is_busy: Callable[[float], bool]) -> list[float]:
-    """Return when memory was returned within two minutes, of which those seconds are busy."""
+async def trims(monkeypatch: pytest.MonkeyPatch, work: Callable[[float], float]) -> list[float]:
+    """Return when memory was returned within two minutes; `work`: seconds of processor time before a look."""
     used, found = 0.0, []
     began = trio.current_time()
 
     def process_time() -> float:
         nonlocal used
-        used += 1.0 if is_busy(trio.current_time() - began) else 0.0
+        used += work(trio.current_time() - began)
         return used
 
     async def run_sync(job: object) -> None:
@@ -34,16 +34,22 @@ async def trims(monkeypatch: pytest.MonkeyPatch, is_busy: Callable[[float], bool
 
 
 async def test_after_work(monkeypatch: pytest.MonkeyPatch, autojump_clock: trio.testing.MockClock) -> None:
-    assert await trims(monkeypatch, lambda at: 10 < at < 20) == [21]
+    assert await trims(monkeypatch, lambda at: float(10 < at < 20)) == [21]
 
 
 async def test_in_the_midst_of_work_that_does_not_end(
     monkeypatch: pytest.MonkeyPatch, autojump_clock: trio.testing.MockClock
 ) -> None:
-    assert await trims(monkeypatch, lambda at: True) == [33, 66, 99]
+    assert await trims(monkeypatch, lambda at: 1.0) == [33, 66, 99]
 
 
 async def test_not_while_nothing_is_done(
     monkeypatch: pytest.MonkeyPatch, autojump_clock: trio.testing.MockClock
 ) -> None:
-    assert await trims(monkeypatch, lambda at: False) == []
+    assert await trims(monkeypatch, lambda at: 0.0) == []
+
+
+async def test_after_work_in_small_pieces(
+    monkeypatch: pytest.MonkeyPatch, autojump_clock: trio.testing.MockClock
+) -> None:
+    assert await trims(monkeypatch, lambda at: 0.012) == [15, 30, 45, 60, 75, 90, 105]
