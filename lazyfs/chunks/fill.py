@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 from bisect import bisect_left
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from functools import partial
 
@@ -40,16 +41,21 @@ _PAUSE = 5.0  # seconds before a failed fill is tried again, growing to _LONG_PA
 _LONG_PAUSE = 60.0
 _CHECK_THREADS = 2
 _AHEAD = 256 * MiB  # bytes that may come before the check has seen what is in front of them
-_START = 30.0  # seconds from a check's begin in which readers who wait for the network come before it
+_START = 30.0  # seconds from a check's begin in which readers come before it
 _GIVE_WAY = 0.1  # seconds between looks whether they still do
+_STILL = 0.3  # seconds after which who has read nothing more is done
 
 
 class Filler:
-    """Fill layers one after another or side by side; one `fill` task a layer. Belongs to one trio loop."""
+    """Fill layers one after another or side by side; one `fill` task a layer. Belongs to one trio loop.
 
-    def __init__(self, scheduler: Scheduler, remote: Remote) -> None:
+    `answered` counts what readers were given so far, of whatever layer (bytes).
+    """
+
+    def __init__(self, scheduler: Scheduler, remote: Remote, answered: Callable[[], int]) -> None:
         self._scheduler = scheduler
         self._remote = remote
+        self._answered = answered
         self._limiter = trio.CapacityLimiter(_CHECK_THREADS)
 
     def awaited(self, layer: ServedLayer) -> AbstractContextManager[None]:
@@ -167,7 +173,7 @@ class Filler:
 
     async def _check(self, layer: ServedLayer, check: Check) -> None:
         ahead, running = check.next, 0  # the first extent that nobody was asked for; requests under way
-        begun = trio.current_time()
+        pause = _Pause(trio.current_time() + _START, self._answered)
         await trio.to_thread.run_sync(check.prepare, limiter=self._limiter)
 
         async def bring(first: int, stop: int) -> None:
@@ -190,7 +196,7 @@ class Filler:
                         running += 1
                         nursery.start_soon(bring, ahead, stop)
                         ahead = stop
-                    if check.spool.works and self._gives_way(layer, begun):
+                    if check.spool.works and self._gives_way(layer, pause):
                         await trio.sleep(_GIVE_WAY)
                     elif not await self._feed(layer, check):
                         await self._one_extent(layer, check, check.next)
@@ -201,10 +207,11 @@ class Filler:
         layer.verified = True
         check.spool.close()
 
-    def _gives_way(self, layer: ServedLayer, begun: float) -> bool:
+    def _gives_way(self, layer: ServedLayer, pause: _Pause) -> bool:
         """Tell whether readers have the processors for now: what has come for the check waits in the spool."""
-        starts = trio.current_time() < begun + _START
-        return starts and self._scheduler.has_readers(layer.host) and not self._scheduler.is_awaited(layer.host)
+        if trio.current_time() >= pause.end or self._scheduler.is_awaited(layer.host):
+            return False
+        return pause.is_somebody_reading() or self._scheduler.has_readers(layer.host)
 
     def _segment_end(self, layer: ServedLayer, first: int) -> int:
         """Return where the next request of the check ends (extent numbers)."""
@@ -267,6 +274,23 @@ class Filler:
                 feed = partial(feed_frames, check.whole, rest, at + piece == end)
                 rest = await trio.to_thread.run_sync(feed, limiter=self._limiter)
         check.next = extent + 1
+
+
+class _Pause:
+    """Whether a check gives way: until `end`, to those who wait for the network and those who read what is here."""
+
+    def __init__(self, end: float, answered: Callable[[], int]) -> None:
+        self.end = end
+        self._answered = answered
+        self._seen = answered()
+        self._seen_at = -_STILL  # when it had last become more
+
+    def is_somebody_reading(self) -> bool:
+        """Tell whether somebody was given something a moment ago. Doesn't block."""
+        now, seen = trio.current_time(), self._answered()
+        if seen != self._seen:
+            self._seen, self._seen_at = seen, now
+        return now < self._seen_at + _STILL
 
 
 class _Coming:

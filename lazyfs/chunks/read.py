@@ -40,6 +40,10 @@ class ReadCounters:
     from_registry: int = 0
     limiter: trio.CapacityLimiter = field(default_factory=lambda: trio.CapacityLimiter(_DISK_THREADS))
 
+    def answered(self) -> int:
+        """Return what readers were given so far."""
+        return self.from_memory + self.from_store + self.from_other_layer + self.from_registry
+
 
 class Reader:
     """Reads of all layers. Belongs to one trio loop.

@@ -104,7 +104,7 @@ def assemble(
     forest = Forest(solo=role.solo is not None, squash=squash)
     remote = Remote(scheduler, nursery, settings.read_timeout, requests.note_error)
     reader = Reader(memory, remote, donors.find, nursery)
-    filler = Filler(scheduler, remote)
+    filler = Filler(scheduler, remote, reader.counters.answered)
     uses = NodeUses()
     census = Census(store, catalog, uses)
     traces = TraceFiles(settings.root)

@@ -63,7 +63,7 @@ class Node:
         self.scheduler = Scheduler(connections)
         self.remote = Remote(self.scheduler, nursery, read_timeout, self.errors.append)
         self.reader = Reader(self.memory, self.remote, self._find_copy, nursery)
-        self.filler = Filler(self.scheduler, self.remote)
+        self.filler = Filler(self.scheduler, self.remote, self.reader.counters.answered)
         self.transport = Transport()
         self.layers: list[ServedLayer] = []
 

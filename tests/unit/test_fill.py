@@ -303,7 +303,7 @@ async def test_background_asks_for_little_while_somebody_reads(
     registry.latency = 0.02  # of a near one nothing is in a reader's way
     async with node(scratch) as one:
         layer = one.serve(blob, registry)
-        filler = Filler(one.scheduler, one.remote)
+        filler = Filler(one.scheduler, one.remote, int)
         one.scheduler.note_demand(layer.host)
         with trio.fail_after(30):
             assert await filler.fill(layer) == ""
@@ -333,6 +333,38 @@ async def test_the_check_gives_way_to_readers_of_a_start_and_fetching_goes_on(
                 while not layer.verified:
                     await trio.sleep(0.02)
         assert registry.bytes_sent("/blobs/") == len(blob.blob)
+
+
+async def test_the_check_gives_way_to_readers_of_what_is_here(
+    scratch: Path, registry: FakeRegistry, blob: LayerBlob, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lazyfs.chunks.schedule.QUIET", 0.0)  # nobody waits for the network
+    monkeypatch.setattr("lazyfs.chunks.fill._STILL", 2.0)  # on a busy machine a reader may come late
+    async with node(scratch) as one:
+        layer = one.serve(blob, registry)
+        check = layer.check
+        assert check is not None
+        row = next(row for row in range(layer.table.rows) if layer.table.size[row])
+        reading = trio.CancelScope()
+
+        async def read() -> None:
+            with reading:
+                while True:
+                    assert await one.reader.read(layer, row, 0, 1)
+                    await trio.sleep(0.01)
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(read)
+            await one.reader.read(layer, row, 0, 1)
+            nursery.start_soon(run_fill, one, layer)
+            with trio.fail_after(20):
+                while not layer.store.complete:
+                    await trio.sleep(0.02)
+            looked_at = check.next
+            await trio.sleep(0.3)
+            assert check.next == looked_at < layer.extents and not layer.verified  # all is here, and it waits
+            reading.cancel()
+        assert layer.verified
 
 
 async def test_the_check_gives_way_for_the_time_of_a_start_only(
