@@ -6,10 +6,12 @@ One node with a holder and a store too small for its images, a registry that fai
 one that fails where the registry would have answered in time counts as failed. Each round ends with all images
 unmounted: what is left then (mounts, processes, files in the run directory, layers that `lazyfs cache ls` does not
 know) and what holder and daemon have (private memory, open files, threads) is noted. With --calm nothing is killed, so
-that the daemon's own drift shows; the holder's shows always, for it outlives them all. Prints a JSON line a round and
-one at the end, with the machine. Exits with 1 when a read was wrong or failed, something was left, nothing was evicted,
-there were too few rounds to tell a drift, or from the first third of the rounds to the last the memory of the holder
-grew by more than 5 % or its open files or threads by more than two; with --calm those of daemon and spares too.
+that the daemon's own drift shows, once it has been quiet for so long that what it freed is given back: how much of that
+there is in the midst of work says nothing. The holder's shows always, for it outlives them all. Prints a JSON line a
+round and one at the end, with the machine. Exits with 1 when a read was wrong or failed, something was left, nothing
+was evicted, there were too few rounds to tell a drift, or from the first third of the rounds to the last the memory of
+the holder grew by more than 5 % or its open files or threads by more than two; with --calm those of daemon and spares
+too.
 """
 
 from __future__ import annotations
@@ -44,6 +46,7 @@ _FILES = 8  # of an image
 _LARGEST = 400_000  # bytes of a file
 _MOUNTED = 4  # images at once
 _ACTIONS = 25  # of a round
+_QUIET = 8.0  # seconds: a daemon looks every three whether it has been quiet (lazyfs.mount.heap)
 _SETTINGS = {
     "STORE_SIZE": "3MiB", "MEMORY_SIZE": "4MiB", "READ_TIMEOUT": "60", "ANSWER_TIMEOUT": "2", "BACKGROUND": "1",
     "DAEMON_LINGER": "600",
@@ -140,6 +143,8 @@ class Soak:
         # A spare is there again: how many there are is no drift.
         until(lambda: len(self._node.processes()) >= 3, "a standby is there", 30)
         self._look_for_rest()
+        if self._calm:
+            time.sleep(_QUIET)
         serving = self._daemon.pid()
         self._note_evicted()
         spares = [_has(pid) for pid in self._node.processes() if pid != serving]
