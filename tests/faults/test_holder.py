@@ -47,14 +47,14 @@ _BREAKS = """
 import os, sys
 if "lazyfs.mount.daemon" in sys.orig_argv:
     import trio
-    from lazyfs.mount import heap
+    from lazyfs.mount import pressure  # which whoever serves watches, and no standby
     flag = os.path.join(os.path.dirname(__file__), "break")
-    async def give_back():
+    async def watch(memory):
         while not os.path.exists(flag):
             await trio.sleep(0.05)
         os.unlink(flag)
         raise RuntimeError("can't start new thread")
-    heap.give_back = give_back
+    pressure.watch = watch
 """
 
 
