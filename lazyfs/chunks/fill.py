@@ -187,16 +187,14 @@ class Filler:
             async with trio.open_nursery() as nursery:
                 while check.next < layer.extents:
                     ahead = max(ahead, check.next)
-                    while check.spool.works and running < self._most_coming(layer):
-                        if ahead > check.next and layer.extent(ahead - 1)[0] > check.blob_offset + _AHEAD:
-                            break  # the spool takes disk
+                    while check.spool.works and running < self._most_coming(layer) and not _is_far(layer, check, ahead):
                         stop = self._segment_end(layer, ahead)
                         if stop == ahead:
                             break
                         running += 1
                         nursery.start_soon(bring, ahead, stop)
                         ahead = stop
-                    if check.spool.works and self._gives_way(layer, pause):
+                    if check.spool.works and not _is_far(layer, check, ahead) and self._gives_way(layer, pause):
                         await trio.sleep(_GIVE_WAY)
                     elif not await self._feed(layer, check):
                         await self._one_extent(layer, check, check.next)
@@ -327,6 +325,11 @@ class _Coming:
 def _is_proof(error: LazyfsError) -> bool:
     """Tell whether the blob had the promised digest when the error was found: then no source can mend it."""
     return isinstance(error, (DiffIdMismatch, TocMismatch))
+
+
+def _is_far(layer: ServedLayer, check: Check, ahead: int) -> bool:
+    """Tell whether as much has come before extent `ahead` as may before the check sees it: the spool takes disk."""
+    return ahead > check.next and layer.extent(ahead - 1)[0] > check.blob_offset + _AHEAD
 
 
 def is_spooled(layer: ServedLayer, extent: int) -> bool:

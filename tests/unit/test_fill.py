@@ -6,7 +6,8 @@ import errno
 import os
 import random
 import time
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
@@ -335,27 +336,33 @@ async def test_the_check_gives_way_to_readers_of_a_start_and_fetching_goes_on(
         assert registry.bytes_sent("/blobs/") == len(blob.blob)
 
 
+@asynccontextmanager
+async def reading(one: Node, layer: ServedLayer, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[None]:
+    """Have somebody read what is here, again and again; nobody waits for the network."""
+    monkeypatch.setattr("lazyfs.chunks.schedule.QUIET", 0.0)
+    monkeypatch.setattr("lazyfs.chunks.fill._STILL", 2.0)  # on a busy machine a reader may come late
+    row = next(row for row in range(layer.table.rows) if layer.table.size[row])
+
+    async def read() -> None:
+        while True:
+            assert await one.reader.read(layer, row, 0, 1)
+            await trio.sleep(0.01)
+
+    await one.reader.read(layer, row, 0, 1)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(read)
+        yield
+        nursery.cancel_scope.cancel()
+
+
 async def test_the_check_gives_way_to_readers_of_what_is_here(
     scratch: Path, registry: FakeRegistry, blob: LayerBlob, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("lazyfs.chunks.schedule.QUIET", 0.0)  # nobody waits for the network
-    monkeypatch.setattr("lazyfs.chunks.fill._STILL", 2.0)  # on a busy machine a reader may come late
-    async with node(scratch) as one:
+    async with node(scratch) as one, trio.open_nursery() as nursery:
         layer = one.serve(blob, registry)
         check = layer.check
         assert check is not None
-        row = next(row for row in range(layer.table.rows) if layer.table.size[row])
-        reading = trio.CancelScope()
-
-        async def read() -> None:
-            with reading:
-                while True:
-                    assert await one.reader.read(layer, row, 0, 1)
-                    await trio.sleep(0.01)
-
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(read)
-            await one.reader.read(layer, row, 0, 1)
+        async with reading(one, layer, monkeypatch):
             nursery.start_soon(run_fill, one, layer)
             with trio.fail_after(20):
                 while not layer.store.complete:
@@ -363,8 +370,19 @@ async def test_the_check_gives_way_to_readers_of_what_is_here(
             looked_at = check.next
             await trio.sleep(0.3)
             assert check.next == looked_at < layer.extents and not layer.verified  # all is here, and it waits
-            reading.cancel()
-        assert layer.verified
+
+
+async def test_a_full_spool_does_not_end_fetching_while_somebody_reads(
+    scratch: Path, registry: FakeRegistry, blob: LayerBlob, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lazyfs.chunks.fill._AHEAD", 1000)  # bytes
+    async with node(scratch) as one, trio.open_nursery() as nursery:
+        layer = one.serve(blob, registry)
+        async with reading(one, layer, monkeypatch):
+            nursery.start_soon(run_fill, one, layer)
+            with trio.fail_after(20):
+                while not layer.store.complete:
+                    await trio.sleep(0.02)
 
 
 async def test_the_check_gives_way_for_the_time_of_a_start_only(
