@@ -5,7 +5,7 @@
 One node with a holder and a store too small for its images, a registry that fails now and then. Every read is compared;
 one that fails where the registry would have answered in time counts as failed. Each round ends with all images
 unmounted: what is left then (mounts, processes, files in the run directory, layers that `lazyfs cache ls` does not
-know) and what holder and daemon have (private memory, open files, threads) is noted. With --calm nothing is killed, so
+know) and what holder and daemon have (memory, open files, threads) is noted. With --calm nothing is killed, so
 that the daemon's own drift shows, once it has been quiet for so long that what it freed is given back: how much of that
 there is in the midst of work says nothing. The holder's shows always, for it outlives them all. Prints a JSON line a
 round and one at the end, with the machine. Exits with 1 when a read was wrong or failed, something was left, nothing
@@ -37,7 +37,7 @@ from tests.helpers.registry_faults import Fault
 from tests.helpers.takeover import Held, held
 from tests.helpers.tars import dir_, file, tar_of
 
-DRIFT = 0.05  # of a process's private memory, promised
+DRIFT = 0.05  # of a process's memory, promised
 SLACK = 2.0  # open files, or threads
 ROUNDS = 6  # without so many there are no thirds to compare
 _OF_A_DAEMON = frozenset({"mnt", "erofs", "attached", "lazyfsd.sock", "lazyfsd.log", "holder.lock"})
@@ -238,10 +238,14 @@ def strangers(run_dir: Path) -> list[str]:
 
 
 def _has(pid: int) -> dict[str, int]:
-    """Return a process's private memory (bytes), open files and threads."""
+    """Return a process's memory (bytes), open files and threads.
+
+    Of the memory what no file has, shared with those that it was forked from or not: what is its alone grows whenever
+    one of them writes a page, and is nobody's leak.
+    """
     lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
     return {
-        "private": sum(int(line.split()[1]) * 1024 for line in lines if line.startswith("Private_")),
+        "memory": next(int(line.split()[1]) * 1024 for line in lines if line.startswith("Anonymous:")),
         "fds": len(os.listdir(f"/proc/{pid}/fd")),
         "threads": len(os.listdir(f"/proc/{pid}/task")),
     }
@@ -249,7 +253,7 @@ def _has(pid: int) -> dict[str, int]:
 
 def _sum(each: list[dict[str, int]]) -> dict[str, int]:
     """Return what standby and template have together: which of them is there varies from round to round."""
-    return {name: sum(one[name] for one in each) for name in ("private", "fds", "threads")}
+    return {name: sum(one[name] for one in each) for name in ("memory", "fds", "threads")}
 
 
 def drift(values: list[int], what: str) -> tuple[float, float] | None:
@@ -262,7 +266,7 @@ def drift(values: list[int], what: str) -> tuple[float, float] | None:
         return None
     third = len(values) // 3
     before, last = statistics.median(values[:third]), values[-third:]
-    return before, (statistics.median(last) if what == "private" else min(last)) - before
+    return before, (statistics.median(last) if what == "memory" else min(last)) - before
 
 
 def leaks(rounds: list[dict[str, Any]], *, calm: bool) -> list[str]:
@@ -271,9 +275,9 @@ def leaks(rounds: list[dict[str, Any]], *, calm: bool) -> list[str]:
         return [f"nothing is known of any drift: {len(rounds)} rounds, and it takes {ROUNDS}"]
     found = []
     for who in ("holder", "daemon", "spares") if calm else ("holder",):
-        for what in ("private", "fds", "threads"):
+        for what in ("memory", "fds", "threads"):
             before, more = drift([one[who][what] for one in rounds], what) or (0.0, 0.0)
-            if more > (before * DRIFT if what == "private" else SLACK):
+            if more > (before * DRIFT if what == "memory" else SLACK):
                 found.append(f"{what} of {who}: {before:.0f} and {more:.0f} more")
     return found
 
@@ -302,7 +306,7 @@ def main() -> int:
     grown = {
         f"{who}_{what}": drift([one[who][what] for one in rounds], what)
         for who in ("holder", "daemon", "spares")
-        for what in ("private", "fds", "threads")
+        for what in ("memory", "fds", "threads")
     }
     grew = leaks(rounds, calm=args.calm)
     result = {"what": "soak", "seed": args.seed, "calm": args.calm, **asdict(tally), "drift": grown, "leaks": grew}

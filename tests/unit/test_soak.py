@@ -13,10 +13,10 @@ from perf import soak
 @pytest.mark.parametrize(
     ("what", "values", "found"),
     [
-        ("private", [100] * 5, None),
-        ("private", [], None),
-        ("private", [100, 102, 98, 101, 99, 100], (101, -1.5)),
-        ("private", [100, 100, 105, 110, 120, 122], (100, 21)),
+        ("memory", [100] * 5, None),
+        ("memory", [], None),
+        ("memory", [100, 102, 98, 101, 99, 100], (101, -1.5)),
+        ("memory", [100, 100, 105, 110, 120, 122], (100, 21)),
         ("fds", [44, 66, 50, 60, 66, 52], (55, -3)),
         ("fds", [40, 42, 44, 46, 48, 50], (41, 7)),
     ],
@@ -29,7 +29,7 @@ def test_drift_is_from_the_first_third_to_the_last(
 
 def rounds(count: int = 9, **grow: int) -> list[dict[str, Any]]:
     """Return what so many rounds noted, in which what is named WHO_WHAT grew by so much each time."""
-    start = {"private": 8_000_000, "fds": 16, "threads": 4}
+    start = {"memory": 8_000_000, "fds": 16, "threads": 4}
     return [
         {
             who: {what: base + number * grow.get(f"{who}_{what}", 0) for what, base in start.items()}
@@ -45,7 +45,7 @@ def test_few_rounds_are_said_to_tell_nothing() -> None:
 
 
 @pytest.mark.parametrize("who", ["holder", "daemon", "spares"])
-@pytest.mark.parametrize(("what", "step"), [("private", 100_000), ("fds", 1), ("threads", 1)])
+@pytest.mark.parametrize(("what", "step"), [("memory", 100_000), ("fds", 1), ("threads", 1)])
 def test_what_grows_is_a_leak(who: str, what: str, step: int) -> None:
     grown = rounds(**{f"{who}_{what}": step})
     (said,) = soak.leaks(grown, calm=True)
@@ -55,7 +55,7 @@ def test_what_grows_is_a_leak(who: str, what: str, step: int) -> None:
 
 def test_what_stays_is_none() -> None:
     assert soak.leaks(rounds(), calm=True) == []
-    assert soak.leaks(rounds(holder_private=-1000, daemon_private=10_000), calm=True) == []  # 0.75 %
+    assert soak.leaks(rounds(holder_memory=-1000, daemon_memory=10_000), calm=True) == []  # 0.75 %
 
 
 def test_what_a_daemon_that_shows_nothing_does_not_have_is_a_stranger(tmp_path: Path) -> None:
