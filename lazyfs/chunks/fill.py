@@ -281,7 +281,7 @@ class _Pause:
         self.end = end
         self._answered = answered
         self._seen = answered()
-        self._seen_at = -_STILL  # when it had last become more
+        self._seen_at = float("-inf")  # when it had last become more
 
     def is_somebody_reading(self) -> bool:
         """Tell whether somebody was given something a moment ago. Doesn't block."""

@@ -9,9 +9,7 @@ import trio
 
 _M_ARENA_MAX = -8  # mallopt(3)
 _LOOK = 3.0  # seconds between looks
-_BUSY = (
-    0.05  # seconds of processor time between two looks that mean work; so many since the last time are worth another
-)
+_BUSY = 0.05  # seconds of processor time that mean work: between two looks, or since memory was given back
 _ANYWAY = 30.0  # seconds after which that is done in the midst of work, too: a node may never be quiet
 _libc = ctypes.CDLL(None)
 
