@@ -3,7 +3,7 @@
 
 PYTHON ?= python3
 # One part after another: what only computes, then the fault matrix, which is promised to take less than five minutes, then
-# the rest. Daemons and faults wait more than they compute, so more are at work than there are processors; a file stays
+# the rest (with some tests of fuse and system that have rows in the matrix, too). Daemons and faults wait more than they compute, so more are at work than there are processors; a file stays
 # with one worker, in the order of tests/conftest.py: by itself xdist begins with files of many tests, and ends with a slow
 # one alone. `make rest TESTS=tests/fuse` for some of them.
 SPREAD ?= -n 6 --dist loadfile --no-loadscope-reorder
@@ -38,7 +38,7 @@ units: bytecode
 	$(PYTEST) $(UNITS)
 
 matrix: bytecode
-	$(PYTEST) $(SPREAD) -m matrix $(TESTS)
+	$(PYTEST) $(SPREAD) -m matrix tests/faults
 
 rest: bytecode
 	$(PYTEST) $(SPREAD) -m 'not matrix' $(TESTS)

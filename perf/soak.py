@@ -31,8 +31,9 @@ from lazyfs.container import mounts
 from perf import machine
 from perf.start import scratch
 from tests.helpers.blobs import zstd_chunked_layer
-from tests.helpers.daemon import Node, add, pattern, until
+from tests.helpers.daemon import Node, add, until
 from tests.helpers.fake_registry import AddedImage, FakeRegistry
+from tests.helpers.pattern import pattern
 from tests.helpers.registry_faults import Fault
 from tests.helpers.takeover import Held, held
 from tests.helpers.tars import dir_, file, tar_of
@@ -59,7 +60,7 @@ _FAULTS: tuple[tuple[Fault, dict[str, Any]], ...] = (
 _READ = """
 import json, os, random, sys
 sys.path.insert(0, sys.argv[4])
-from tests.helpers.daemon import pattern
+from tests.helpers.pattern import pattern
 root, files, rng = sys.argv[1], json.loads(sys.argv[2]), random.Random(int(sys.argv[3]))
 count = size = 0
 wrong = []

@@ -36,7 +36,7 @@ _MARKS = {
     "system": "runs real registries, containerd, runc or whole commands",
     "faults": "breaks networks, disks and processes on purpose",
     "slow": "takes more than ten seconds",
-    "matrix": "has rows in the fault matrix",
+    "matrix": "has rows in the fault matrix, and lies with it",
 }
 
 
@@ -91,7 +91,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     for item in items:
         if isinstance(item, pytest.Function) and (item.module.__name__, item.originalname) in rows:
             item.user_properties.append(_HAS_ROWS)
-            item.add_marker("matrix")
+            if tests / "faults" in item.path.parents:
+                item.add_marker("matrix")
     _mix(items, tests / "system")
 
 

@@ -8,8 +8,9 @@ import pytest
 
 from tests.faults.cases import Area, Case, shows
 from tests.helpers.blobs import zstd_chunked_layer
-from tests.helpers.daemon import Node, add, both_drivers, pattern
+from tests.helpers.daemon import Node, add, both_drivers
 from tests.helpers.fake_registry import FakeRegistry, Fault
+from tests.helpers.pattern import pattern
 from tests.helpers.takeover import Held, contents, image_of, readers, sabotaged
 from tests.helpers.tars import file, tar_of
 

@@ -22,9 +22,10 @@ from lazyfs.control_client import connect
 from tests.faults.cases import RIGHT, Area, Case, shows
 from tests.helpers import sabotage
 from tests.helpers.blobs import zstd_chunked_layer
-from tests.helpers.daemon import Node, add, pattern, until
+from tests.helpers.daemon import Node, add, until
 from tests.helpers.fake_registry import AddedImage, FakeRegistry
 from tests.helpers.fault_bench import SIZE, Bench, Victim
+from tests.helpers.pattern import pattern
 from tests.helpers.takeover import held
 from tests.helpers.tars import file, tar_of
 

@@ -23,9 +23,10 @@ from lazyfs.mount.preparing import Preparer
 from lazyfs.oci import OCI_LAYER_ZSTD, OCI_MANIFEST, TOC_DIGEST, ZSTD_POSITION, Descriptor, Manifest
 from lazyfs.units import MiB
 from tests.helpers.blobs import LayerBlob, Toc, resealed, toc_entry, zstd_chunked_layer
-from tests.helpers.daemon import Node, add, pattern, until
+from tests.helpers.daemon import Node, add, until
 from tests.helpers.fake_registry import FakeRegistry
 from tests.helpers.foreign import estargz_layer, sha256, storage_layer
+from tests.helpers.pattern import pattern
 from tests.helpers.served import node as served_node
 from tests.helpers.tars import dir_, file, hardlink, symlink, tar_of
 from tests.unit.test_foreign_forms import check

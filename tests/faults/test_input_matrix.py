@@ -14,8 +14,8 @@ import zstandard
 from lazyfs.format.zstd_chunked import encode_tail
 from tests.faults.cases import LASTING, NOTHING_SHOWN, RIGHT, Area, Case, shows
 from tests.helpers.blobs import LayerBlob, crowded, toc_entry, zstd_chunked_layer
-from tests.helpers.daemon import pattern
 from tests.helpers.fault_bench import Bench, Victim
+from tests.helpers.pattern import pattern
 from tests.helpers.tars import file, hardlink, symlink, tar_of
 
 DATA = pattern(200_000, 11)

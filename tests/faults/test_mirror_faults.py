@@ -15,10 +15,11 @@ import pytest
 from lazyfs.registry.mirrored import DELAY
 from tests.faults.cases import LASTING, RIGHT, Area, Case, shows
 from tests.helpers.blobs import LayerBlob, zstd_chunked_layer
-from tests.helpers.daemon import Node, pattern, until
+from tests.helpers.daemon import Node, until
 from tests.helpers.fake_registry import AddedImage, Fault
 from tests.helpers.fault_bench import metrics_of
 from tests.helpers.mirrors import Mirrors
+from tests.helpers.pattern import pattern
 from tests.helpers.tars import file, tar_of
 
 DATA = pattern(6_000_000, 2)

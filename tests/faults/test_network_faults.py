@@ -8,8 +8,9 @@ import pytest
 
 from tests.faults.cases import ERROR, NOTHING_SHOWN, RIGHT, Area, Case, shows
 from tests.helpers.blobs import LayerBlob, zstd_chunked_layer
-from tests.helpers.daemon import Node, add, pattern
+from tests.helpers.daemon import Node, add
 from tests.helpers.fake_registry import AddedImage, FakeRegistry, Fault
+from tests.helpers.pattern import pattern
 from tests.helpers.tars import file, tar_of
 
 SMALL = pattern(3000, 1)

@@ -13,9 +13,10 @@ import pytest
 
 from tests.faults.cases import ERROR, NOTHING_SHOWN, RIGHT, Area, Case, shows
 from tests.helpers.blobs import crowded, zstd_chunked_layer
-from tests.helpers.daemon import Node, add, pattern, until
+from tests.helpers.daemon import Node, add, until
 from tests.helpers.fake_registry import AddedImage, FakeRegistry, Request
 from tests.helpers.memory_group import memory_group
+from tests.helpers.pattern import pattern
 from tests.helpers.tars import file, tar_of
 
 DATA = pattern(3_000_000, 7)

@@ -11,8 +11,9 @@ import pytest
 
 from tests.faults.cases import NOTHING_SHOWN, RIGHT, Area, Case, shows
 from tests.helpers.blobs import zstd_chunked_layer
-from tests.helpers.daemon import Node, add, both_drivers, pattern, tmpfs, until
+from tests.helpers.daemon import Node, add, both_drivers, tmpfs, until
 from tests.helpers.fake_registry import AddedImage, FakeRegistry
+from tests.helpers.pattern import pattern
 from tests.helpers.tars import file, tar_of
 
 DATA = pattern(6_000_000, 3)

@@ -6,9 +6,10 @@ import pytest
 
 from tests.faults.cases import RIGHT, Area, Case, shows
 from tests.helpers.blobs import zstd_chunked_layer
-from tests.helpers.daemon import Node, add, both_drivers, pattern, until
+from tests.helpers.daemon import Node, add, both_drivers, until
 from tests.helpers.fake_registry import FakeRegistry
 from tests.helpers.memory_group import memory_group
+from tests.helpers.pattern import pattern
 from tests.helpers.takeover import held
 from tests.helpers.tars import file, tar_of
 

@@ -12,8 +12,9 @@ import pytest
 from tests.faults.cases import Area, Case, shows
 from tests.helpers import chains
 from tests.helpers.blobs import toc_entry, zstd_chunked_layer
-from tests.helpers.daemon import Node, add, pattern, until
+from tests.helpers.daemon import Node, add, until
 from tests.helpers.fake_registry import FakeRegistry
+from tests.helpers.pattern import pattern
 from tests.helpers.takeover import contents, held, image_of
 from tests.helpers.tars import file, tar_of
 

@@ -15,9 +15,10 @@ from lazyfs.digest import of
 from lazyfs.format.zstd_chunked import encode_tail
 from tests.faults.cases import LASTING, NOTHING_SHOWN, Area, Case, shows
 from tests.helpers.blobs import LayerBlob, annotated, edited, flipped, flipped_chunk, toc_entry, zstd_chunked_layer
-from tests.helpers.daemon import Node, add, both_drivers, pattern, until
+from tests.helpers.daemon import Node, add, both_drivers, until
 from tests.helpers.fake_registry import AddedImage, FakeRegistry
 from tests.helpers.fault_bench import metrics_of
+from tests.helpers.pattern import pattern
 from tests.helpers.tars import file, tar_of
 
 GOOD = pattern(1_500_000, 1)

@@ -15,9 +15,10 @@ import pytest
 from tests.faults.cases import RIGHT, Area, Case, shows
 from tests.helpers import sabotage, small_image
 from tests.helpers.blobs import zstd_chunked_layer
-from tests.helpers.daemon import Node, add, both_drivers, pattern, until
+from tests.helpers.daemon import Node, add, both_drivers, until
 from tests.helpers.fake_registry import AddedImage, FakeRegistry, Fault
 from tests.helpers.fault_bench import Bench
+from tests.helpers.pattern import pattern
 from tests.helpers.tars import file, tar_of
 
 DATA = pattern(3_000_000, 9)

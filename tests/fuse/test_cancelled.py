@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 
 from tests.helpers.blobs import LayerBlob, zstd_chunked_layer
-from tests.helpers.daemon import Node, add, pattern, until
+from tests.helpers.daemon import Node, add, until
 from tests.helpers.fake_registry import AddedImage, FakeRegistry, Fault, Request, Rule
+from tests.helpers.pattern import pattern
 from tests.helpers.tars import file, tar_of
 
 FILES = {f"f{number:02}": pattern(200_000, number) for number in range(20)}

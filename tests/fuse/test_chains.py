@@ -17,8 +17,9 @@ from lazyfs.digest import of
 from lazyfs.errors import LayerQuarantined, LazyfsError, ManifestMissing, RegistryTimeout
 from tests.helpers.blobs import LayerBlob, annotated, zstd_chunked_layer
 from tests.helpers.chains import Snapshotter, mount_args, resolve_args, running, told
-from tests.helpers.daemon import Node, add, pattern, until
+from tests.helpers.daemon import Node, add, until
 from tests.helpers.fake_registry import AddedImage, FakeRegistry, Fault
+from tests.helpers.pattern import pattern
 from tests.helpers.tars import file, tar_of
 
 Layers = list[dict[str, Any]]

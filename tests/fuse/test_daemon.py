@@ -13,8 +13,9 @@ import pytest
 from lazyfs.container import mounts
 from tests.faults.cases import NOTHING_SHOWN, RIGHT, Area, Case, shows
 from tests.helpers.blobs import LayerBlob, zstd_chunked_layer
-from tests.helpers.daemon import Node, add, both_drivers, pattern, until
+from tests.helpers.daemon import Node, add, both_drivers, until
 from tests.helpers.fake_registry import FakeRegistry, Fault
+from tests.helpers.pattern import pattern
 from tests.helpers.tars import file, tar_of
 
 DATA = pattern(2_500_000)

@@ -9,8 +9,9 @@ import pytest
 from lazyfs.limits import MAX_EARLY_BYTES
 from tests.fuse.test_traces import empty_store
 from tests.helpers.blobs import LayerBlob, zstd_chunked_layer
-from tests.helpers.daemon import Node, add, pattern, until
+from tests.helpers.daemon import Node, add, until
 from tests.helpers.fake_registry import FakeRegistry
+from tests.helpers.pattern import pattern
 from tests.helpers.tars import file, tar_of
 
 SHARED = pattern(400_000, 1)

@@ -16,8 +16,9 @@ from lazyfs.container import mounts
 from lazyfs.limits import MAX_WAITING_REQUESTS
 from lazyfs.mount.erofs_probe import Verdict, probe
 from tests.helpers.blobs import LayerBlob, zstd_chunked_layer
-from tests.helpers.daemon import Node, add, pattern
+from tests.helpers.daemon import Node, add
 from tests.helpers.fake_registry import FakeRegistry, Fault
+from tests.helpers.pattern import pattern
 from tests.helpers.tars import file, tar_of
 
 SMALL = {f"d{i % 5}/f{i}": pattern(9000 + i, i) for i in range(40)}

@@ -12,8 +12,9 @@ import pytest
 
 from tests.fuse.test_solo import as_user
 from tests.helpers.blobs import flipped_chunk, zstd_chunked_layer
-from tests.helpers.daemon import Node, add, pattern, until
+from tests.helpers.daemon import Node, add, until
 from tests.helpers.fake_registry import AddedImage, FakeRegistry, Fault
+from tests.helpers.pattern import pattern
 from tests.helpers.tars import file, tar_of
 
 SIZE = 1_200_000

@@ -12,9 +12,10 @@ from lazyfs import oci
 from lazyfs.format.entry import LANDMARK, LANDMARK_CONTENT, NO_LANDMARK
 from tests.faults.cases import RIGHT, Area, Case, shows
 from tests.helpers.blobs import LayerBlob, flipped_chunk, zstd_chunked_layer
-from tests.helpers.daemon import Node, add, pattern, until
+from tests.helpers.daemon import Node, add, until
 from tests.helpers.fake_registry import FakeRegistry
 from tests.helpers.foreign import estargz_footer, estargz_layer, gzip_member, storage_layer
+from tests.helpers.pattern import pattern
 from tests.helpers.tars import file, tar_of
 from tests.unit.test_footer import external, legacy
 

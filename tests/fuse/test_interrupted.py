@@ -12,8 +12,9 @@ import pytest
 from lazyfs.format.trace import Read, Trace, encode
 from lazyfs.registry.referrers import fallback_tag
 from tests.helpers.blobs import zstd_chunked_layer
-from tests.helpers.daemon import Node, add, pattern, until
+from tests.helpers.daemon import Node, add, until
 from tests.helpers.fake_registry import FakeRegistry, Fault
+from tests.helpers.pattern import pattern
 from tests.helpers.tars import file, tar_of
 
 LAYER = zstd_chunked_layer(tar_of(file("a", pattern(300_000)), file("b", pattern(300_000, 1))))

@@ -6,8 +6,9 @@ from lazyfs.format.trace import Read, Trace, encode
 from perf.shaper import Shaper
 from tests.faults.cases import RIGHT, Area, Case, shows
 from tests.helpers.blobs import zstd_chunked_layer
-from tests.helpers.daemon import Node, add, pattern, until
+from tests.helpers.daemon import Node, add, until
 from tests.helpers.fake_registry import FakeRegistry
+from tests.helpers.pattern import pattern
 from tests.helpers.tars import file, tar_of
 
 SIZE = 500_000

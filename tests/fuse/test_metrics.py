@@ -10,8 +10,9 @@ from prometheus_client.parser import text_string_to_metric_families
 from lazyfs.control_client import connect
 from lazyfs.mount.metrics import METRICS
 from tests.helpers.blobs import zstd_chunked_layer
-from tests.helpers.daemon import Node, add, pattern
+from tests.helpers.daemon import Node, add
 from tests.helpers.fake_registry import FakeRegistry
+from tests.helpers.pattern import pattern
 from tests.helpers.tars import file, tar_of
 
 CONTENT = pattern(300_000)

@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from tests.helpers.blobs import zstd_chunked_layer
-from tests.helpers.daemon import Node, add, pattern, receive_line, until
+from tests.helpers.daemon import Node, add, receive_line, until
 from tests.helpers.fake_registry import AddedImage, FakeRegistry
+from tests.helpers.pattern import pattern
 from tests.helpers.tars import file, tar_of
 
 FIRST, SECOND = "first-hunter2-horse", "second-hunter2-horse"

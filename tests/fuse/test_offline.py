@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 
 from tests.helpers.blobs import zstd_chunked_layer
-from tests.helpers.daemon import Node, add, both_drivers, pattern, until
+from tests.helpers.daemon import Node, add, both_drivers, until
 from tests.helpers.fake_registry import AddedImage, FakeRegistry, Fault
+from tests.helpers.pattern import pattern
 from tests.helpers.tars import file, tar_of
 
 DATA = pattern(1_500_000)

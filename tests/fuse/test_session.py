@@ -14,8 +14,9 @@ from lazyfs.container import mounts
 from lazyfs.limits import MAX_BACKGROUND
 from lazyfs.mount.session import READ_AHEAD
 from tests.helpers.blobs import zstd_chunked_layer
-from tests.helpers.daemon import Node, add, pattern, until
+from tests.helpers.daemon import Node, add, until
 from tests.helpers.fake_registry import FakeRegistry
+from tests.helpers.pattern import pattern
 from tests.helpers.registry_faults import Fault
 from tests.helpers.tars import dir_, file, tar_of
 

@@ -6,8 +6,9 @@ import pytest
 
 from lazyfs.format.trace import Read, Trace, encode
 from tests.helpers.blobs import zstd_chunked_layer
-from tests.helpers.daemon import Node, add, pattern, until
+from tests.helpers.daemon import Node, add, until
 from tests.helpers.fake_registry import FakeRegistry
+from tests.helpers.pattern import pattern
 from tests.helpers.tars import file, tar_of
 
 FILES = {f"f{number:02}": pattern(500_000, number) for number in range(30)}

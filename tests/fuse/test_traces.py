@@ -21,8 +21,9 @@ from lazyfs.registry.open import OpenOptions, open_repository
 from lazyfs.registry.referrers import fallback_tag
 from tests.helpers.blobs import LayerBlob, zstd_chunked_layer
 from tests.helpers.chains import running
-from tests.helpers.daemon import Node, add, pattern, tmpfs, until
+from tests.helpers.daemon import Node, add, tmpfs, until
 from tests.helpers.fake_registry import AddedImage, FakeRegistry, Fault
+from tests.helpers.pattern import pattern
 from tests.helpers.tars import file, tar_of
 
 FILES = {f"f{number:02}": pattern(100_000, number) for number in range(20)}

@@ -13,7 +13,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import random
 import signal
 import socket
 import subprocess
@@ -329,8 +328,3 @@ def tmpfs(directory: Path, size: int) -> Iterator[Path]:
         yield directory
     finally:
         mounts.umount(os.fsencode(directory), lazy=True)
-
-
-def pattern(size: int, seed: int = 1) -> bytes:
-    """Return bytes that don't compress and differ by `seed`."""
-    return random.Random(seed).randbytes(size)

@@ -26,8 +26,9 @@ from prometheus_client.parser import text_string_to_metric_families
 from lazyfs.control_client import Daemon, connect
 from lazyfs.registry.config.access import Access
 from tests.helpers.blobs import LayerBlob, zstd_chunked_layer
-from tests.helpers.daemon import Node, add, pattern, until
+from tests.helpers.daemon import Node, add, until
 from tests.helpers.fake_registry import AddedImage, FakeRegistry
+from tests.helpers.pattern import pattern
 from tests.helpers.tars import file, tar_of
 
 SIZE = 400_000  # bytes of each victim's file `data`

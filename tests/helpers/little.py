@@ -14,8 +14,8 @@ from pathlib import Path
 
 from tests.helpers import small_image
 from tests.helpers.blobs import LayerBlob, zstd_chunked_layer
-from tests.helpers.daemon import pattern
 from tests.helpers.fake_registry import FakeRegistry, Layer
+from tests.helpers.pattern import pattern
 from tests.helpers.service_images import pause_layer
 from tests.helpers.tars import dir_, file, tar_of
 

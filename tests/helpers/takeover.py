@@ -16,8 +16,9 @@ from pathlib import Path
 from lazyfs.control_client import Daemon, connect
 from lazyfs.errors import DaemonUnreachable
 from tests.helpers.blobs import zstd_chunked_layer
-from tests.helpers.daemon import Node, add, pattern, until
+from tests.helpers.daemon import Node, add, until
 from tests.helpers.fake_registry import AddedImage, FakeRegistry
+from tests.helpers.pattern import pattern
 from tests.helpers.tars import file, tar_of
 
 FILES = {f"f{number}": 300_000 + 4096 * number for number in range(6)}  # names and sizes; contents: pattern(size)
@@ -27,7 +28,7 @@ FILES = {f"f{number}": 300_000 + 4096 * number for number in range(6)}  # names 
 _READER = """
 import json, mmap, os, random, select, sys, time
 sys.path.insert(0, sys.argv[4])
-from tests.helpers.daemon import pattern
+from tests.helpers.pattern import pattern
 kind, root, files = sys.argv[1], sys.argv[2], json.loads(sys.argv[3])
 want = {name: pattern(size) for name, size in files.items()}
 flags = os.O_RDONLY | (os.O_DIRECT if kind == "direct" else 0)
@@ -174,7 +175,7 @@ def image_of(registry: FakeRegistry, **more: bytes) -> AddedImage:
 
 
 @contextlib.contextmanager
-def readers(node: Node, root: Path, kinds: tuple[str, ...] = KINDS, *, pause: float = 0.003) -> Iterator[list[Reading]]:
+def readers(node: Node, root: Path, kinds: tuple[str, ...] = KINDS, *, pause: float = 0.01) -> Iterator[list[Reading]]:
     """Have a reader of each kind at work, `pause` seconds between reads; at the end the list has what they say."""
     arguments = [str(root), json.dumps(FILES), str(Path(__file__).parents[2]), str(pause)]
     started = [node.spawn([sys.executable, "-c", _READER, kind, *arguments], feed=True) for kind in kinds]

@@ -16,9 +16,10 @@ import pytest
 from tests.helpers import real
 from tests.helpers.blobs import zstd_chunked_layer
 from tests.helpers.certs import Pair, TestAuthority
-from tests.helpers.daemon import Node, pattern, until
+from tests.helpers.daemon import Node, until
 from tests.helpers.fake_registry import FakeRegistry
 from tests.helpers.front import demanding_nginx
+from tests.helpers.pattern import pattern
 from tests.helpers.tars import file, tar_of
 
 USER, PASSWORD = "alice", "hunter2-correct-horse"

@@ -22,9 +22,10 @@ from lazyfs.cli.main import main
 from lazyfs.containerd.client import Client, connect
 from tests.faults.cases import NOTHING_SHOWN, Area, Case, shows
 from tests.helpers import real
-from tests.helpers.daemon import Node, pattern, tmpfs, until
+from tests.helpers.daemon import Node, tmpfs, until
 from tests.helpers.fake_registry import AddedImage, FakeRegistry, Fault
 from tests.helpers.fake_snapshotter import FakeSnapshotter
+from tests.helpers.pattern import pattern
 from tests.helpers.small_image import make_tree
 from tests.helpers.tars import dir_, file, tar_of, whiteout
 from tests.helpers.trees import compare, snapshot

@@ -15,9 +15,10 @@ from lazyfs.digest import of
 from tests.helpers import real
 from tests.helpers.blobs import zstd_chunked_layer
 from tests.helpers.certs import TestAuthority, server_context
-from tests.helpers.daemon import Node, pattern, until
+from tests.helpers.daemon import Node, until
 from tests.helpers.fake_registry import FakeRegistry
 from tests.helpers.front import Front, front
+from tests.helpers.pattern import pattern
 from tests.helpers.tars import file, tar_of
 
 USER, PASSWORD = "alice", "hunter2-correct-horse"

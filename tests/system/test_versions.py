@@ -16,8 +16,9 @@ from lazyfs.format import erofs_write
 from lazyfs.format import table as tables
 from snapshotter import schema
 from tests.helpers.blobs import zstd_chunked_layer
-from tests.helpers.daemon import Node, add, both_drivers, pattern
+from tests.helpers.daemon import Node, add, both_drivers
 from tests.helpers.fake_registry import AddedImage, FakeRegistry
+from tests.helpers.pattern import pattern
 from tests.helpers.tars import file, tar_of
 
 pytestmark = [pytest.mark.fuse, pytest.mark.system]

@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 
 from tests.helpers.blobs import zstd_chunked_layer
-from tests.helpers.daemon import Node, add, pattern
+from tests.helpers.daemon import Node, add
 from tests.helpers.fake_registry import FakeRegistry
+from tests.helpers.pattern import pattern
 from tests.helpers.tars import file, tar_of, whiteout
 
 BIG = pattern(5_300_001)
