@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -122,6 +124,17 @@ def test_the_daemon_takes_of_containers_only_mounts_and_the_sweep() -> None:
     for path in sorted((ROOT / "lazyfs" / "mount").rglob("*.py")):
         taken = {module for _, module in imports_of(path) if module.startswith("lazyfs.container")}
         assert taken <= {"lazyfs.container.mounts", "lazyfs.container.sweep"}, f"{path} imports {taken}"
+
+
+def test_the_holder_loads_nothing_that_can_break() -> None:
+    """It outlives upgrades of all else, and starts where no library of ours is installed."""
+    names = "m for m in sys.modules if m.partition('.')[0] not in sys.stdlib_module_names"
+    code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import lazyfs.mount.holder; print(*({names}))"
+    words = [sys.executable, "-I", "-S", "-c", code]  # -S: nothing of site-packages can be found
+    told = subprocess.run(words, check=True, stdout=subprocess.PIPE, text=True, timeout=60).stdout.split()
+    ours = {"children", "deaths", "greeting", "holder", "premises"}
+    values = {"lazyfs", "lazyfs.errors", "lazyfs.limits", "lazyfs.mount", "lazyfs.notify", "lazyfs.units"}
+    assert set(told) == {"__main__", *values, *(f"lazyfs.mount.{name}" for name in ours)}
 
 
 def test_the_document_names_every_part() -> None:
