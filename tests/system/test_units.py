@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import subprocess
@@ -88,9 +89,12 @@ def test_nothing_that_is_killed_takes_a_mount_along(systemd: Systemd, registry: 
         assert systemd.property(_UNIT, "ActiveState") == "active"
 
     here = str(Path(__file__).parents[2])
-    with subprocess.Popen(
-        systemd.words(sys.executable, "-c", _READER, here, *tops), stdin=subprocess.PIPE, stdout=subprocess.PIPE
-    ) as reader:
+    words = systemd.words(sys.executable, "-c", _READER, here, *tops)
+    with (
+        subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as reader,
+        contextlib.ExitStack() as undo,
+    ):
+        undo.callback(reader.kill)  # a test that fails must not wait for a read that hangs
         assert reader.stdout is not None and reader.stdout.readline() == b"reading\n"
         daemon, holder = before = serving()
         assert systemd.property(_UNIT, "MainPID") == str(holder)
