@@ -146,11 +146,12 @@ class LayerStore:
             self._files.touch(chunk)
         return data
 
-    def read_now(self, chunk: int) -> bytes | None:
+    def read_now(self, chunk: int, room: int = 0) -> bytearray | None:
         """Return a chunk's bytes, hashed just now, where that is quicker than to have a thread do it. Doesn't block.
 
-        None: it is larger than SMALL, a hole, not here, not in the page cache, or not right; `read` knows. Also where
-        the use is to be noted: that is a write, and a disk that hangs must not hold up the caller.
+        Zeros follow them, up to `room` bytes. None: it is larger than SMALL, a hole, not here, not in the page cache,
+        or not right; `read` knows. Also where the use is to be noted: that is a write, and a disk that hangs must not
+        hold up the caller.
         """
         fd: OwnedFd | None = self._files.data
         size, offset = self.table.chunk_size[chunk], self.table.chunk_data_offset[chunk]
@@ -158,16 +159,17 @@ class LayerStore:
             return None
         if not self._files.is_touched(chunk):
             return None
-        buffer = bytearray(size)
+        buffer = bytearray(max(size, room))
+        data = memoryview(buffer)[:size]
         try:
-            if os.preadv(fd.number, [buffer], offset, os.RWF_NOWAIT) != size:
+            if os.preadv(fd.number, [data], offset, os.RWF_NOWAIT) != size:
                 return None
         except OSError:  # the disk would have to be asked
             return None
-        data = self._checked(bytes(buffer), chunk)
-        if data is not None:
-            self._read_pages.add(offset, size)
-        return data
+        if not self._is_right(data, chunk):
+            return None
+        self._read_pages.add(offset, size)
+        return buffer
 
     @property
     def has_read_pages(self) -> bool:
@@ -246,7 +248,10 @@ class LayerStore:
         return data if len(data) == size else None
 
     def _checked(self, data: bytes, chunk: int) -> bytes | None:
-        return data if hashlib.sha256(data).digest() == self.table.chunk_digest(chunk) else None
+        return data if self._is_right(data, chunk) else None
+
+    def _is_right(self, data: bytes | memoryview, chunk: int) -> bool:
+        return hashlib.sha256(data).digest() == self.table.chunk_digest(chunk)
 
     # -- writing
 

@@ -18,7 +18,7 @@ from lazyfs.chunks.memory import MemoryCache
 from lazyfs.chunks.remote import Remote
 from lazyfs.chunks.schedule import Priority
 from lazyfs.chunks.single_flight import SingleFlight
-from lazyfs.chunks.verify_ahead import VerifyAhead
+from lazyfs.chunks.verify_ahead import VerifyAhead, is_small_end
 from lazyfs.errors import BlobMissing, LazyfsError, StoreFull
 from lazyfs.format.table import NO_FRAME, Place
 from lazyfs.limits import READ_TASKS
@@ -110,6 +110,8 @@ class Reader:
         layer.ensure_readable()
         if layer.data_reads.ending and layer.users < 2:
             raise refusal()
+        if (small := self._small_file(layer, data_offset, size)) is not None:
+            return small
         found = list(layer.table.data_places(data_offset, size))
         if not found:
             return bytes(size)
@@ -134,6 +136,22 @@ class Reader:
         if len(here) < len(places):
             return layer.data_reads.run(self._rest(layer, places, here, last, spread), lambda: layer.users > 1)
         return spread(here)
+
+    def _small_file(self, layer: ServedLayer, data_offset: int, size: int) -> Data | None:
+        """Return the range of one small file that the store has at hand; None: it is none, `begin_data` knows.
+
+        Most reads of who walks a tree are such. Memory doesn't keep it: the kernel has all of it from now on.
+        """
+        chunk = layer.table.lone_chunk(data_offset, size)
+        if chunk is None or layer.witnesses or not is_small_end(layer, chunk):
+            return None
+        key = layer.serial, chunk
+        if key in self._memory or key in self._ahead or self._remote.is_foreseen(layer, data_offset):
+            return None
+        data = layer.store.read_now(chunk, size)
+        if data is not None:
+            self._note_read_now(layer, chunk)
+        return data
 
     def _those_here(self, layer: ServedLayer, places: list[Place]) -> list[memoryview]:
         """Return the parts that can be had without waiting, up to the first that can't."""
@@ -212,17 +230,22 @@ class Reader:
             return data
         if key in self._ahead:
             return None
-        data = layer.store.read_now(chunk)
-        if data is None:
+        found = layer.store.read_now(chunk)
+        if found is None:
             return None
-        layer.ensure_readable()
+        self._note_read_now(layer, chunk)
+        data = bytes(found)
         if not layer.dropped:
             self._memory.put(key, data)
-        self.counters.from_store += len(data)
-        self._remote.note_read(layer, chunk)
-        if layer.store.has_read_pages:
-            self._nursery.start_soon(self._drop_pages, layer)
         return data
+
+    def _note_read_now(self, layer: ServedLayer, chunk: int) -> None:
+        layer.ensure_readable()
+        self.counters.from_store += layer.table.chunk_size[chunk]
+        self._remote.note_read(layer, chunk)
+        if layer.store.has_read_pages and not self._dropping:
+            self._dropping = True
+            self._nursery.start_soon(self._drop_pages, layer)
 
     async def _absent(
         self, layer: ServedLayer, chunk: int, priority: Priority, last_chunk: int, read: tuple[int, int] | None = None
@@ -303,12 +326,10 @@ class Reader:
         )
 
     async def _drop_pages(self, layer: ServedLayer) -> None:
-        if not self._dropping:
-            self._dropping = True
-            try:
-                await trio.to_thread.run_sync(layer.store.drop_read_pages, limiter=self.counters.limiter)
-            finally:
-                self._dropping = False
+        try:
+            await trio.to_thread.run_sync(layer.store.drop_read_pages, limiter=self.counters.limiter)
+        finally:
+            self._dropping = False
 
     def forget(self, layer: ServedLayer) -> None:
         """Drop what memory has of a layer."""

@@ -93,6 +93,10 @@ class Remote:
         """
         self._windows.note_piece(layer, first, last, last_chunk, first_chunk)
 
+    def is_foreseen(self, layer: ServedLayer, data_offset: int) -> bool:
+        """Tell whether a pattern has foreseen a read that begins here: then `note_piece` is to hear of it."""
+        return self._windows.is_foreseen(layer, data_offset)
+
     async def bring(self, layer: ServedLayer, first: int, stop: int, priority: Priority) -> None:
         """Fetch frames [first, stop), except those under way; wait until all are in the store.
 

@@ -86,7 +86,7 @@ class VerifyAhead:
 
     def note(self, layer: ServedLayer, first: int, last: int) -> None:
         """Tell that somebody is about to read chunks `first` to `last`, before they are asked for. Doesn't wait."""
-        if first == last and _is_small_end(layer, last):
+        if first == last and is_small_end(layer, last):
             return  # most files of an image are one such chunk, and nothing follows it
         stream = self._stream(layer.serial, first, last)
         if stream.passed < _IN_ORDER or (stream.upto <= stream.next and self._is_crowded(stream)):
@@ -182,7 +182,7 @@ class VerifyAhead:
             promise.set()
 
 
-def _is_small_end(layer: ServedLayer, chunk: int) -> bool:
+def is_small_end(layer: ServedLayer, chunk: int) -> bool:
     """Tell whether a chunk is read without a thread, and another file begins behind it."""
     starts, size = layer.table.chunk_data_offset, layer.table.chunk_size[chunk]
     after = chunk + 1

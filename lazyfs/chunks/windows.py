@@ -101,6 +101,10 @@ class Windows:
             self.pass_over(layer, frame)
             self.read_on(layer, frame)
 
+    def is_foreseen(self, layer: ServedLayer, data_offset: int) -> bool:
+        """Tell whether a pattern of reads wants a piece that begins here."""
+        return self._strides.expects(layer.serial, data_offset)
+
     def note_piece(self, layer: ServedLayer, first: Place, last: Place, last_chunk: int, first_chunk: int = 0) -> None:
         """Tell of a read from `first` to `last` before its chunks are wanted: it may be one of a pattern.
 
@@ -109,7 +113,7 @@ class Windows:
         """
         starts = layer.table.chunk_data_offset
         begin = starts[first.chunk] + first.offset
-        if layer.store.has(first.chunk) and not self._strides.expects(layer.serial, begin):
+        if layer.store.has(first.chunk) and not self.is_foreseen(layer, begin):
             return
         end = starts[last.chunk] + last.offset + last.size
         limit = starts[last_chunk] + layer.table.chunk_size[last_chunk]

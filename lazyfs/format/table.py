@@ -8,7 +8,7 @@ Chunks lie in TOC order, which is data-space order and blob order alike.
 from __future__ import annotations
 
 import struct
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -267,6 +267,20 @@ class LayerTable(Names):
             if first < last:
                 yield first - data_offset, Place(chunk, first - start, last - first)
             chunk += 1
+
+    def lone_chunk(self, data_offset: int, size: int) -> int | None:
+        """Return the chunk that begins at `data_offset`, all of which a range of `size` bytes has, and no other.
+
+        None: there is no such chunk, or it goes on from the one before, which has the same file (or ends with a page).
+        """
+        starts, sizes = self.chunk_data_offset, self.chunk_size
+        chunk = bisect_left(starts, data_offset)
+        if chunk == self.chunk_count or starts[chunk] != data_offset or sizes[chunk] > size:
+            return None
+        if chunk and starts[chunk - 1] + sizes[chunk - 1] == data_offset:
+            return None
+        after = chunk + 1
+        return None if after < self.chunk_count and starts[after] < data_offset + size else chunk
 
     def run_end(self, chunk: int) -> int:
         """Return the last chunk of those that follow `chunk` without a gap in data space, which ends a file.

@@ -11,9 +11,11 @@ import contextlib
 import errno
 import logging
 import os
+import select
 from collections import Counter
 from collections.abc import Callable, Coroutine
 from dataclasses import dataclass, field
+from time import monotonic
 from typing import Any, Protocol
 
 import trio
@@ -32,6 +34,9 @@ Answer = tuple[int, Data]
 
 _ALONE = 8  # one request in so many looks for a second one before it waits, while they come one at a time
 _TURN = 16  # requests after which others in the loop have their turn
+_SOON = 0.0002  # seconds for which the loop waits for a request alone, where one comes after the other
+_BY_ITSELF = 4  # such waits in a row, then others have their turn
+_MOST_FD = 1024  # of those that select(2) knows
 _PROOF = 3  # deaths at one request, in a row
 _TRIALS = 10.0  # seconds for which reads are taken one by one after several deaths
 _LONGEST_TURN, _ALL_TURNS = 0.25, 5.0  # seconds that one of them has at most, and all that wait have together
@@ -97,6 +102,7 @@ class Connection:
         buffer = bytearray(wire.REQUEST_SIZE)
         request = memoryview(buffer)
         served = alone = 0  # requests since the last wait; waits since which one request came at a time
+        by_itself, soon = 0, False  # waits in a row without the others; whether the last request came soon
         with self._scope:
             async with trio.open_nursery() as nursery:
                 while True:
@@ -104,7 +110,7 @@ class Connection:
                         size = os.readv(self._fd, [buffer])
                     except BlockingIOError:
                         alone, served = (0 if served > 1 else alone + 1), 0
-                        await trio.lowlevel.wait_readable(self._fd)
+                        by_itself, soon = 0, await self._wait()
                         continue
                     except OSError as error:
                         if error.errno in (errno.ENOENT, errno.EINTR):  # its caller was killed meanwhile
@@ -112,14 +118,30 @@ class Connection:
                         if error.errno not in (errno.ENODEV, errno.ECONNABORTED):
                             raise
                         break
-                    self._serve(request[:size], nursery)
+                    answered = self._serve(request[:size], nursery)
                     served += 1
                     if alone % _ALONE:  # to look for another request would be a call in vain
                         alone, served = alone + 1, 0
-                        await trio.lowlevel.wait_readable(self._fd)
+                        if answered and soon and by_itself < _BY_ITSELF and self._comes_soon():
+                            by_itself += 1
+                        else:
+                            by_itself, soon = 0, await self._wait()
                     elif served % _TURN == 0:
                         await trio.lowlevel.checkpoint()
                 nursery.cancel_scope.cancel()
+
+    async def _wait(self) -> bool:
+        """Wait for a request, as long as it takes. A checkpoint. Return whether it came soon."""
+        began = monotonic()
+        await trio.lowlevel.wait_readable(self._fd)
+        return monotonic() < began + _SOON
+
+    def _comes_soon(self) -> bool:
+        """Wait for a request for a moment, and the loop with us: a turn of it costs as much as a small answer.
+
+        Blocks for _SOON at most; threads go on meanwhile.
+        """
+        return self._fd < _MOST_FD and bool(select.select([self._fd], (), (), _SOON)[0])
 
     def stop(self) -> None:
         """End `run`."""
@@ -147,22 +169,23 @@ class Connection:
         """
         os.write(self._fd, wire.RESEND)
 
-    def _serve(self, request: memoryview, nursery: trio.Nursery) -> None:
+    def _serve(self, request: memoryview, nursery: trio.Nursery) -> bool:
+        """Answer a request, or have that done. Return whether all is done."""
         opcode, unique, node, thread = wire.decode_header(request)
         if opcode in _SILENT:
-            return
+            return True
         if opcode == Op.INIT:
             self._greet(bytes(request))
-            return
+            return True
         body = request[wire.HEADER_SIZE :]
         if opcode == Op.INTERRUPT:
             interrupted = wire.interrupted_in(body)
             if interrupted in self._waiting:
                 nursery.start_soon(self._watch_caller, interrupted, nursery)
-            return
+            return False
         if opcode == Op.DESTROY:
             self._answer(unique, 0, b"")
-            return
+            return True
         if self._trials is not None and trio.current_time() > self._trials.until:
             self._trials.board.set_trial(0)  # who is at work still is to blame for nothing that comes now
             self._trials = None
@@ -172,12 +195,13 @@ class Connection:
                 self._answer(unique, errno.EIO, b"")
             else:
                 self._wait_for(unique, node, thread, self._try(self._trials, opcode, request_id, bytes(body)), nursery)
-            return
+            return False
         answer = self._handler.handle(opcode, node, body)
         if isinstance(answer, tuple):
             self._answer(unique, *answer)
-        else:
-            self._wait_for(unique, node, thread, answer, nursery)
+            return True
+        self._wait_for(unique, node, thread, answer, nursery)
+        return False
 
     def _wait_for(
         self, unique: int, node: int, thread: int, answer: Coroutine[Any, Any, Answer], nursery: trio.Nursery

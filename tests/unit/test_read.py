@@ -256,6 +256,41 @@ async def test_data_space_is_the_files_in_their_places_and_zeros(
             assert bytes(await one.reader.read_data(layer, at, size)) == wanted, (at, size)
 
 
+@pytest.mark.parametrize("memory", [0, 16 << 20])
+async def test_small_files_that_the_store_has_at_hand_need_no_wait(
+    scratch: Path, registry: FakeRegistry, memory: int
+) -> None:
+    async with node(scratch, memory=memory) as one:
+        layer = one.serve(LAYERS[2], registry)
+        assert not await one.filler.fill(layer)
+        await one.reader.read_data(layer, 0, layer.table.data_size)  # which notes the use
+        one.memory.forget_layer(layer.serial)
+        registry.clear_log()
+        before = one.reader.counters.from_store
+        small = {name: data for name, data in CONTENT.items() if 0 < len(data) <= 20_000 and len(data) % PAGE}
+        for name, data in small.items():
+            at, size = layer.table.data_offset[layer.table.find(name)], -len(data) // PAGE * -PAGE
+            found = one.reader.begin_data(layer, at, size)
+            assert isinstance(found, (bytes, bytearray, memoryview))
+            assert bytes(found) == data.ljust(size, b"\0")
+        assert one.reader.counters.from_store == before + sum(map(len, small.values()))
+        _damage_file(one, layer, b"f02")
+        at = layer.table.data_offset[layer.table.find(b"f02")]
+        assert bytes(await one.reader.read_data(layer, at, PAGE)) == CONTENT[b"f02"].ljust(PAGE, b"\0")
+        assert layer.store.damaged == 1
+        layer.quarantine = "it was a lie"
+        with pytest.raises(LayerQuarantined):
+            one.reader.begin_data(layer, at, PAGE)
+
+
+def _damage_file(one: Node, layer: ServedLayer, name: bytes) -> None:
+    """Turn a bit of a file over in the store."""
+    at = layer.table.data_offset[layer.table.find(name)]
+    with (one.store.path(layer.digest) / "data").open("r+b") as handle:
+        byte = os.pread(handle.fileno(), 1, at)
+        os.pwrite(handle.fileno(), bytes([byte[0] ^ 1]), at)
+
+
 async def test_data_space_brings_the_chunks_of_its_pages_alone(scratch: Path, registry: FakeRegistry) -> None:
     async with node(scratch) as one:
         layer = one.serve(LAYERS[0], registry)

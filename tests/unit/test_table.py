@@ -210,7 +210,24 @@ def test_places_are_the_slice_of_the_file(
             got = b"".join(of_chunk[run.chunk][run.offset : run.offset + run.size] for run in runs)
             assert got == data[offset : offset + size]
             assert all(run.size > 0 for run in runs)
+        for at in table.chunk_data_offset[
+            table.first_chunk[row] : table.first_chunk[row] + len(table.file_chunks(row))
+        ]:
+            for _, size in reads:
+                _check_lone_chunk(table, at, size)
+    for offset, size in reads:
+        _check_lone_chunk(table, offset, size)
     table.close()
+
+
+def _check_lone_chunk(table: LayerTable, data_offset: int, size: int) -> None:
+    """`lone_chunk` has one where the range is one whole chunk that begins a run, and zeros."""
+    places = list(table.data_places(data_offset, size))
+    wanted = None
+    if len(places) == 1 and places[0] == (0, Place(chunk := places[0][1].chunk, 0, table.chunk_size[chunk])):
+        ends = [start + length for start, length in zip(table.chunk_data_offset, table.chunk_size, strict=True)]
+        wanted = None if data_offset in ends else chunk
+    assert table.lone_chunk(data_offset, size) == wanted
 
 
 def test_places_outside_of_a_file_are_none(tmp_path: Path) -> None:

@@ -175,13 +175,13 @@ async def test_a_crowd_of_readers_verifies_each_chunk_once(
     memory = 24 * CHUNK
     async with node(scratch, memory=memory) as one:
         layer = await stored(one, registry, memory)
-        hashed, check = [], LayerStore._checked
+        hashed, check = [], LayerStore._is_right
 
-        def counted(self: LayerStore, data: bytes, chunk: int) -> bytes | None:
+        def counted(self: LayerStore, data: bytes | memoryview, chunk: int) -> bool:
             hashed.append(chunk)
             return check(self, data, chunk)
 
-        monkeypatch.setattr(LayerStore, "_checked", counted)
+        monkeypatch.setattr(LayerStore, "_is_right", counted)
         for step in range(each):
             for reader in range(readers):
                 await read(one, layer, reader * each + step, reader * each + step)
