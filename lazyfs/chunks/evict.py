@@ -17,7 +17,8 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Protocol
 
-from lazyfs.chunks.layer_files import SEGMENT, LayerFiles
+from lazyfs.chunks.layer_files import LayerFiles
+from lazyfs.chunks.shape import SEGMENT
 from lazyfs.errors import StoreError
 from lazyfs.limits import ADMIT_TIMEOUT, EVICTION_TIMEOUT
 

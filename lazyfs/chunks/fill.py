@@ -16,9 +16,10 @@ import trio
 
 from lazyfs.chunks.feed import feed_frames
 from lazyfs.chunks.frames import fetch_piece, needed, prove_frame
+from lazyfs.chunks.host import SEGMENT, Priority
 from lazyfs.chunks.layer import Check, ServedLayer
 from lazyfs.chunks.remote import Remote
-from lazyfs.chunks.schedule import SEGMENT, Priority, Scheduler
+from lazyfs.chunks.schedule import Scheduler
 from lazyfs.errors import (
     DiffIdMismatch,
     FrameInvalid,

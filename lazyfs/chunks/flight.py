@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import trio
 
+from lazyfs.chunks.host import Priority, Ticket
 from lazyfs.chunks.layer import ServedLayer
-from lazyfs.chunks.schedule import Priority, Ticket
 from lazyfs.errors import LazyfsError
 from lazyfs.registry.repository import Repository
 

@@ -17,8 +17,9 @@ import trio
 
 from lazyfs.chunks.flight import Fetch, Flight
 from lazyfs.chunks.frames import Fetched, Sample, fetch_frames, fetch_piece, needed
+from lazyfs.chunks.host import Priority, Ticket
 from lazyfs.chunks.layer import ServedLayer
-from lazyfs.chunks.schedule import Priority, Scheduler, Ticket
+from lazyfs.chunks.schedule import Scheduler
 from lazyfs.chunks.slow import MOVES, SlowRanges
 from lazyfs.errors import DaemonFault, LazyfsError, ReadDeadline, RegistryError, RegistryTimeout
 from lazyfs.limits import LONGEST_TRY

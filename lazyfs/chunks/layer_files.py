@@ -15,22 +15,19 @@ import struct
 import threading
 import time
 from array import array
-from bisect import bisect_left, bisect_right
+from bisect import bisect_right
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Protocol
 
 from lazyfs.chunks.health import DiskHealth
 from lazyfs.chunks.holes import WrittenPages, punch_hole
 from lazyfs.chunks.private_files import OwnedFd, open_file
+from lazyfs.chunks.shape import Shape
 from lazyfs.errors import StoreBroken, StoreLocked
 from lazyfs.limits import MAX_LAYER_CHUNKS
-from lazyfs.units import MiB
 from lazyfs.versions import is_readable, is_too_new
 
 log = logging.getLogger(__name__)
 
-SEGMENT = 4 * MiB  # bytes of data space that are evicted together
 TOUCH_EVERY = 5  # seconds for which a use that was noted will do for who must not wait for the disk
 HEADER = 64  # bytes in front of `chunks` and `used`
 VERSION = 1
@@ -40,51 +37,6 @@ _USED_MAGIC = b"LZFUSED\0"
 _RECORD = struct.Struct("<IIQ")  # last use (seconds since the epoch), first chunk, its data offset
 _ONLY_FLAGS = bytes([0, 1]) + bytes(254)  # translation table: any byte that is no flag means absent
 _NO_PUNCH = frozenset({errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL})
-
-
-class Layout(Protocol):
-    """What the store needs of a layer table to lay chunks out. Bytes, in data space; offsets ascend."""
-
-    @property
-    def chunk_count(self) -> int: ...
-    @property
-    def data_size(self) -> int: ...
-    @property
-    def chunk_data_offset(self) -> Sequence[int]: ...
-
-
-@dataclass(frozen=True, slots=True)
-class Shape:
-    """How a layer's chunks fall into segments: a chunk belongs to where it starts; empty segments are left out."""
-
-    chunk_count: int
-    data_size: int  # bytes of the data space
-    first_chunk: array[int]  # of each segment
-    data_offset: array[int]  # where that chunk starts
-
-    def chunks(self, segment: int) -> tuple[int, int]:
-        """Return a segment's first chunk and the one behind its last."""
-        after = segment + 1
-        return self.first_chunk[segment], self.first_chunk[after] if after < len(self.first_chunk) else self.chunk_count
-
-    def extent(self, segment: int) -> tuple[int, int]:
-        """Return where a segment's first chunk starts and where the next segment's does. Data space."""
-        after = segment + 1
-        end = self.data_offset[after] if after < len(self.data_offset) else self.data_size
-        return self.data_offset[segment], end
-
-
-def shape_of(layout: Layout) -> Shape:
-    """Cut a layer's chunks into segments. Bisects, so it costs microseconds a segment, not a chunk."""
-    first, starts = array("I"), array("Q")
-    offsets, count = layout.chunk_data_offset, layout.chunk_count
-    chunk = 0
-    while chunk < count:
-        offset = offsets[chunk]
-        first.append(chunk)
-        starts.append(offset)
-        chunk = bisect_left(offsets, (offset // SEGMENT + 1) * SEGMENT, chunk + 1, count)
-    return Shape(count, layout.data_size, first, starts)
 
 
 def _pread(fd: OwnedFd | None, size: int, offset: int) -> bytes:

@@ -11,8 +11,9 @@ from typing import Protocol
 
 from lazyfs.chunks.health import DiskHealth
 from lazyfs.chunks.holes import ReadPages, drop_pages
-from lazyfs.chunks.layer_files import LayerFiles, Layout
+from lazyfs.chunks.layer_files import LayerFiles
 from lazyfs.chunks.private_files import OwnedFd
+from lazyfs.chunks.shape import Layout
 from lazyfs.errors import StoreBroken, StoreLocked
 from lazyfs.format.table import FORM_PLAIN, NO_FRAME
 from lazyfs.limits import MAX_CHUNK

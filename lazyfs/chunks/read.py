@@ -13,10 +13,10 @@ from typing import Any
 import trio
 
 from lazyfs.chunks.data_reads import refusal
+from lazyfs.chunks.host import Priority
 from lazyfs.chunks.layer import ServedLayer
 from lazyfs.chunks.memory import MemoryCache
 from lazyfs.chunks.remote import Remote
-from lazyfs.chunks.schedule import Priority
 from lazyfs.chunks.single_flight import SingleFlight
 from lazyfs.chunks.verify_ahead import VerifyAhead, is_small_end
 from lazyfs.errors import BlobMissing, LazyfsError, StoreFull

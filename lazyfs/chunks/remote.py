@@ -11,8 +11,9 @@ import trio
 from lazyfs.chunks.flight import Flight
 from lazyfs.chunks.flights import Flights, Given
 from lazyfs.chunks.frames import needed
+from lazyfs.chunks.host import Priority
 from lazyfs.chunks.layer import ServedLayer
-from lazyfs.chunks.schedule import Priority, Scheduler
+from lazyfs.chunks.schedule import Scheduler
 from lazyfs.chunks.windows import Windows
 from lazyfs.errors import LazyfsError, ReadDeadline
 from lazyfs.format.table import Place

@@ -15,7 +15,8 @@ from dataclasses import dataclass, field
 import trio
 
 from lazyfs.chunks.frames import PIECE
-from lazyfs.chunks.schedule import Scheduler, Ticket
+from lazyfs.chunks.host import Ticket
+from lazyfs.chunks.schedule import Scheduler
 
 _LOOK = 0.25  # seconds between two looks
 _SPAN = 1.0  # seconds over which a request is judged, at least

@@ -23,7 +23,7 @@ from lazyfs.chunks import removal
 from lazyfs.chunks.catalog import Catalog
 from lazyfs.chunks.evict import Budget, Evictor
 from lazyfs.chunks.health import DiskHealth
-from lazyfs.chunks.layer_files import LayerFiles, Shape, shape_of
+from lazyfs.chunks.layer_files import LayerFiles
 from lazyfs.chunks.layer_store import ChunkTable, LayerStore
 from lazyfs.chunks.private_files import (
     OwnedFd,
@@ -35,6 +35,7 @@ from lazyfs.chunks.private_files import (
     replace_file,
     translate,
 )
+from lazyfs.chunks.shape import Shape, shape_of
 from lazyfs.chunks.source import LayerSource, decode_source, encode_source
 from lazyfs.errors import StoreError, StoreLocked
 from lazyfs.limits import MAX_SOURCE, MAX_STORED_TOC, REMOVAL_TIMEOUT

@@ -12,8 +12,9 @@ from collections import OrderedDict
 from lazyfs.chunks.crowds import STRETCH, Crowds
 from lazyfs.chunks.flight import Flight
 from lazyfs.chunks.flights import Flights
+from lazyfs.chunks.host import Priority
 from lazyfs.chunks.layer import ServedLayer
-from lazyfs.chunks.schedule import Priority, Scheduler
+from lazyfs.chunks.schedule import Scheduler
 from lazyfs.chunks.strides import Strides
 from lazyfs.format.table import NO_FRAME, Place
 from lazyfs.limits import MAX_FRAMES, MAX_STREAMS, MAX_WINDOW

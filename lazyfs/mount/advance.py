@@ -19,9 +19,10 @@ import trio
 
 from lazyfs.chunks.flights import Given
 from lazyfs.chunks.frames import Sample, fetch_bytes, needed
+from lazyfs.chunks.host import Priority, Ticket
 from lazyfs.chunks.layer import ServedLayer, limited_for
 from lazyfs.chunks.remote import Remote
-from lazyfs.chunks.schedule import Priority, Scheduler, Ticket
+from lazyfs.chunks.schedule import Scheduler
 from lazyfs.errors import LazyfsError
 from lazyfs.format.table import LayerTable
 from lazyfs.format.trace import Span, Trace

@@ -13,10 +13,10 @@ from collections.abc import Sequence
 
 import trio
 
+from lazyfs.chunks.host import Priority
 from lazyfs.chunks.layer import ServedLayer
 from lazyfs.chunks.read import Reader
 from lazyfs.chunks.remote import Remote
-from lazyfs.chunks.schedule import Priority
 from lazyfs.errors import LazyfsError
 from lazyfs.format import elf
 from lazyfs.format.entry import Kind

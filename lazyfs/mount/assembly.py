@@ -14,10 +14,11 @@ import trio
 from lazyfs.chunks.catalog import Catalog
 from lazyfs.chunks.census import Census
 from lazyfs.chunks.fill import Filler
+from lazyfs.chunks.host import Priority
 from lazyfs.chunks.memory import MemoryCache
 from lazyfs.chunks.read import Reader
 from lazyfs.chunks.remote import Remote
-from lazyfs.chunks.schedule import Priority, Scheduler
+from lazyfs.chunks.schedule import Scheduler
 from lazyfs.chunks.stock import Stock
 from lazyfs.chunks.store import Store
 from lazyfs.chunks.trace_files import TraceFiles

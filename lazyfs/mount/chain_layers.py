@@ -17,7 +17,8 @@ from lazyfs.mount.apart import Apart, Links
 from lazyfs.mount.filling import Fillings
 from lazyfs.mount.keeping import Keeping
 from lazyfs.mount.layers import Layers
-from lazyfs.mount.preparing import Prepared, Preparer, TooLarge, Wanted
+from lazyfs.mount.prepared import Prepared, TooLarge, Wanted
+from lazyfs.mount.preparing import Preparer
 from lazyfs.mount.toc_parts import TocParts
 from lazyfs.oci import Descriptor
 from lazyfs.reference import Reference

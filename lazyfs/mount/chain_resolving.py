@@ -24,7 +24,7 @@ from lazyfs.mount.chain_documents import ChainDocuments, ChainImage
 from lazyfs.mount.chain_layers import ChainLayers, ChainSource
 from lazyfs.mount.early import Early
 from lazyfs.mount.keeping import Keeping
-from lazyfs.mount.preparing import TooLarge
+from lazyfs.mount.prepared import TooLarge
 from lazyfs.oci import Descriptor, ImageConfig
 
 log = logging.getLogger(__name__)

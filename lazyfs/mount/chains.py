@@ -18,11 +18,11 @@ from lazyfs.mount.apart import Apart
 from lazyfs.mount.chain_layers import ChainLayers, ChainSource
 from lazyfs.mount.claims import Claim
 from lazyfs.mount.forest import SHIFT, Attributes, Forest, Planted
-from lazyfs.mount.images import LayerFacts
 from lazyfs.mount.inheritance import Inheritance
 from lazyfs.mount.keeping import Keeping
+from lazyfs.mount.mounted_image import LayerFacts
 from lazyfs.mount.planting import Planting
-from lazyfs.mount.preparing import Prepared
+from lazyfs.mount.prepared import Prepared
 from lazyfs.mount.reachable import Reachable
 from lazyfs.mount.showing import Showing, Shown
 from lazyfs.mount.starts import Start, Starts

@@ -8,7 +8,7 @@ from typing import Any
 
 from lazyfs import oci
 from lazyfs.mount.forest import Planted
-from lazyfs.mount.images import LayerFacts
+from lazyfs.mount.mounted_image import LayerFacts
 from lazyfs.mount.showing import Shown
 from lazyfs.oci import Descriptor
 

@@ -21,7 +21,8 @@ from lazyfs.chunks.store import Store
 from lazyfs.config import Settings
 from lazyfs.errors import LayerQuarantined, LazyfsError, ManifestMissing, StoreFull, first_of
 from lazyfs.mount.control import Say
-from lazyfs.mount.images import Images, MountedImage
+from lazyfs.mount.images import Images
+from lazyfs.mount.mounted_image import MountedImage
 from lazyfs.mount.resolving import Pull
 from lazyfs.oci import Manifest
 from lazyfs.registry.config.access import Access

@@ -12,9 +12,9 @@ from functools import partial
 import trio
 
 from lazyfs.chunks.fill import Filler
+from lazyfs.chunks.host import STEP_BACK
 from lazyfs.chunks.layer import ServedLayer
 from lazyfs.chunks.read import Reader
-from lazyfs.chunks.schedule import STEP_BACK
 from lazyfs.config import Settings
 from lazyfs.errors import DaemonFault, ReadDeadline, StoreFull
 from lazyfs.limits import FILL_PATIENCE, TROUBLE_PATIENCE

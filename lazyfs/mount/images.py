@@ -6,7 +6,6 @@ import contextlib
 import logging
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
 from functools import partial
 from typing import TypeVar
 
@@ -36,8 +35,10 @@ from lazyfs.mount.donors import Donors
 from lazyfs.mount.filling import Fillings, guard
 from lazyfs.mount.forest import Forest, Planted
 from lazyfs.mount.layers import Layers
+from lazyfs.mount.mounted_image import LayerFacts, MountedImage
 from lazyfs.mount.planting import Planting
-from lazyfs.mount.preparing import Prepared, Preparer, Wanted
+from lazyfs.mount.prepared import Prepared, Wanted
+from lazyfs.mount.preparing import Preparer
 from lazyfs.mount.resolving import Pull, Resolver
 from lazyfs.mount.starts import Start, Starts
 from lazyfs.mount.tracing import Recorder
@@ -54,54 +55,10 @@ from lazyfs.registry.offline import OfflineRepository
 from lazyfs.registry.open import OpenOptions, open_repository
 from lazyfs.registry.repository import Repository
 from lazyfs.registry.resolve import doubt_tag
-from lazyfs.units import format_size
 
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
-
-
-@dataclass(frozen=True, slots=True)
-class LayerFacts:
-    """What a mount tells of one of its layers."""
-
-    layer: ServedLayer
-    lazy: bool
-    reason: str  # why it is not lazy
-
-
-@dataclass(frozen=True, slots=True)
-class MountedImage:
-    """An image in the forest."""
-
-    reference: Reference
-    platform: str  # that was asked for
-    manifest: Manifest
-    config: ImageConfig
-    planted: Planted
-    layers: tuple[LayerFacts, ...]
-    remarks: tuple[str, ...]  # on what the registry did not say
-    start: Start | None  # as far as traces are concerned; None: nothing is to be started of it
-
-    @property
-    def notes(self) -> tuple[str, ...]:
-        """What a user should know of the image: remarks, and why layers are not lazy."""
-        plain = [
-            f"layer {fact.layer.digest[:19]}… ({format_size(fact.layer.descriptor.size)}) can't be lazy, "
-            f"{fact.reason}: fetched in full and checked"
-            for fact in self.layers
-            if fact.reason
-        ]
-        return (*self.remarks, *plain)
-
-    def distinct_layers(self) -> list[ServedLayer]:
-        """Return the layers, each once."""
-        return list({fact.layer.digest: fact.layer for fact in self.layers}.values())
-
-    @property
-    def size(self) -> int:
-        """Bytes of all layer blobs, each counted once."""
-        return sum({layer.digest: layer.size for layer in self.manifest.layers}.values())
 
 
 class Images:

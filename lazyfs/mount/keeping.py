@@ -9,7 +9,7 @@ import trio
 
 from lazyfs.limits import KEPT_FOR, MAX_KEPT_LAYERS
 from lazyfs.mount.layers import Layers
-from lazyfs.mount.preparing import Prepared
+from lazyfs.mount.prepared import Prepared
 
 _LOOK = 15.0  # seconds between looks for what has been held long enough
 

@@ -10,13 +10,14 @@ from typing import TypeVar
 import trio
 
 from lazyfs import oci
+from lazyfs.chunks.host import Priority
 from lazyfs.chunks.layer import ServedLayer
 from lazyfs.chunks.read import Reader
-from lazyfs.chunks.schedule import Priority
 from lazyfs.chunks.single_flight import SingleFlight
 from lazyfs.errors import LayerQuarantined, LazyfsError
 from lazyfs.mount.filling import Fillings
-from lazyfs.mount.preparing import Prepared, Preparer, TooLarge, Wanted, toc_claims
+from lazyfs.mount.prepared import Prepared, TooLarge, Wanted, toc_claims
+from lazyfs.mount.preparing import Preparer
 from lazyfs.mount.whole_layers import WholeLayers
 from lazyfs.oci import Descriptor
 from lazyfs.registry.offline import OfflineRepository

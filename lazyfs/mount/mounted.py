@@ -25,8 +25,9 @@ from lazyfs.mount import claims, processes
 from lazyfs.mount.chain_service import ChainService
 from lazyfs.mount.claims import Claim
 from lazyfs.mount.control import Say, caller_of
-from lazyfs.mount.images import Images, MountedImage
+from lazyfs.mount.images import Images
 from lazyfs.mount.inheritance import Inheritance
+from lazyfs.mount.mounted_image import MountedImage
 from lazyfs.mount.processes import Process
 from lazyfs.mount.showing import Showing, Shown
 from lazyfs.mount.stock_calls import pull_of

@@ -21,7 +21,8 @@ from lazyfs.limits import MAX_TREE_BYTES, MAX_TREES
 from lazyfs.log import fields
 from lazyfs.mount.filling import Fillings
 from lazyfs.mount.forest import Forest, Planted
-from lazyfs.mount.preparing import Prepared, Preparer
+from lazyfs.mount.prepared import Prepared
+from lazyfs.mount.preparing import Preparer
 from lazyfs.tree import Tree, tree_key
 
 log = logging.getLogger(__name__)

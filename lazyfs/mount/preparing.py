@@ -9,16 +9,15 @@ import threading
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import nullcontext, suppress
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 from lazyfs import digest as digests
 from lazyfs.child import Builder
 from lazyfs.chunks.catalog import Catalog
+from lazyfs.chunks.host import Priority
 from lazyfs.chunks.layer import Check, ServedLayer
 from lazyfs.chunks.plain import PlainLayer
-from lazyfs.chunks.schedule import Priority
 from lazyfs.chunks.source import LayerSource
 from lazyfs.chunks.spool import Spool
 from lazyfs.chunks.store import Store
@@ -37,9 +36,10 @@ from lazyfs.format.footer import Form
 from lazyfs.format.lazy import TABLE_FORMS, NotLazy, TocSource, toc_source
 from lazyfs.format.table import FORM_PLAIN, VERSION, LayerTable
 from lazyfs.limits import BUILT_AT_ONCE, DECODED_AT_ONCE, LARGE_AT_ONCE
+from lazyfs.mount.prepared import Prepared, TooLarge, Wanted, toc_claims
 from lazyfs.mount.toc_parts import LARGE_TAIL, Parts, TocParts, fetch_parts, fetch_range, read_parts
 from lazyfs.mount.unpacking import Unpacking
-from lazyfs.oci import GITHUB_ZSTD_CHECKSUM, TOC_DIGEST, ZSTD_CHECKSUM, Descriptor, Manifest
+from lazyfs.oci import Descriptor, Manifest
 from lazyfs.registry.repository import Repository
 from lazyfs.units import MiB
 
@@ -54,43 +54,6 @@ _SOURCE_FORMS = {
     Form.STORAGE_ZSTD_CHUNKED: "storage-zstd-chunked",
     Form.ESTARGZ: "estargz",
 }
-
-
-@dataclass(frozen=True, slots=True)
-class Prepared:
-    """A layer that can be served. `reason`: why it is not lazy, empty when it is. `key` names its table's content.
-
-    `beside` tells it apart from others of the same blob, which are false and still shown.
-    """
-
-    layer: ServedLayer
-    reason: str
-    key: str
-    beside: int = 0
-
-
-class TooLarge(Exception):
-    """A layer that is not lazy and larger than its caller lets it be fetched whole. `reason`: why it is not lazy."""
-
-    def __init__(self, reason: str) -> None:
-        super().__init__(reason)
-        self.reason = reason
-
-
-@dataclass(frozen=True, slots=True)
-class Wanted:
-    """A layer as an image names it, and what getting it may take."""
-
-    descriptor: Descriptor
-    diff_id: str
-    origin: str  # the repository as the reference names it, for messages, the record and `lazy_from`
-    tail: Future[bytes] | None = None  # the blob's last bytes, on their way since the manifest was there
-    parts: TocParts | None = None  # what `Preparer.fetch_parts` brought
-    whole: str = ""  # why it has to be fetched in full, where that is known; then its TOC isn't looked at
-    largest: int | None = None  # bytes of a blob that may be fetched whole; None: any
-    deadline: float | None = None  # of the requests for it
-    beside: int = 0  # as `Prepared` has it
-    regained: bool = False  # a daemon before us showed it: a verdict on it concerns its bytes alone
 
 
 class Preparer:
@@ -433,9 +396,3 @@ def _discard(directory: Path) -> None:
         with suppress(OSError):
             (directory / "toc").unlink(missing_ok=True)
             directory.rmdir()  # it stays where another process is at work in it
-
-
-def toc_claims(descriptor: Descriptor) -> str:
-    """Return what an image promises of a layer's TOC: its digest, or that of its compressed bytes."""
-    told = descriptor.annotations
-    return told.get(TOC_DIGEST) or told.get(GITHUB_ZSTD_CHECKSUM) or told.get(ZSTD_CHECKSUM) or ""

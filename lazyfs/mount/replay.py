@@ -13,9 +13,10 @@ from functools import partial
 import trio
 
 from lazyfs.chunks.frames import frame_wanted, needed
+from lazyfs.chunks.host import Priority
 from lazyfs.chunks.layer import ServedLayer
 from lazyfs.chunks.remote import Remote
-from lazyfs.chunks.schedule import Priority, Scheduler
+from lazyfs.chunks.schedule import Scheduler
 from lazyfs.errors import LazyfsError, TableInvalid
 from lazyfs.format.trace import Trace
 from lazyfs.mount.plan import Plan, Range

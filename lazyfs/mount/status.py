@@ -13,17 +13,18 @@ from typing import Any
 import trio
 
 import lazyfs
+from lazyfs.chunks.host import Priority
 from lazyfs.chunks.layer import ServedLayer
 from lazyfs.chunks.memory import MemoryCache
 from lazyfs.chunks.read import ReadCounters
-from lazyfs.chunks.schedule import Priority, Scheduler
+from lazyfs.chunks.schedule import Scheduler
 from lazyfs.chunks.store import Store
 from lazyfs.config import Settings
 from lazyfs.errors import LazyfsError
 from lazyfs.mount.chains import Chain
 from lazyfs.mount.forest import Forest
-from lazyfs.mount.images import LayerFacts
 from lazyfs.mount.mounted import Mount
+from lazyfs.mount.mounted_image import LayerFacts
 from lazyfs.mount.operations import Operations
 from lazyfs.mount.session import Session
 from lazyfs.mount.showing import Showing

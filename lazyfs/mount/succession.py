@@ -19,9 +19,9 @@ import trio
 from lazyfs import oci
 from lazyfs import reference as references
 from lazyfs.chunks.catalog import Catalog
+from lazyfs.chunks.host import Priority
 from lazyfs.chunks.layer import ServedLayer
 from lazyfs.chunks.read import Reader
-from lazyfs.chunks.schedule import Priority
 from lazyfs.chunks.store import Store
 from lazyfs.config import Settings
 from lazyfs.errors import LazyfsError, StoreBroken
@@ -29,9 +29,10 @@ from lazyfs.limits import REPLANT_TIMEOUT
 from lazyfs.mount import chains, claims, mounted
 from lazyfs.mount.chains import Chains
 from lazyfs.mount.forest import Planted
-from lazyfs.mount.images import Images, LayerFacts, MountedImage
+from lazyfs.mount.images import Images
 from lazyfs.mount.inheritance import Inheritance
 from lazyfs.mount.mounted import Mounted
+from lazyfs.mount.mounted_image import LayerFacts, MountedImage
 from lazyfs.mount.resolving import Pull
 from lazyfs.registry.config import access as accesses
 from lazyfs.units import MiB

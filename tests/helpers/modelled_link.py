@@ -19,8 +19,9 @@ import pytest
 import trio
 
 from lazyfs.chunks import schedule
+from lazyfs.chunks.host import Priority
 from lazyfs.chunks.link import Flow
-from lazyfs.chunks.schedule import Priority, Scheduler
+from lazyfs.chunks.schedule import Scheduler
 
 HOST = "registry"
 PIECE = 64 << 10  # bytes that take the link in one go

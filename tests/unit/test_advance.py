@@ -17,9 +17,9 @@ from hypothesis import strategies as st
 
 from lazyfs.chunks.census import Census
 from lazyfs.chunks.frames import needed
+from lazyfs.chunks.host import Priority
 from lazyfs.chunks.layer import ServedLayer
 from lazyfs.chunks.pace import Pace
-from lazyfs.chunks.schedule import Priority
 from lazyfs.chunks.trace_files import TraceFiles
 from lazyfs.config import Settings
 from lazyfs.format.table import LayerTable

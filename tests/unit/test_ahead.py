@@ -5,7 +5,7 @@ from __future__ import annotations
 from types import SimpleNamespace
 from typing import Any
 
-from lazyfs.chunks.schedule import Priority
+from lazyfs.chunks.host import Priority
 from lazyfs.format.table import NO_FRAME
 from lazyfs.mount.ahead import _Job
 

@@ -15,7 +15,8 @@ import pytest
 
 from lazyfs import child
 from lazyfs.chunks import schedule
-from lazyfs.chunks.schedule import Priority, Scheduler
+from lazyfs.chunks.host import Priority
+from lazyfs.chunks.schedule import Scheduler
 from lazyfs.registry.endpoints import Tls
 from lazyfs.registry.hops import Hop
 from lazyfs.registry.http import rate_limits, tls

@@ -10,8 +10,8 @@ import pytest
 import trio
 import trio.testing
 
+from lazyfs.chunks.host import Priority
 from lazyfs.chunks.layer import ServedLayer
-from lazyfs.chunks.schedule import Priority
 from lazyfs.errors import DigestMismatch, FrameInvalid, LazyfsError
 from lazyfs.format.trace import Read, Trace
 from lazyfs.mount.replay import Replay

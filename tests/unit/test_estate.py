@@ -16,9 +16,9 @@ from lazyfs.mount import claims
 from lazyfs.mount.chains import Chains
 from lazyfs.mount.claims import Claim
 from lazyfs.mount.forest import Planted
-from lazyfs.mount.images import LayerFacts
 from lazyfs.mount.inheritance import Inheritance
 from lazyfs.mount.mounted import Mounted
+from lazyfs.mount.mounted_image import LayerFacts
 from lazyfs.mount.showing import Shown
 from lazyfs.mount.succession import Succession
 from lazyfs.registry.config.node_logins import NodeLogins

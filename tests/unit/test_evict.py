@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 from lazyfs.chunks.catalog import Catalog, Pin
-from lazyfs.chunks.layer_files import SEGMENT, shape_of
 from lazyfs.chunks.layer_store import LayerStore
+from lazyfs.chunks.shape import SEGMENT, shape_of
 from lazyfs.chunks.store import Store
 from lazyfs.errors import StoreBroken
 from lazyfs.units import MiB

@@ -297,9 +297,7 @@ async def test_prefetch_brings_what_lies_before_the_landmark(
 async def test_background_asks_for_little_while_somebody_reads(
     scratch: Path, registry: FakeRegistry, blob: LayerBlob, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(
-        "lazyfs.chunks.schedule.QUIET", 60.0
-    )  # the reader is one of just now, however slow this machine
+    monkeypatch.setattr("lazyfs.chunks.host.QUIET", 60.0)  # the reader is one of just now, however slow this machine
     monkeypatch.setattr("lazyfs.chunks.fill._START", 0.0)  # the check goes on meanwhile
     registry.latency = 0.02  # of a near one nothing is in a reader's way
     async with node(scratch) as one:
@@ -318,7 +316,7 @@ async def test_background_asks_for_little_while_somebody_reads(
 async def test_the_check_gives_way_to_readers_of_a_start_and_fetching_goes_on(
     scratch: Path, registry: FakeRegistry, blob: LayerBlob, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("lazyfs.chunks.schedule.QUIET", 60.0)
+    monkeypatch.setattr("lazyfs.chunks.host.QUIET", 60.0)
     async with node(scratch) as one:
         layer = one.serve(blob, registry)
         check = layer.check
@@ -339,7 +337,7 @@ async def test_the_check_gives_way_to_readers_of_a_start_and_fetching_goes_on(
 @asynccontextmanager
 async def reading(one: Node, layer: ServedLayer, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[None]:
     """Have somebody read what is here, again and again; nobody waits for the network."""
-    monkeypatch.setattr("lazyfs.chunks.schedule.QUIET", 0.0)
+    monkeypatch.setattr("lazyfs.chunks.host.QUIET", 0.0)
     monkeypatch.setattr("lazyfs.chunks.fill._STILL", 2.0)  # on a busy machine a reader may come late
     row = next(row for row in range(layer.table.rows) if layer.table.size[row])
 
@@ -388,7 +386,7 @@ async def test_a_full_spool_does_not_end_fetching_while_somebody_reads(
 async def test_the_check_gives_way_for_the_time_of_a_start_only(
     scratch: Path, registry: FakeRegistry, blob: LayerBlob, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("lazyfs.chunks.schedule.QUIET", 60.0)
+    monkeypatch.setattr("lazyfs.chunks.host.QUIET", 60.0)
     monkeypatch.setattr("lazyfs.chunks.fill._START", 0.5)
     async with node(scratch) as one:
         layer = one.serve(blob, registry)

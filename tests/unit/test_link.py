@@ -12,8 +12,9 @@ import trio.testing
 from hypothesis import given
 from hypothesis import strategies as st
 
+from lazyfs.chunks.host import Priority
 from lazyfs.chunks.link import Link
-from lazyfs.chunks.schedule import Priority, Scheduler
+from lazyfs.chunks.schedule import Scheduler
 from lazyfs.chunks.width import LEAST, Width
 from lazyfs.units import KiB
 from tests.helpers.modelled_link import HOST, ModelledLink, modelled

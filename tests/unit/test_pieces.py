@@ -9,8 +9,8 @@ import trio
 import trio.testing
 
 from lazyfs.chunks import flights, slow
+from lazyfs.chunks.host import Priority
 from lazyfs.chunks.layer import ServedLayer
-from lazyfs.chunks.schedule import Priority
 from tests.helpers.blobs import zstd_chunked_layer
 from tests.helpers.fake_registry import FakeRegistry, Fault
 from tests.helpers.mirrors import Mirrors

@@ -11,9 +11,9 @@ import trio
 import trio.testing
 
 from lazyfs.chunks import flights
+from lazyfs.chunks.host import Priority
 from lazyfs.chunks.layer import ServedLayer
 from lazyfs.chunks.link import Link
-from lazyfs.chunks.schedule import Priority
 from lazyfs.chunks.windows import WINDOW
 from lazyfs.errors import BlobMissing, DaemonFault, DigestMismatch, LayerQuarantined, ReadDeadline, RegistryError
 from lazyfs.limits import MAX_FRAMES

@@ -15,8 +15,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from lazyfs.chunks.census import Census
+from lazyfs.chunks.host import Priority
 from lazyfs.chunks.layer import ServedLayer
-from lazyfs.chunks.schedule import Priority
 from lazyfs.chunks.trace_files import TraceFiles
 from lazyfs.config import Settings
 from lazyfs.format.trace import Read, Trace

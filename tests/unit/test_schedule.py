@@ -13,7 +13,8 @@ import trio.testing
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lazyfs.chunks.schedule import QUIET, STEP_BACK, Priority, Scheduler, Ticket
+from lazyfs.chunks.host import QUIET, STEP_BACK, Priority, Ticket
+from lazyfs.chunks.schedule import Scheduler
 
 DEMAND, PREFETCH, BACKGROUND = Priority
 HOST = "registry"

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 
 from lazyfs.chunks import slow
 from lazyfs.chunks.frames import PIECE
+from lazyfs.chunks.host import Priority
 from lazyfs.chunks.layer import ServedLayer
-from lazyfs.chunks.schedule import Priority
 from lazyfs.chunks.slow import Moment, part_of_others
 from tests.helpers.blobs import zstd_chunked_layer
 from tests.helpers.chunk_tables import noise

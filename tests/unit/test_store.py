@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from lazyfs.chunks.catalog import Catalog
 from lazyfs.chunks.holes import punch_hole
-from lazyfs.chunks.layer_files import SEGMENT
+from lazyfs.chunks.shape import SEGMENT
 from lazyfs.chunks.source import LayerSource
 from lazyfs.chunks.store import LayerStore, Store
 from lazyfs.errors import StoreBroken

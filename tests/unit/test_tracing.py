@@ -12,8 +12,8 @@ import trio
 
 from lazyfs.chunks import trace_files
 from lazyfs.chunks.frames import needed
+from lazyfs.chunks.host import Priority
 from lazyfs.chunks.layer import ServedLayer
-from lazyfs.chunks.schedule import Priority
 from lazyfs.chunks.trace_files import TraceFiles
 from lazyfs.format.trace import Read, Trace, decode, encode, fitting
 from lazyfs.mount.tracing import Recorder
