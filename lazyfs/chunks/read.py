@@ -143,7 +143,7 @@ class Reader:
         Most reads of who walks a tree are such. Memory doesn't keep it: the kernel has all of it from now on.
         """
         chunk = layer.table.lone_chunk(data_offset, size)
-        if chunk is None or layer.witnesses or not is_small_end(layer, chunk):
+        if chunk is None or not is_small_end(layer, chunk):
             return None
         key = layer.serial, chunk
         if key in self._memory or key in self._ahead or self._remote.is_foreseen(layer, data_offset):
@@ -151,6 +151,8 @@ class Reader:
         data = layer.store.read_now(chunk, size)
         if data is not None:
             self._note_read_now(layer, chunk)
+            for witness in layer.witnesses:
+                witness.demanded(layer.number, chunk)
         return data
 
     def _those_here(self, layer: ServedLayer, places: list[Place]) -> list[memoryview]:

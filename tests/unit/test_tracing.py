@@ -86,6 +86,20 @@ async def test_what_is_here_is_noted_and_not_waited_for(scratch: Path, registry:
     assert [read.waited for read in trace.reads if read.path == b"usr/big"] == [0.0] * 5
 
 
+async def test_a_small_file_that_is_at_hand_is_noted_too(scratch: Path, registry: FakeRegistry) -> None:
+    async with node(scratch, memory=0) as one:
+        layer = one.serve(BLOB, registry)
+        assert not await one.filler.fill(layer)
+        await one.reader.read_data(layer, 0, layer.table.data_size)
+        recorder = listen(layer)
+        row = layer.table.find(b"usr/small")
+        assert row is not None
+        found = one.reader.begin_data(layer, layer.table.data_offset[row], 4096)
+        assert isinstance(found, bytearray)  # it was answered at once
+        trace = recorder.trace(MANIFEST, [layer.digest], 0)
+    assert [(read.path, read.waited) for read in trace.reads] == [(b"usr/small", 0.0)]
+
+
 async def test_prefetch_is_no_demand_and_is_told_as_a_request(scratch: Path, registry: FakeRegistry) -> None:
     async with node(scratch) as one:
         layer = one.serve(BLOB, registry)
