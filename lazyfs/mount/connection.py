@@ -26,6 +26,7 @@ from lazyfs.mount import wire
 from lazyfs.mount.forest import SHIFT
 from lazyfs.mount.greeting import Greeting
 from lazyfs.mount.wire import Op
+from lazyfs.units import KiB
 
 log = logging.getLogger(__name__)
 
@@ -36,6 +37,7 @@ _ALONE = 8  # one request in so many looks for a second one before it waits, whi
 _TURN = 16  # requests after which others in the loop have their turn
 _SOON = 0.0002  # seconds for which the loop waits for a request alone, where one comes after the other
 _BY_ITSELF = 4  # such waits in a row, then others have their turn
+_SHORT = 256 * KiB  # bytes of an answer: who has more is busy with them for longer than that
 _MOST_FD = 1024  # of those that select(2) knows
 _PROOF = 3  # deaths at one request, in a row
 _TRIALS = 10.0  # seconds for which reads are taken one by one after several deaths
@@ -170,7 +172,7 @@ class Connection:
         os.write(self._fd, wire.RESEND)
 
     def _serve(self, request: memoryview, nursery: trio.Nursery) -> bool:
-        """Answer a request, or have that done. Return whether all is done."""
+        """Answer a request, or have that done. Return whether it is done, and the next one may come soon."""
         opcode, unique, node, thread = wire.decode_header(request)
         if opcode in _SILENT:
             return True
@@ -199,7 +201,7 @@ class Connection:
         answer = self._handler.handle(opcode, node, body)
         if isinstance(answer, tuple):
             self._answer(unique, *answer)
-            return True
+            return len(answer[1]) <= _SHORT
         self._wait_for(unique, node, thread, answer, nursery)
         return False
 
